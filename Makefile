@@ -1,0 +1,67 @@
+# Every target installs what it needs, into $(VENV). Only `make gpu` uses the Python that is there: it is for a machine
+# with a GPU and no network.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+RUN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+VENV_TRITON36 := .venv-triton36
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-triton36 bench native gpu lint format types clean
+
+help:
+	@echo 'make demo           the main job: fine-tune a real network on MNIST with the fused layer (a few minutes on a CPU)'
+	@echo 'make test           the whole test suite; ARGS="-k layer" for a part'
+	@echo 'make bench          pytest benchmarks/ --benchmark-only'
+	@echo 'make gpu            on a machine with a GPU: kernel tests on the device, then a timing table'
+	@echo 'make native         build the optional compiled extension'
+	@echo 'make lint types     ruff, clang-format; mypy.  make format mends what lint finds'
+	@echo 'make test-triton36  the kernel tests on Triton 3.6'
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@echo 'Installing into $(VENV) (PyTorch is large: minutes on a slow network) ...'
+	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	@$(RUN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(RUN)/fused-lora demo $(ARGS)
+
+test: $(INSTALLED)
+	$(RUN)/python -m pytest $(ARGS)
+
+bench: $(INSTALLED)
+	$(RUN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+native: $(INSTALLED)
+	FUSED_LORA_BUILD_EXT=1 $(RUN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation --no-deps -e . $(ARGS)
+
+gpu:
+	$(PYTHON) -m fused_lora.bench.gpu $(ARGS)
+
+lint: $(INSTALLED)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+
+format: $(INSTALLED)
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+	$(RUN)/clang-format -i $$(git ls-files 'csrc/*')
+
+types: $(INSTALLED)
+	$(RUN)/mypy
+
+# Triton 3.6 is what torch 2.9 to 2.11 bring; its interpreter needs numpy < 2.4
+test-triton36: pyproject.toml
+	@test -x $(VENV_TRITON36)/bin/python || $(PYTHON) -m venv $(VENV_TRITON36)
+	@$(VENV_TRITON36)/bin/python $(PIP_INSTALL) torch==2.13.0 triton==3.6.0 'numpy<2.4' safetensors pytest
+	$(VENV_TRITON36)/bin/python -m pytest tests/kernels $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(VENV_TRITON36) build dist *.egg-info demo-output

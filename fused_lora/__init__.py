@@ -1,0 +1,2 @@
+from .functional import lora_linear
+from .layer import FusedLoRALinear

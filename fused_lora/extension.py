@@ -1,0 +1,50 @@
+"""The optional compiled extension ``fused_lora._C``: built by ``make native``, never needed.
+
+Its operators mean what ``reference.lora_matmul`` and ``reference.adapter_grad`` mean; they run on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _build_problem() -> str | None:
+    try:
+        from . import _C  # type: ignore[attr-defined]  # noqa: F401  # loading it registers its operators
+    except ImportError as error:
+        return f"the compiled extension fused_lora._C is not here ({error}); build it with `make native`"
+    return None
+
+
+def available() -> bool:
+    """Whether the extension is built and loads."""
+    return _build_problem() is None
+
+
+def why_unavailable(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """Why the extension cannot compute on tensors of this device and dtype, or None when it can."""
+    if device is not None and device.type != "cpu":
+        return f"the compiled extension computes on the CPU, and the tensors are on {device.type}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"the compiled extension takes {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {dtype}"
+    return _build_problem()
+
+
+def lora_matmul(
+    a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
+    seed: Tensor | None, dropout_p: float, dropout_on_output: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.ops.fused_lora_native.lora_matmul(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output)
+
+
+def adapter_grad(
+    x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | None, scale: float,
+    seed: Tensor | None, dropout_p: float, dtype_A: torch.dtype, dtype_B: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    return torch.ops.fused_lora_native.adapter_grad(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B)

@@ -1,0 +1,170 @@
+"""``lora_linear``: validate, choose an implementation, autograd. The mathematics is in ``reference.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference, validation
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    impl: str = "auto",
+) -> Tensor:
+    """``x Wᵀ + scale · (D(x) Aᵀ) Bᵀ + bias``, with gradients for x, A, B and bias, and none for a frozen W.
+
+    Args:
+        x: (..., K), of any leading shape, strided or not, empty too; the weight's dtype.
+        weight: (N, K), float16, bfloat16, float32 or float64. While it is frozen (``requires_grad=False``) no gradient
+            is formed for it; otherwise it gets its own, as in ``F.linear``.
+        lora_A: (R, K) and lora_B: (N, R), of the weight's dtype, or float32: then they are rounded to the weight's
+            dtype where they are used, and their gradients come back in float32.
+        scale: finite number; alpha / R, or alpha / sqrt(R) for rsLoRA.
+        bias: (N,) of the weight's dtype, or None.
+        dropout_p: in [0, 1), applied to x before A while ``training``. Same rate and scaling as ``nn.Dropout``, to
+            1/65536, with its own stream of bits; the seed comes from PyTorch's generator on x's device.
+        impl: "auto", "triton", "native" or "eager". "auto" takes "triton" on CUDA devices where it can run and
+            "eager" elsewhere; another choice that cannot run here raises.
+
+    Returns:
+        (..., N) of the weight's dtype. Inside ``torch.autocast`` the compute dtype is autocast's, as for ``F.linear``.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above; the message names argument, rule and value.
+        RuntimeError: ``impl`` cannot run here; the message says why.
+
+    What is kept for the backward is what the wanted gradients need: x for A's, h (M, R) for B's.
+    Double backward works. Source of the method: https://arxiv.org/abs/2106.09685.
+    """
+    validation.check_operands(x, weight, lora_A, lora_B, bias)
+    scale = validation.check_scale(scale)
+    dropout_p = validation.check_dropout(dropout_p, "dropout_p")
+    validation.check_impl(impl)
+    device = x.device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+        validation.check_dtypes(x, weight, lora_A, lora_B, bias)
+        # the casts are made: nothing inside may be cast again
+        with torch.autocast(device.type, enabled=False):
+            return _lora_linear(x, weight, lora_A, lora_B, bias, scale, dropout_p if training else 0.0, impl)
+    validation.check_dtypes(x, weight, lora_A, lora_B, bias)
+    return _lora_linear(x, weight, lora_A, lora_B, bias, scale, dropout_p if training else 0.0, impl)
+
+
+def _lora_linear(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scale: float, dropout_p: float, impl: str
+) -> Tensor:  # fmt: skip
+    impl = ops.choose_impl(impl, x.device, weight.dtype)
+    seed = None
+    if reference.dropout_threshold(dropout_p) > 0:
+        # on x's device, so that manual_seed and activation checkpointing repeat it, and never read by the host
+        seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=x.device)
+    if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
+        return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, impl)[0]
+    return ops.lora_matmul(
+        x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl
+    )[0]  # fmt: skip
+
+
+def _any_requires_grad(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
+    return (
+        lora_A.requires_grad or lora_B.requires_grad or x.requires_grad or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )  # fmt: skip
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Autocast's own rule: floating point, but not float64."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+class _LoRALinear(torch.autograd.Function):
+    """(y, h). h is an output, not a hidden intermediate, so that a second derivative finds its way through it."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+        scale: float, seed: Tensor | None, dropout_p: float, impl: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return ops.lora_matmul(
+            x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, lora_A, lora_B, _, ctx.scale, seed, ctx.dropout_p, ctx.impl = inputs
+        needs_x, needs_W, needs_A, needs_B, _ = ctx.needs_input_grad[:5]
+        ctx.set_materialize_grads(False)
+        # what the wanted gradients need, and nothing else; the parameters are alive anyway
+        ctx.save_for_backward(
+            x if needs_A or needs_W else None, weight, lora_A, lora_B, output[1] if needs_B else None, seed
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        device_type = ctx.saved_tensors[1].device.type
+        if torch.is_autocast_enabled(device_type):
+            # everything is in the compute dtype already; backward may run under another autocast than forward did
+            with torch.autocast(device_type, enabled=False):
+                return _LoRALinear._gradients(ctx, dy, dh)
+        return _LoRALinear._gradients(ctx, dy, dh)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
+        if dy is None and dh is None:
+            grads: tuple[Tensor | None, ...] = (None,) * 5
+        elif dh is not None or dy is None or torch.is_grad_enabled():
+            # a second derivative: grad mode is on inside backward exactly when create_graph was asked for
+            mask = _whole_mask(seed, ctx.dropout_p, dy if dy is not None else dh, weight.shape[1])
+            grads = reference.eager_backward(
+                dy, dh, x, weight, lora_A, lora_B, h, ctx.scale, mask, ctx.dropout_p, needs
+            )  # fmt: skip
+        else:
+            grads = _backward(dy, x, weight, lora_A, lora_B, h, ctx.scale, seed, ctx.dropout_p, ctx.impl, needs)
+        return (*grads, None, None, None, None)
+
+
+def _whole_mask(seed: Tensor | None, dropout_p: float, rows_like: Tensor, cols: int) -> Tensor | None:
+    if seed is None:
+        return None
+    return reference.dropout_mask(seed, rows_like.numel() // rows_like.shape[-1], cols, dropout_p)
+
+
+def _backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None,
+    scale: float, seed: Tensor | None, dropout_p: float, impl: str, needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """(dx, dW, dA, dB, dbias): at most one launch for dx and one for dA and dB together."""
+    needs_x, needs_W, needs_A, needs_B, needs_bias = needs
+    dx = dW = g = dA = dB = dbias = None
+    dy2 = dy.reshape(-1, dy.shape[-1])
+    if needs_x:
+        dx, g = ops.lora_matmul(dy, weight, lora_B, lora_A, None, scale, seed, dropout_p, True, impl)
+    elif needs_A:
+        g = dy2 @ lora_B.to(dy.dtype)
+    if needs_A or needs_B:
+        dA, dB = ops.adapter_grad(
+            x if needs_A else None, g if needs_A else None, dy if needs_B else None, h, scale, seed, dropout_p,
+            lora_A.dtype, lora_B.dtype, impl,
+        )  # fmt: skip
+    if needs_W:
+        assert x is not None
+        dW = dy2.t() @ x.reshape(-1, x.shape[-1])
+    if needs_bias:
+        dbias = dy2.sum(0)
+    return dx, dW, (dA if needs_A else None), (dB if needs_B else None), dbias

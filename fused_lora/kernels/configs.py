@@ -1,0 +1,110 @@
+"""Tile sizes: one documented rule that answers for every GPU, without timing anything.
+
+``fits`` is the only statement of limits; ``default_config`` takes the first candidate that it accepts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a rule may know of a GPU: compute capability, and shared memory a program may use, in bytes."""
+
+    capability: tuple[int, int]
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``out[M,P] = a[M,Q] w[Q,P] + scale · (a[M,Q] u[Q,R]) v[R,P]`` in elements of itemsize bytes; adapters in theirs."""
+
+    M: int
+    P: int
+    Q: int
+    R: int
+    itemsize: int
+    adapter_itemsize: int
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    BLOCK_M: int
+    BLOCK_P: int
+    BLOCK_Q: int
+    BLOCK_R: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ReductionConfig:
+    BLOCK_M: int
+    BLOCK_C: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+# tl.dot's least size on every side
+MIN_DOT = 16
+# widest rank block that leaves the accumulators in registers beside a 128-wide tile
+MAX_BLOCK_R = 128
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def block_r(rank: int, limit: int = MAX_BLOCK_R) -> int:
+    """Ranks are padded to a power of two that a dot accepts, and beyond the limit looped over."""
+    return min(max(next_power_of_2(rank), MIN_DOT), limit)
+
+
+def shared_bytes(config: TileConfig, problem: Problem) -> int:
+    """Pipeline buffers of the main loop: num_stages copies of the tiles of a, w and u."""
+    tiles = (config.BLOCK_M + config.BLOCK_P) * config.BLOCK_Q * problem.itemsize
+    return config.num_stages * (tiles + config.BLOCK_R * config.BLOCK_Q * problem.adapter_itemsize)
+
+
+def registers(config: TileConfig, problem: Problem) -> int:
+    """float32 accumulators per thread: the tile, its thin product, and the separate LoRA term that dropout needs."""
+    wide = config.BLOCK_M * config.BLOCK_P * (2 if problem.dropout else 1)
+    return (wide + config.BLOCK_M * config.BLOCK_R) // (config.num_warps * 32)
+
+
+def fits(config: TileConfig, problem: Problem, device: Device) -> bool:
+    """Shared memory as the device allows, and accumulators that leave half of a thread's 255 registers for the rest."""
+    return shared_bytes(config, problem) <= device.shared_memory and registers(config, problem) <= 128
+
+
+# Largest first: BLOCK_M, BLOCK_P, BLOCK_Q, warps, stages.
+_HALF = ((128, 128, 64, 8, 3), (128, 128, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 2))
+_FLOAT = ((128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 2), (32, 32, 32, 4, 2))
+
+
+def default_config(problem: Problem, device: Device) -> TileConfig:
+    """The largest tile that fits, cut down to the tokens there are; the last candidate fits every GPU."""
+    rank = block_r(problem.R)
+    rows = max(next_power_of_2(max(problem.M, 1)), MIN_DOT)
+    for block_m, block_p, block_q, warps, stages in _HALF if problem.itemsize == 2 else _FLOAT:
+        config = TileConfig(min(block_m, rows), block_p, block_q, rank, 8, warps, stages)
+        if rows < block_m:
+            # fewer accumulators than eight warps can share
+            config = replace(config, num_warps=4)
+        if fits(config, problem, device):
+            return config
+    return replace(config, num_stages=1, BLOCK_R=MIN_DOT)
+
+
+def default_reduction(rank: int, itemsize: int) -> ReductionConfig:
+    """M is walked in steps of 64; a block of 64 columns keeps every program's loads in whole cache lines."""
+    return ReductionConfig(64 if itemsize == 2 else 32, 64, block_r(rank, 64), 4, 3)
+
+
+# Triton's interpreter runs a program at a time: small tiles, so that small cases still have several of them, and tails
+INTERPRETER_TILE = TileConfig(BLOCK_M=32, BLOCK_P=32, BLOCK_Q=32, BLOCK_R=16, GROUP_M=2, num_warps=4, num_stages=1)
+INTERPRETER_REDUCTION = ReductionConfig(BLOCK_M=32, BLOCK_C=32, BLOCK_R=16, num_warps=4, num_stages=1)

@@ -65,7 +65,8 @@ def lora_linear(
 
 
 def _lora_linear(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scale: float, dropout_p: float, impl: str
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+    scale: float, dropout_p: float, impl: str,
 ) -> Tensor:  # fmt: skip
     impl = ops.choose_impl(impl, x.device, weight.dtype)
     seed = None
@@ -106,7 +107,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, lora_A, lora_B, _, ctx.scale, seed, ctx.dropout_p, ctx.impl = inputs
-        needs_x, needs_W, needs_A, needs_B, _ = ctx.needs_input_grad[:5]
+        _, needs_W, needs_A, needs_B, _ = ctx.needs_input_grad[:5]
         ctx.set_materialize_grads(False)
         # what the wanted gradients need, and nothing else; the parameters are alive anyway
         ctx.save_for_backward(
@@ -130,19 +131,16 @@ class _LoRALinear(torch.autograd.Function):
             grads: tuple[Tensor | None, ...] = (None,) * 5
         elif dh is not None or dy is None or torch.is_grad_enabled():
             # a second derivative: grad mode is on inside backward exactly when create_graph was asked for
-            mask = _whole_mask(seed, ctx.dropout_p, dy if dy is not None else dh, weight.shape[1])
+            mask = None
+            if seed is not None:
+                rows = dh.shape[0] if dh is not None else dy.numel() // weight.shape[0]  # type: ignore[union-attr]
+                mask = reference.dropout_mask(seed, rows, weight.shape[1], ctx.dropout_p)
             grads = reference.eager_backward(
                 dy, dh, x, weight, lora_A, lora_B, h, ctx.scale, mask, ctx.dropout_p, needs
             )  # fmt: skip
         else:
             grads = _backward(dy, x, weight, lora_A, lora_B, h, ctx.scale, seed, ctx.dropout_p, ctx.impl, needs)
         return (*grads, None, None, None, None)
-
-
-def _whole_mask(seed: Tensor | None, dropout_p: float, rows_like: Tensor, cols: int) -> Tensor | None:
-    if seed is None:
-        return None
-    return reference.dropout_mask(seed, rows_like.numel() // rows_like.shape[-1], cols, dropout_p)
 
 
 def _backward(

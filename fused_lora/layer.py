@@ -64,7 +64,9 @@ class LoRAAdapter(nn.Module):
             return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).mul_(self.scale)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}" + (", rslora" if self.use_rslora else "")
+        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}" + (
+            ", rslora" if self.use_rslora else ""
+        )
 
 
 class FusedLoRALinear(nn.Linear):
@@ -88,8 +90,10 @@ class FusedLoRALinear(nn.Linear):
 
     adapters: nn.ModuleDict
     impl: str
+    disabled: bool
     _active: str | None
     _merged: str | None
+    _unmerged_weight: Tensor | None
 
     def __init__(
         self,
@@ -124,7 +128,7 @@ class FusedLoRALinear(nn.Linear):
         init: str = "kaiming",
         impl: str = "auto",
     ) -> FusedLoRALinear:
-        """A layer that shares ``linear``'s weight and bias (the same Parameters, now frozen) and has one fresh adapter."""
+        """A layer of ``linear``'s own weight and bias (the same Parameters, now frozen), with one fresh adapter."""
         adapter = LoRAAdapter(
             linear.in_features, linear.out_features, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
             init=init, device=linear.weight.device, dtype=linear.weight.dtype,
@@ -151,6 +155,8 @@ class FusedLoRALinear(nn.Linear):
     def _become_fused(self, impl: str) -> None:
         self.impl = validation.check_impl(impl)
         self.adapters = nn.ModuleDict()
+        # within disable_adapters
+        self.disabled = False
         self._active = None
         self._merged = None
         # W before a merge; a buffer, so that .to() moves it along
@@ -168,12 +174,13 @@ class FusedLoRALinear(nn.Linear):
         dropout: float = 0.0,
         use_rslora: bool = False,
         init: str = "kaiming",
+        dtype: torch.dtype | None = None,
     ) -> LoRAAdapter:
-        """Add a fresh adapter of the weight's dtype; it is not active, and not trainable before it is."""
+        """Add a fresh adapter, of the weight's dtype unless told; it is not active, and not trainable before it is."""
         validation.check_new_adapter(validation.check_adapter_name(name), self.adapters)
         adapter = LoRAAdapter(
             self.in_features, self.out_features, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
-            init=init, device=self.weight.device, dtype=self.weight.dtype,
+            init=init, device=self.weight.device, dtype=dtype or self.weight.dtype,
         )  # fmt: skip
         self.adapters[name] = adapter.requires_grad_(False).train(self.training)
         return adapter
@@ -201,6 +208,11 @@ class FusedLoRALinear(nn.Linear):
     def active_adapter(self) -> str | None:
         return self._active
 
+    def adapter(self, name: str) -> LoRAAdapter:
+        """The adapter of this name."""
+        validation.check_known_adapter(name, self.adapters)
+        return self.adapters[name]  # type: ignore[return-value]
+
     def _active_module(self) -> LoRAAdapter | None:
         return None if self._active is None else self.adapters._modules[self._active]  # type: ignore[return-value]
 
@@ -225,6 +237,8 @@ class FusedLoRALinear(nn.Linear):
     # ---------------------------------------------------------------- computing
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.disabled:
+            return F.linear(x, self.weight if self._unmerged_weight is None else self._unmerged_weight, self.bias)
         if self._active is None or self._merged is not None:
             return F.linear(x, self.weight, self.bias)
         adapter: Any = self.adapters._modules[self._active]
@@ -259,15 +273,24 @@ class FusedLoRALinear(nn.Linear):
         delta = adapter.delta()
         total = delta.add_(self.weight).to(self.weight.dtype)
         if not bool(torch.isfinite(total).all()):
-            raise ValueError(f"adapter {self._active!r} must merge to a finite weight, got NaN or infinity in W + scale · B A")
+            raise ValueError(
+                f"adapter {self._active!r} must merge to a finite weight, got NaN or infinity in W + scale · B A"
+            )
         return total
 
     def unmerge(self) -> None:
         """Put back the very W that ``merge`` set aside. Does nothing on a layer that is not merged."""
         if self.merged:
-            assert isinstance(self._unmerged_weight, Tensor)
+            assert self._unmerged_weight is not None
             self.weight.data, self._unmerged_weight = self._unmerged_weight, None
             self._merged = None
+
+    def unload(self) -> nn.Linear:
+        """Turn this layer itself into a plain ``nn.Linear`` with the weight it has now; adapters are dropped."""
+        for name in ("adapters", "impl", "disabled", "_active", "_merged", "_unmerged_weight"):
+            delattr(self, name)
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        return self
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -281,4 +304,6 @@ class FusedLoRALinear(nn.Linear):
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, active_adapter={self._active!r}, impl={self.impl!r}" + (", merged" if self.merged else "")
+        return f"{super().extra_repr()}, active_adapter={self._active!r}, impl={self.impl!r}" + (
+            ", merged" if self.merged else ""
+        )

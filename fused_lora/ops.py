@@ -63,7 +63,7 @@ def why_unavailable(impl: str, device: torch.device, dtype: torch.dtype) -> str 
     if interpreting():
         return None
     if device.type != "cuda":
-        return f"the tensors are on {device.type}: Triton needs a CUDA device, or TRITON_INTERPRET=1 to interpret its kernels"
+        return f"Triton needs a CUDA device (or TRITON_INTERPRET=1), and the tensors are on {device.type}"
     index = torch.cuda.current_device() if device.index is None else device.index
     if _capability(index) < MIN_CAPABILITY:
         return f"the GPU has compute capability {_capability(index)}; the Triton kernels need {MIN_CAPABILITY} or later"

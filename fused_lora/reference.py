@@ -248,14 +248,16 @@ def adapter_grad(
     dtype_A: torch.dtype,
     dtype_B: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``dA = scale · gᵀ D(x)`` of dtype_A where x and g are given, ``dB = scale · dyᵀ h`` of dtype_B where dy and h are."""
+    """``dA = scale · gᵀ D(x)`` in dtype_A where x and g are given, ``dB = scale · dyᵀ h`` in dtype_B likewise."""
     dA = dB = None
     if x is not None and g is not None:
         x2 = _rows(x)
         if seed is None:
             dA = torch.mm(g.t(), x2).mul_(scale).to(dtype_A)
         else:
-            total = torch.zeros(g.shape[1], x2.shape[1], dtype=torch.float32 if x.dtype.itemsize < 4 else x.dtype, device=x.device)
+            total = torch.zeros(
+                g.shape[1], x2.shape[1], dtype=torch.float32 if x.dtype.itemsize < 4 else x.dtype, device=x.device
+            )
             for block, keep in _mask_blocks(seed, dropout_p, x2):
                 total += torch.mm(g[block].t(), x2[block] * keep)
             dA = total.mul_(scale * keep_scale(dropout_p)).to(dtype_A)

@@ -1,11 +1,11 @@
-"""The adapter gradients in one launch: two thin reductions over M, ``dA = scale · gᵀ D(x)`` and ``dB = scale · dyᵀ h``."""
+"""The adapter gradients in one launch, two thin reductions over M: ``dA = scale · gᵀ D(x)``, ``dB = scale · dyᵀ h``."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .tiles import dot, keep_mask
+from .tiles import dot, keep_mask, round_to
 
 
 @triton.jit(do_not_specialize=["M", "tiles_A"])
@@ -17,7 +17,7 @@ def _adapter_grad_kernel(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The first tiles_A programs reduce a block of x's columns each, the others a block of dy's; fixed order, same bits."""
+    """The first tiles_A programs reduce a block of x's columns each, the others one of dy's; fixed order, same bits."""
     pid = tl.program_id(0)
     offs_r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     if pid < tiles_A:
@@ -28,7 +28,7 @@ def _adapter_grad_kernel(
         )  # fmt: skip
         out_ptrs = dA_ptr + offs_r[None, :] * K + offs_c[:, None]
         acc *= scale * keep_scale
-        tl.store(out_ptrs, acc.to(dA_ptr.dtype.element_ty), mask=(offs_c < K)[:, None] & (offs_r < R)[None, :])
+        tl.store(out_ptrs, round_to(acc, dA_ptr.dtype.element_ty), mask=(offs_c < K)[:, None] & (offs_r < R)[None, :])
     else:
         offs_c = (pid - tiles_A).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
         acc = _reduce(
@@ -37,7 +37,7 @@ def _adapter_grad_kernel(
         )  # fmt: skip
         out_ptrs = dB_ptr + offs_c[:, None] * R + offs_r[None, :]
         acc *= scale
-        tl.store(out_ptrs, acc.to(dB_ptr.dtype.element_ty), mask=(offs_c < N)[:, None] & (offs_r < R)[None, :])
+        tl.store(out_ptrs, round_to(acc, dB_ptr.dtype.element_ty), mask=(offs_c < N)[:, None] & (offs_r < R)[None, :])
 
 
 @triton.jit

@@ -18,7 +18,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Problem:
-    """``out[M,P] = a[M,Q] w[Q,P] + scale · (a[M,Q] u[Q,R]) v[R,P]`` in elements of itemsize bytes; adapters in theirs."""
+    """Sizes of ``out[M,P] = a[M,Q] w[Q,P] + scale · (a[M,Q] u[Q,R]) v[R,P]``, and bytes of an element of a and of u."""
 
     M: int
     P: int

@@ -1,4 +1,4 @@
-"""Host side of the kernels: allocate, strides, grid. Same contracts as ``reference.lora_matmul`` and ``adapter_grad``."""
+"""Host side of the kernels: allocate, strides, grid. Same contracts as the operators in ``reference.py``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import functools
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from ..ops import interpreting
 from ..reference import dropout_threshold, keep_scale
@@ -126,8 +127,8 @@ def _launch_options(config: TileConfig | ReductionConfig) -> dict[str, int]:
 
 @functools.cache
 def _device(device: torch.device) -> Device:
-    properties = torch.cuda.get_device_properties(device)
-    return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+    limits = driver.active.utils.get_device_properties(device.index)
+    return Device(torch.cuda.get_device_capability(device), limits["max_shared_mem"])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot, grouped_order, keep_mask
+from .tiles import dot, grouped_order, keep_mask, round_to
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -54,7 +54,7 @@ def _lora_matmul_kernel(
         acc = dot(a, w, acc, PRECISION)
         if DROP_INPUT:
             a = tl.where(keep_mask(seed, offs_m, offs_q + q, Q, threshold), a, 0.0)
-        thin = dot(a, u.to(dtype), thin, PRECISION)
+        thin = dot(a, round_to(u, dtype), thin, PRECISION)
         a_ptrs += BLOCK_Q * stride_aq
         w_ptrs += BLOCK_Q * stride_wq
         u_ptrs += BLOCK_Q * stride_uq
@@ -65,7 +65,7 @@ def _lora_matmul_kernel(
         scale, keep_scale if DROP_INPUT else 1.0, mask_m & (pid_p == 0), dtype, PRECISION,
     )  # fmt: skip
     if MANY_RANKS:
-        for first_r in range(BLOCK_R, R, BLOCK_R):
+        for _ in range(BLOCK_R, R, BLOCK_R):
             offs_r += BLOCK_R
             thin = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             a_ptrs = a_ptr + (offs_m % M)[:, None] * stride_am + offs_q[None, :] * stride_aq
@@ -76,7 +76,7 @@ def _lora_matmul_kernel(
                 u = tl.load(u_ptrs, mask=mask_q[:, None] & (offs_r < R)[None, :], other=0.0)
                 if DROP_INPUT:
                     a = tl.where(keep_mask(seed, offs_m, offs_q + q, Q, threshold), a, 0.0)
-                thin = dot(a, u.to(dtype), thin, PRECISION)
+                thin = dot(a, round_to(u, dtype), thin, PRECISION)
                 a_ptrs += BLOCK_Q * stride_aq
                 u_ptrs += BLOCK_Q * stride_uq
             lora = _add_rank_block(
@@ -88,7 +88,7 @@ def _lora_matmul_kernel(
     if HAS_BIAS:
         lora += tl.load(bias_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + offs_m[:, None] * P + offs_p[None, :]
-    tl.store(out_ptrs, lora.to(dtype), mask=mask_m[:, None] & mask_p[None, :])
+    tl.store(out_ptrs, round_to(lora, dtype), mask=mask_m[:, None] & mask_p[None, :])
 
 
 @triton.jit
@@ -100,9 +100,9 @@ def _add_rank_block(
 
     thin is rounded here, as reference.py rounds h. scale goes onto v, which is small, so float16 does not overflow.
     """
-    thin = (thin * thin_scale).to(dtype)
+    thin = round_to(thin * thin_scale, dtype)
     mask_r = offs_r < R
     tl.store(thin_ptr + offs_m[:, None] * R + offs_r[None, :], thin, mask=store_m[:, None] & mask_r[None, :])
     v_ptrs = v_ptr + offs_r[:, None] * stride_vr + offs_p[None, :] * stride_vp
     v = tl.load(v_ptrs, mask=mask_r[:, None] & (offs_p < P)[None, :], other=0.0)
-    return dot(thin, (v.to(tl.float32) * scale).to(dtype), lora, PRECISION)
+    return dot(thin, round_to(v.to(tl.float32) * scale, dtype), lora, PRECISION)

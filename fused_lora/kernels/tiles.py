@@ -21,10 +21,20 @@ def grouped_order(pid, tiles_m, tiles_p, GROUP_M: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a b`` in float32. The interpreter multiplies the raw bits of bfloat16, so there both are widened first."""
+    """``acc + a b`` in float32. The interpreter multiplies raw bits of bfloat16, so there both are widened first."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """x in dtype, to nearest. The interpreter cuts off the bits that bfloat16 lacks, so there it is rounded first."""
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -36,7 +46,7 @@ def _mix(bits):
 
 @triton.jit
 def keep_mask(seed, rows, cols, row_length, threshold):
-    """The bits of ``reference.dropout_mask`` at rows x cols, both int64 vectors, of a matrix with row_length columns."""
+    """``reference.dropout_mask`` at rows x cols, both int64 vectors, of a matrix with row_length columns."""
     element = rows[:, None] * row_length + cols[None, :]
     word = element >> 1
     bits = _mix(word.to(tl.uint32) ^ seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32)

@@ -1,0 +1,28 @@
+"""``fused-lora demo | info | bench``: a command is a module with ``add_arguments(parser)`` and ``run(args) -> int``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import bench, demo, info
+
+COMMANDS = {
+    "demo": (demo, "train RichBoyNet on MNIST, then fix the digit it gets wrong by training A and B alone"),
+    "info": (info, "versions, devices, and which implementations can run here"),
+    "bench": (bench, "time the layer against the frozen linear and its peers"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fused-lora", description="A LoRA layer in one kernel.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, about) in COMMANDS.items():
+        module.add_arguments(subparsers.add_parser(name, help=about, description=about))
+    args = parser.parse_args(argv)
+    return COMMANDS[args.command][0].run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

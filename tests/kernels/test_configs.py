@@ -1,0 +1,42 @@
+"""The rule that picks tiles answers for every GPU and every size, within the limits."""
+
+import itertools
+
+import pytest
+
+from fused_lora.kernels.configs import Device, Problem, block_r, default_config, default_reduction, fits
+
+# shared memory that a program may use, from the CUDA programming guide, table of compute capabilities
+DEVICES = {
+    "sm_80": Device((8, 0), 163 * 1024),
+    "sm_86": Device((8, 6), 99 * 1024),
+    "sm_89": Device((8, 9), 99 * 1024),
+    "sm_90": Device((9, 0), 227 * 1024),
+    "sm_100": Device((10, 0), 227 * 1024),
+    "sm_120": Device((12, 0), 99 * 1024),
+    "unknown, small": Device((99, 0), 48 * 1024),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
+def test_default_config_fits_every_device(device):
+    sizes = itertools.product((1, 17, 4096), (2, 4), (2, 4), (1, 16, 64, 100, 256, 1000), (False, True))
+    for M, itemsize, adapter_itemsize, rank, dropout in sizes:
+        problem = Problem(M, 4096, 4096, rank, itemsize, max(itemsize, adapter_itemsize), dropout)
+        config = default_config(problem, device)
+        assert fits(config, problem, device), (problem, config)
+        for block in (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R):
+            assert block >= 16
+            assert block & (block - 1) == 0
+
+
+def test_few_tokens_get_a_low_tile():
+    tall = default_config(Problem(4096, 4096, 4096, 16, 2, 2), DEVICES["sm_90"])
+    low = default_config(Problem(3, 4096, 4096, 16, 2, 2), DEVICES["sm_90"])
+    assert (tall.BLOCK_M, low.BLOCK_M) == (128, 16)
+
+
+@pytest.mark.parametrize(("rank", "block"), [(1, 16), (16, 16), (17, 32), (100, 128), (128, 128), (129, 128), (999, 128)])
+def test_rank_is_padded_to_a_power_of_two_and_looped_beyond_the_limit(rank, block):
+    assert block_r(rank) == block
+    assert default_reduction(rank, 2).BLOCK_R <= 64

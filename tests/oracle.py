@@ -1,0 +1,108 @@
+"""The truth in float64 and the error that a computation may have. Needs torch alone.
+
+Budget: against the truth, an error of at most twice that of the eager computation in the same dtype, plus one rounding
+of the largest |truth|. It follows from the inputs alone, never from the machine or from what a kernel happens to give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fused_lora import reference
+
+NAMES = ("y", "dx", "dA", "dB", "dbias")
+
+
+@dataclass
+class Inputs:
+    """Operands of one call and the gradient of its output, drawn in the dtype under test."""
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    dy: Tensor
+    scale: float
+
+    def leaves(self) -> Inputs:
+        """Copies that want gradients; the weight stays frozen."""
+        wanted = {
+            name: getattr(self, name).detach().clone().requires_grad_()
+            for name in ("x", "lora_A", "lora_B", "bias")
+            if getattr(self, name) is not None
+        }
+        return replace(self, **wanted)
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        return replace(
+            self, **{name: value.to(dtype) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        )
+
+
+def draw(M, K, N, R, dtype=torch.float32, adapter_dtype=None, bias=True, scale=1.5, device="cpu") -> Inputs:
+    """Values as a layer meets them: outputs of order one."""
+
+    def randn(*shape, std=1.0, of=dtype):
+        return (torch.randn(*shape, dtype=torch.float64) * std).to(of).to(device)
+
+    adapter_dtype = adapter_dtype or dtype
+    return Inputs(
+        x=randn(M, K),
+        weight=randn(N, K, std=K**-0.5),
+        lora_A=randn(R, K, std=K**-0.5, of=adapter_dtype),
+        lora_B=randn(N, R, std=R**-0.5, of=adapter_dtype),
+        bias=randn(N) if bias else None,
+        dy=randn(M, N),
+        scale=scale,
+    )
+
+
+def results(inputs: Inputs, forward, **options) -> dict[str, Tensor]:
+    """Output and every gradient of ``forward(x, weight, A, B, scale, bias, **options)``."""
+    leaves = inputs.leaves()
+    y = forward(leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, leaves.scale, leaves.bias, **options)
+    y.backward(inputs.dy.view(y.shape))
+    grads = (leaves.x.grad, leaves.lora_A.grad, leaves.lora_B.grad, None if leaves.bias is None else leaves.bias.grad)
+    return {name: value.detach() for name, value in zip(NAMES, (y, *grads), strict=True) if value is not None}
+
+
+def check(inputs: Inputs, got: dict[str, Tensor], mask: Tensor | None = None, dropout_p: float = 0.0) -> None:
+    """Assert that ``got``, of :func:`results`' form, is within the budget."""
+    dropout = {"mask": mask, "dropout_p": dropout_p}
+    exact = results(inputs.to(torch.float64), reference.eager_lora_linear, **dropout)
+    # fp32 adapters over a 16-bit weight are rounded to it, as autocast would
+    low = results(inputs.to(inputs.weight.dtype), reference.eager_lora_linear, **dropout)
+    assert set(got) == set(exact)
+    for name, value in got.items():
+        within(name, value, low[name], exact[name])
+
+
+def within(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    error = (got.double() - exact).abs().max().item()
+    allowed = budget(eager, exact)
+    assert error <= allowed, f"{name}: error {error:.3e} is over the budget of {allowed:.3e}"
+
+
+def budget(eager: Tensor, exact: Tensor) -> float:
+    rounding = torch.finfo(eager.dtype).eps / 2 * exact.abs().max().item()
+    return 2 * (eager.double() - exact).abs().max().item() + rounding
+
+
+def forward_bound(inputs: Inputs) -> Tensor:
+    """A bound that no correct float32 or float64 forward can exceed, whatever its order of summation: (M, N).
+
+    Each of its sums has at most K + R + 2 terms, each product is rounded a few times: γ_n = n u / (1 - n u) times the
+    computation on absolute values (Higham, Accuracy and Stability of Numerical Algorithms, §3.1).
+    """
+    u = torch.finfo(inputs.weight.dtype).eps / 2
+    n = inputs.x.shape[-1] + inputs.lora_A.shape[0] + 8
+    absolute = Inputs(*(v.abs() if isinstance(v, Tensor) else v for v in vars(inputs.to(torch.float64)).values()))
+    args = (absolute.x, absolute.weight, absolute.lora_A, absolute.lora_B, abs(absolute.scale), absolute.bias)
+    return n * u / (1 - n * u) * reference.eager_lora_linear(*args)

@@ -116,7 +116,10 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        device_type = ctx.saved_tensors[1].device.type
+        given = dy if dy is not None else dh
+        if given is None:
+            return (None,) * 9
+        device_type = given.device.type
         if torch.is_autocast_enabled(device_type):
             # everything is in the compute dtype already; backward may run under another autocast than forward did
             with torch.autocast(device_type, enabled=False):
@@ -127,9 +130,8 @@ class _LoRALinear(torch.autograd.Function):
     def _gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
-        if dy is None and dh is None:
-            grads: tuple[Tensor | None, ...] = (None,) * 5
-        elif dh is not None or dy is None or torch.is_grad_enabled():
+        grads: tuple[Tensor | None, ...]
+        if dh is not None or dy is None or torch.is_grad_enabled():
             # a second derivative: grad mode is on inside backward exactly when create_graph was asked for
             mask = None
             if seed is not None:

@@ -263,7 +263,7 @@ def adapter_grad(
             dA = total.mul_(scale * keep_scale(dropout_p)).to(dtype_A)
     if dy is not None and h is not None:
         # hᵀ dy, not dyᵀ h: the narrow matrix on the left is the faster product on a CPU
-        dB = torch.mm(h.t(), _rows(dy)).mul_(scale).t().to(dtype_B, memory_format=torch.contiguous_format)
+        dB = torch.mm(h.t(), _rows(dy)).mul_(scale).t().to(dtype_B).contiguous()
     return dA, dB
 
 

@@ -26,7 +26,8 @@ def check_rank(rank: Any, name: str = "rank") -> int:
 def _finite(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a finite number, got {value!r}")
-    if not math.isfinite(value):
+    # a compiled call may have a symbolic number, which has no such test
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
     return float(value)
 

@@ -72,13 +72,28 @@ def results(inputs: Inputs, forward, **options) -> dict[str, Tensor]:
 
 def check(inputs: Inputs, got: dict[str, Tensor], mask: Tensor | None = None, dropout_p: float = 0.0) -> None:
     """Assert that ``got``, of :func:`results`' form, is within the budget."""
-    dropout = {"mask": mask, "dropout_p": dropout_p}
+    _check([_with_expectations(inputs, got, mask=mask, dropout_p=dropout_p)])
+
+
+def check_shape(forward, M, K, N, R, **options) -> None:
+    """:func:`check` on fresh draws: so many that even the smallest result has 64 values to err in."""
+    fewest = min(M * N, M * K, R * K, N * R, N) or 64
+    draws = [draw(M, K, N, R, **options) for _ in range(-(-64 // min(fewest, 64)))]
+    _check([_with_expectations(inputs, results(inputs, forward)) for inputs in draws])
+
+
+def _with_expectations(inputs: Inputs, got: dict[str, Tensor], **dropout) -> dict[str, tuple[Tensor, ...]]:
+    """name -> (got, eager in the same dtype, exact in float64)."""
     exact = results(inputs.to(torch.float64), reference.eager_lora_linear, **dropout)
-    # fp32 adapters over a 16-bit weight are rounded to it, as autocast would
+    # float32 adapters over a 16-bit weight are rounded to it, as autocast would
     low = results(inputs.to(inputs.weight.dtype), reference.eager_lora_linear, **dropout)
     assert set(got) == set(exact)
-    for name, value in got.items():
-        within(name, value, low[name], exact[name])
+    return {name: (got[name], low[name], exact[name]) for name in exact}
+
+
+def _check(draws: list[dict[str, tuple[Tensor, ...]]]) -> None:
+    for name in draws[0]:
+        within(name, *(torch.stack(values) for values in zip(*(one[name] for one in draws), strict=True)))
 
 
 def within(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:

@@ -36,7 +36,9 @@ def test_few_tokens_get_a_low_tile():
     assert (tall.BLOCK_M, low.BLOCK_M) == (128, 16)
 
 
-@pytest.mark.parametrize(("rank", "block"), [(1, 16), (16, 16), (17, 32), (100, 128), (128, 128), (129, 128), (999, 128)])
+@pytest.mark.parametrize(
+    ("rank", "block"), [(1, 16), (16, 16), (17, 32), (100, 128), (128, 128), (129, 128), (999, 128)]
+)
 def test_rank_is_padded_to_a_power_of_two_and_looped_beyond_the_limit(rank, block):
     assert block_r(rank) == block
     assert default_reduction(rank, 2).BLOCK_R <= 64

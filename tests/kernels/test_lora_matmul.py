@@ -31,8 +31,7 @@ def operands(inputs):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_output_and_every_gradient_are_within_the_budget(shape, bias, dtype, device):
-    inputs = oracle.draw(*shape, dtype=dtype, bias=bias, device=device)
-    oracle.check(inputs, oracle.results(inputs, triton))
+    oracle.check_shape(triton, *shape, dtype=dtype, bias=bias, device=device)
 
 
 @pytest.mark.parametrize("base", [torch.float16, torch.bfloat16], ids=str)

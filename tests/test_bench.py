@@ -1,0 +1,343 @@
+"""The plumbing of ``fused-lora bench`` and ``make gpu``; what they measure is not tested here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+import pytest
+import torch
+
+from fused_lora import bench
+from fused_lora.bench import gpu, measure, peers, runner, shapes, table
+from fused_lora.bench.problems import LayerProblem, NetProblem
+from fused_lora.bench.results import Environment, Results, Row
+from fused_lora.bench.shapes import FORWARD, STEP, Shape
+
+CPU = torch.device("cpu")
+SMALL = Shape("small", 6, 20, 12, 3, frozenset({"cpu"}), bias=True)
+HASTY = measure.Plan(seconds=0.0, min_rounds=2, max_rounds=2, sample_ms=0.0)
+ENVIRONMENT = Environment("Some GPU (80 GB)", "2.13.0", "3.7.1", "13.0", "3.11.7", 2, "2026-01-31")
+
+
+def arguments(*options):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(options)
+
+
+def a_row(**fields):
+    values = dict.fromkeys(("ratio_to_frozen", "ratio_p20", "ratio_p80", "ratio_to_parametrize"), 1.0)
+    values |= dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), 2.0)
+    values |= {"work": STEP, "shape": "s", "dtype": "float32", "candidate": "eager", "rounds": 3}
+    values |= {"tflops": None, "gb_per_s": None, "saved_bytes": 0, "peak_bytes": None}
+    return Row(**values | fields)
+
+
+class Clock:
+    """Time that passes in calls alone; ``slowness`` stands for a machine with other work."""
+
+    def __init__(self):
+        self.seconds, self.slowness = 0.0, 1.0
+        self.calls = []
+
+    def __call__(self):
+        return self.seconds
+
+    def takes(self, name, ms):
+        def call():
+            self.calls.append(name)
+            self.seconds += ms * 1e-3 * self.slowness
+
+        return call
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_every_candidate_is_sampled_once_a_round_in_changing_order():
+    clock = Clock()
+    calls = {name: clock.takes(name, ms) for name, ms in (("frozen", 1.0), ("ours", 1.5), ("eager", 3.0))}
+    plan = measure.Plan(seconds=0.055, min_rounds=2, max_rounds=50, sample_ms=0.0)
+    measured = measure.interleave(calls, measure.HostTimer(clock), plan)
+    assert {name: len(samples) for name, samples in measured.samples.items()} == dict.fromkeys(calls, 10)
+    assert measured.time("ours").median == pytest.approx(1.5)
+    assert measured.ratio("eager", "frozen").median == pytest.approx(3.0)
+    rounds = [tuple(clock.calls[-3 * n : len(clock.calls) - 3 * n + 3]) for n in range(1, 11)]
+    assert all(set(order) == set(calls) for order in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_short_calls_are_repeated_to_fill_a_sample():
+    clock = Clock()
+    plan = measure.Plan(seconds=0.0, min_rounds=2, max_rounds=2, sample_ms=2.0)
+    measured = measure.interleave({"a": clock.takes("a", 0.03)}, measure.HostTimer(clock), plan)
+    assert len(clock.calls) == 1 + 3 + 2 * 67
+    assert measured.time("a").median == pytest.approx(0.03)
+
+
+def test_what_slows_a_whole_round_cancels_in_the_ratio():
+    samples = {"frozen": [1.0, 8.0, 2.0, 1.0], "ours": [1.1, 8.8, 2.2, 1.1]}
+    spread = measure.Measurement(samples).ratio("ours", "frozen")
+    assert (spread.median, spread.p20, spread.p80) == pytest.approx((1.1, 1.1, 1.1))
+
+
+def test_spread_is_median_and_fifths():
+    spread = measure.Spread.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    assert (spread.median, spread.p20, spread.p80) == (3.5, 2.0, 5.0)
+
+
+def test_ours_keeps_x_and_the_thin_product_and_parametrize_a_whole_weight():
+    problem = LayerProblem(STEP, SMALL, "float32", CPU)
+
+    def kept(name):
+        candidate = problem.candidate(name)
+        return measure.saved_bytes(candidate.call, candidate.parameters)
+
+    x, h = SMALL.M * SMALL.K * 4, SMALL.M * SMALL.R * 4
+    assert kept("frozen") == 0
+    assert kept("ours-eager") == x + h
+    assert kept("addmm") == x
+    assert kept("parametrize") >= x + SMALL.N * SMALL.K * 4
+
+
+def test_a_storage_is_counted_once():
+    a = torch.randn(4, 4, requires_grad=True)
+    b = torch.randn(4, 4)
+    assert measure.saved_bytes(lambda: (a * b).sum() + (a * b.t()).sum(), [a]) == 64
+
+
+# ---------------------------------------------------------------- checking
+
+
+@pytest.mark.parametrize("dtype", bench.KNOWN_DTYPES)
+@pytest.mark.parametrize("work", [FORWARD, STEP])
+def test_every_candidate_is_right(work, dtype):
+    group = runner.run_group(LayerProblem(work, SMALL, dtype, CPU), HASTY)
+    assert group.red == {}
+    assert {row.candidate for row in group.rows} | set(group.absent) == set(peers.PEERS)
+    assert next(row for row in group.rows if row.candidate == "frozen").ratio_to_frozen == 1.0
+
+
+def test_every_candidate_takes_the_same_training_step():
+    group = runner.run_group(NetProblem("float32", CPU), HASTY)
+    assert group.red == {}
+    assert group.ours in {row.candidate for row in group.rows}
+
+
+class WrongScale(peers.EagerLoRA):
+    def forward(self, x):
+        return super().forward(x) * 1.001
+
+
+class NotANumber(peers.EagerLoRA):
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+
+
+class NoGradient(peers.EagerLoRA):
+    def forward(self, x):
+        with torch.no_grad():
+            update = super().forward(x) - x @ self.weights.weight.t()
+        return x @ self.weights.weight.t() + update
+
+
+class Raises(peers.EagerLoRA):
+    def forward(self, x):
+        raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [(WrongScale, "is off by"), (NotANumber, "nan"), (NoGradient, "is off|missing"), (Raises, "RuntimeError: out of")],
+)
+def test_a_wrong_candidate_gets_no_time(monkeypatch, wrong, why):
+    monkeypatch.setitem(peers.PEERS, "addmm", peers.Peer(wrong))
+    group = runner.run_group(LayerProblem(STEP, SMALL, "float32", CPU), HASTY)
+    assert list(group.red) == ["addmm"]
+    with pytest.raises(AssertionError, match=why):
+        raise AssertionError(group.red["addmm"])
+    assert "addmm" not in {row.candidate for row in group.rows}
+    assert {row.candidate for row in group.rows} >= {"frozen", "eager", "ours-eager"}
+    assert "RED" in "\n".join(table.lines(group))
+
+
+# ---------------------------------------------------------------- results
+
+
+def test_results_come_back_from_disk(tmp_path):
+    path = tmp_path / "folder" / "results.json"
+    results = Results(ENVIRONMENT)
+    results.add([a_row(), a_row(candidate="frozen", saved_bytes=None)])
+    results.save(path)
+    assert Results.load(path) == results
+    assert Results.open(path, ENVIRONMENT) == results
+    assert os.listdir(path.parent) == ["results.json"]
+
+
+def test_a_group_that_is_measured_again_replaces_its_rows():
+    results = Results(ENVIRONMENT)
+    results.add([a_row(candidate="a"), a_row(candidate="b")])
+    results.add([a_row(shape="other")])
+    results.add([a_row(candidate="a", median_ms=7.0)])
+    assert [(row.shape, row.candidate, row.median_ms) for row in results.rows] == [
+        ("other", "eager", 2.0),
+        ("s", "a", 7.0),
+    ]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    Results(ENVIRONMENT).save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        Results(ENVIRONMENT, [a_row()]).save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"environment": {}, "rows": []}'])
+def test_another_file_is_neither_read_nor_overwritten(tmp_path, text, capsys):
+    path = tmp_path / "notes.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"notes\.json must be a results file"):
+        Results.load(path)
+    assert bench.run(arguments("--device", "cpu", "--quick", "--out", str(path))) == 2
+    assert "must be a results file" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def test_results_of_another_environment_are_not_overwritten(tmp_path):
+    path = tmp_path / "results.json"
+    Results(ENVIRONMENT).save(path)
+    with pytest.raises(ValueError, match="must be of this environment"):
+        Results.open(path, Environment.here(CPU))
+
+
+def test_the_file_is_named_after_device_and_date():
+    assert ENVIRONMENT.slug == "some-gpu-80-gb"
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(measure, "plan_for", lambda device, quick: HASTY)
+
+
+def test_a_run_prints_ratios_and_writes_its_file(tmp_path, hasty, capsys):
+    path = tmp_path / "results.json"
+    options = ("--device", "cpu", "--quick", "--work", "forward", "--dtype", "float32,bfloat16", "--out", str(path))
+    assert bench.run(arguments(*options)) == 0
+    data = json.loads(path.read_text())
+    assert data["environment"]["threads"] == torch.get_num_threads()
+    quick = shapes.select("cpu", quick=True)
+    assert {(row["shape"], row["dtype"]) for row in data["rows"]} == {
+        (str(shape), dtype) for shape in quick for dtype in ("float32", "bfloat16")
+    }
+    out = capsys.readouterr().out
+    assert "÷ frozen" in out
+    assert f"in {2 * len(quick)} groups" in out
+    assert f"saved: {path}" in out
+
+
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):
+    made = []
+
+    def run_group(problem, plan):
+        if made:
+            raise KeyboardInterrupt
+        made.append(problem)
+        return runner.Group("title", "ours-eager", [a_row()], {}, {})
+
+    monkeypatch.setattr(runner, "run_group", run_group)
+    path = tmp_path / "results.json"
+    assert bench.run(arguments("--device", "cpu", "--quick", "--out", str(path))) == 130
+    assert Results.load(path).rows == [a_row()]
+
+
+def test_a_red_check_fails_the_run(monkeypatch, capsys):
+    group = runner.Group("title", "ours-eager", [], {"ours-eager": "dx is off"}, {})
+    monkeypatch.setattr(runner, "run_group", lambda problem, plan: group)
+    assert bench.run(arguments("--device", "cpu", "--quick", "--work", "forward")) == 1
+    assert "RED, so without a time: title: ours-eager: dx is off" in capsys.readouterr().out
+
+
+def test_a_loss_is_printed_as_one_and_noise_as_noise():
+    def verdict(ours, peer):
+        rows = [
+            a_row(candidate=name, ratio_to_frozen=median, ratio_p20=median - 0.01, ratio_p80=median + 0.01)
+            for name, median in (("ours-eager", ours), ("peft", peer), ("frozen", 1.0))
+        ]
+        return str(table.standing(runner.Group("title", "ours-eager", rows, {}, {})))
+
+    assert verdict(1.1, 1.0) == "ours-eager is 10.0% SLOWER than peft, the fastest peer"
+    assert verdict(1.0, 1.25) == "ours-eager is 20.0% faster than peft, the fastest peer"
+    assert verdict(1.01, 1.0) == "ours-eager is level with peft, the fastest peer (-1.0%, within the noise)"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [(("--work", "train", "--dtype", "bfloat16"), "nothing to time"), (("--threads", "0"), "--threads must be")],
+)
+def test_what_cannot_be_run_is_refused(options, why, capsys):
+    assert bench.run(arguments("--device", "cpu", *options)) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_unknown_names_are_refused_by_the_parser(capsys):
+    for option in ("--dtype", "--work"):
+        with pytest.raises(SystemExit):
+            arguments(option, "float8")
+        assert "got 'float8'" in capsys.readouterr().err
+
+
+def test_shapes_have_names_of_their_own_and_the_most_valuable_comes_first():
+    names = [shape.name for shape in shapes.SHAPES]
+    assert len(set(names)) == len(names)
+    assert all(shape.tags & {"cpu", "gpu"} for shape in shapes.SHAPES)
+    headline = shapes.select("cuda", quick=True)[0]
+    assert (headline.M, headline.K, headline.N, headline.R) == (8192, 4096, 4096, 16)
+
+
+# ---------------------------------------------------------------- make gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert gpu.main([]) == 2
+    assert "finds no CUDA device" in capsys.readouterr().err
+    assert bench.run(arguments("--device", "cuda")) == 2
+
+
+def _checkout(folder, body):
+    tests = folder / "tests" / "kernels"
+    tests.mkdir(parents=True)
+    (tests / "test_it.py").write_text(f"import os\ndef test_it():\n    {body}\n")
+    return folder
+
+
+def test_red_kernel_tests_stop_it_with_their_exit_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "run_speed", lambda *args: pytest.fail("timed over red tests"))
+    assert gpu.main(["--device", "cpu"], _checkout(tmp_path, "assert False")) == 1
+    assert "the kernel tests are red" in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_kernels_are_interpreted_and_then_it_times(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(
+        gpu, "run_speed", lambda device, quick, out: 0 if (device, quick, out) == ("cpu", True, None) else 9
+    )
+    checkout = _checkout(tmp_path, "assert os.environ['TRITON_INTERPRET'] == '1'")
+    assert gpu.main(["--device", "cpu", "--quick"], checkout) == 0
+
+
+def test_its_speed_half_writes_both_works(tmp_path, hasty):
+    path = tmp_path / "results.json"
+    assert gpu.main(["--device", "cpu", "--quick", "--only", "speed", "--out", str(path)]) == 0
+    rows = Results.load(path).rows
+    assert {row.work for row in rows} == {"forward", "step"}
+    assert {row.candidate for row in rows} >= {"ours-eager", "frozen", "eager", "addmm", "parametrize"}

@@ -1,0 +1,259 @@
+"""``lora_linear`` on the CPU's eager path: values, gradients, what is kept, and its life with the rest of PyTorch."""
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fused_lora import lora_linear, ops, reference
+
+SHAPES = [(0, 32, 16, 4), (1, 123, 123, 1), (17, 123, 64, 3), (129, 64, 123, 64), (5, 1, 1, 1)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_every_gradient_are_within_the_budget(shape, bias, dtype):
+    oracle.check_shape(lora_linear, *shape, dtype=dtype, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+def test_dropout_uses_one_mask_in_forward_and_in_every_gradient(dropout_p, dtype):
+    inputs = oracle.draw(300, 1001, 20, 3, dtype=dtype)  # more than one block of rows, and an odd one
+    torch.manual_seed(5)
+    mask = reference.dropout_mask(torch.randint(torch.iinfo(torch.int64).max, (1,)), 300, 1001, dropout_p)
+    torch.manual_seed(5)
+    oracle.check(inputs, oracle.results(inputs, lora_linear, dropout_p=dropout_p), mask, dropout_p)
+
+
+def test_dropout_has_the_rate_and_scaling_of_nn_dropout_and_does_nothing_in_evaluation():
+    x, eye = torch.ones(1000, 512), torch.eye(512)
+    zero = torch.zeros(512, 512)
+    for p in (0.1, 0.5, 0.9):
+        dropped = lora_linear(x, zero, eye, eye, 1.0, dropout_p=p)
+        kept = (dropped != 0).double().mean().item()
+        deviation = (p * (1 - p) / dropped.numel()) ** 0.5
+        assert abs(kept - (1 - p)) < 5 * deviation
+        torch.testing.assert_close(dropped.max(), torch.tensor(1 / (1 - p)), rtol=2e-4, atol=0)
+        rows = (dropped != 0).double().mean(1)
+        assert rows.std().item() == pytest.approx((p * (1 - p) / 512) ** 0.5, rel=0.15)
+        assert torch.equal(lora_linear(x, zero, eye, eye, 1.0, dropout_p=p, training=False), x)
+
+
+def test_dropout_masks_of_two_seeds_and_of_neighbours_are_independent():
+    masks = [
+        reference.dropout_mask(torch.tensor([s]), 512, 512, 0.5).double() * 2 - 1 for s in (0, 1, 2**32, 2**33 + 1)
+    ]
+    shifted = [masks[0].roll(1, 0), masks[0].roll(1, 1), masks[0].roll(2, 1)]
+    for one, other in [*itertools.combinations(masks, 2), *((masks[0], s) for s in shifted)]:
+        assert abs((one * other).mean().item()) < 5 / 512
+
+
+def test_manual_seed_repeats_dropout_and_a_second_call_draws_anew():
+    inputs = oracle.draw(20, 30, 10, 3)
+    args = (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, 1.0)
+    torch.manual_seed(1)
+    first, second = lora_linear(*args, dropout_p=0.5), lora_linear(*args, dropout_p=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(lora_linear(*args, dropout_p=0.5), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("wanted", [w for n in range(6) for w in itertools.combinations(range(5), n)], ids=str)
+def test_every_subset_of_wanted_gradients_gets_exactly_those(wanted, impl):
+    inputs = oracle.draw(7, 20, 12, 3)
+    tensors = [inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias]
+    ours, theirs = ([t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)] for _ in range(2))
+
+    def call(function, leaves, **options):
+        x, weight, A, B, bias = leaves
+        return function(x, weight, A, B, 1.5, bias, **options)
+
+    y, expected = call(lora_linear, ours, impl=impl), call(reference.eager_lora_linear, theirs)
+    torch.testing.assert_close(y, expected)
+    assert y.requires_grad == bool(wanted)
+    if wanted:
+        y.backward(inputs.dy)
+        expected.backward(inputs.dy)
+    for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert (one.grad is not None) == (i in wanted)
+        if i in wanted:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+class _Shapes(TorchDispatchMode):
+    """Shapes of all tensors that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {
+            (func.overloadpacket.__name__, tuple(t.shape)) for t in tree_leaves(out) if isinstance(t, torch.Tensor)
+        }
+        return out
+
+
+def test_gradient_of_the_frozen_weight_is_never_formed():
+    M, K, N, R = 11, 23, 31, 5
+    leaves = oracle.draw(M, K, N, R).leaves()
+    with _Shapes() as ours:
+        lora_linear(
+            leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, 1.0, leaves.bias, impl="eager"
+        ).sum().backward()
+    with _Shapes() as whole:
+        weight = leaves.weight + leaves.lora_B @ leaves.lora_A
+        torch.nn.functional.linear(leaves.x.detach(), weight).sum().backward()
+    made = {shape for name, shape in ours.seen if name not in ("t", "view", "detach", "_unsafe_view")}
+    assert (N, K) not in made
+    assert (K, N) not in made
+    assert (N, K) in {shape for _, shape in whole.seen}  # the watch sees it where it is
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [("x A B", {"x", "h"}), ("A B", {"x", "h"}), ("x B", {"h"}), ("A", {"x"}), ("x", set())],
+)
+def test_only_what_the_wanted_gradients_need_is_kept(wanted, kept):
+    M, K, N, R = 11, 23, 31, 5
+    inputs = oracle.draw(M, K, N, R)
+    x, A, B = inputs.x, inputs.lora_A, inputs.lora_B
+    for name, tensor in (("x", x), ("A", A), ("B", B)):
+        tensor.requires_grad_(name in wanted.split())
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        lora_linear(x, inputs.weight, A, B, 1.0, inputs.bias)
+    parameters = [(N, K), (R, K), (N, R)]
+    for shape in parameters:
+        saved.remove(shape)
+    assert sorted(saved) == sorted({"x": (M, K), "h": (M, R)}[name] for name in kept)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("frozen", [None, "lora_A", "lora_B", "x"])
+def test_first_and_second_derivatives_by_finite_differences(frozen, dropout_p):
+    leaves = oracle.draw(4, 5, 3, 2, dtype=torch.float64).leaves()
+    if frozen is not None:
+        getattr(leaves, frozen).requires_grad_(False)
+
+    def function(x, A, B, bias):
+        torch.manual_seed(3)
+        return lora_linear(x, leaves.weight, A, B, 0.7, bias, dropout_p=dropout_p)
+
+    args = (leaves.x, leaves.lora_A, leaves.lora_B, leaves.bias)
+    assert gradcheck(function, args)
+    assert gradgradcheck(function, args)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every second", "expanded", "3-D permuted"])
+def test_any_strides(layout):
+    inputs = oracle.draw(24, 20, 12, 3)
+    x = {
+        "transposed": inputs.x.t().contiguous().t(),
+        "every second": inputs.x.repeat_interleave(2, 1)[:, ::2],
+        "expanded": inputs.x[:1].expand(24, 20),
+        "3-D permuted": inputs.x.view(4, 6, 20).transpose(0, 1),
+    }[layout]
+    args = (inputs.weight, inputs.lora_A, inputs.lora_B, 2.0, inputs.bias)
+    y = lora_linear(x, *args)
+    assert y.shape == (*x.shape[:-1], 12)
+    torch.testing.assert_close(y, lora_linear(x.contiguous(), *args))
+
+
+def test_output_may_be_changed_in_place():
+    leaves = oracle.draw(4, 5, 3, 2).leaves()
+    for x in (leaves.x, leaves.x.view(2, 2, 5), leaves.x[0]):
+        y = lora_linear(x, leaves.weight, leaves.lora_A, leaves.lora_B, 1.0)
+        y += 1
+        y.mul_(2)
+        (grad,) = torch.autograd.grad(y.sum(), leaves.lora_B)
+        plain = lora_linear(x, leaves.weight, leaves.lora_A, leaves.lora_B, 1.0)
+        torch.testing.assert_close(grad, 2 * torch.autograd.grad(plain.sum(), leaves.lora_B)[0])
+
+
+def test_autocast_computes_in_its_dtype_and_gradients_keep_their_parameters():
+    leaves = oracle.draw(9, 33, 20, 4).leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lora_linear(leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, 1.5, leaves.bias)
+        assert y.dtype == torch.bfloat16
+        assert torch.nn.functional.linear(leaves.x, leaves.weight).dtype == y.dtype
+        y.float().sin().sum().backward()  # inside, as users do by mistake
+    grads = [leaves.x.grad, leaves.lora_A.grad, leaves.lora_B.grad, leaves.bias.grad]
+    assert {g.dtype for g in grads} == {torch.float32}
+    low = [t.detach().bfloat16().requires_grad_() for t in (leaves.x, leaves.lora_A, leaves.lora_B, leaves.bias)]
+    lora_linear(low[0], leaves.weight.bfloat16(), low[1], low[2], 1.5, low[3]).float().sin().sum().backward()
+    for got, expected in zip(grads, low, strict=True):
+        torch.testing.assert_close(got, expected.grad.float(), rtol=0, atol=0)
+
+
+def test_backward_under_another_autocast_stays_in_the_forwards_dtype():
+    leaves, again = oracle.draw(9, 33, 20, 4).leaves(), oracle.draw(9, 33, 20, 4).leaves()
+    again = leaves.leaves()
+    for inputs, mixed in ((leaves, True), (again, False)):
+        y = lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, 1.5)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            y.sum().backward()
+    assert torch.equal(leaves.x.grad, again.x.grad)
+    assert torch.equal(leaves.lora_A.grad, again.lora_A.grad)
+
+
+def test_checkpointing_draws_the_same_mask_again():
+    from torch.utils.checkpoint import checkpoint
+
+    leaves = oracle.draw(9, 33, 20, 4).leaves()
+
+    def function(x):
+        return lora_linear(x, leaves.weight, leaves.lora_A, leaves.lora_B, 1.5, dropout_p=0.5).sin()
+
+    for reentrant in (True, False):
+        torch.manual_seed(2)
+        (plain,) = torch.autograd.grad(function(leaves.x).sum(), leaves.lora_A)
+        torch.manual_seed(2)
+        leaves.lora_A.grad = None
+        checkpoint(function, leaves.x, use_reentrant=reentrant).sum().backward()
+        assert torch.equal(leaves.lora_A.grad, plain)
+
+
+@pytest.mark.parametrize("seed", [None, torch.tensor([4])])
+def test_operators_pass_opcheck(seed):
+    i = oracle.draw(6, 10, 8, 3)
+    p = 0.0 if seed is None else 0.5
+    for a in (i.x, i.x.view(2, 3, 10)):
+        args = (a, i.weight.t(), i.lora_A.t(), i.lora_B.t(), i.bias, 1.5, seed, p, False, "eager")
+        torch.library.opcheck(ops.lora_matmul, args)
+    h, g = torch.randn(6, 3), torch.randn(6, 3)
+    for given in ((i.x, g, i.dy, h), (i.x, g, None, None), (None, None, i.dy, h)):
+        torch.library.opcheck(ops.adapter_grad, (*given, 1.5, seed, p, torch.float32, torch.float32, "eager"))
+
+
+def test_compiles_whole_and_gives_the_same():
+    inputs = oracle.draw(9, 33, 20, 4)
+    compiled = torch.compile(lora_linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    expected, got = oracle.results(inputs, lora_linear), oracle.results(inputs, compiled)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+
+
+def test_explicit_triton_on_cpu_tensors_raises_unless_interpreting(monkeypatch):
+    inputs = oracle.draw(2, 4, 3, 1)
+    args = (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, 1.0)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run here: Triton needs a CUDA device"):
+        lora_linear(*args, impl="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    lora_linear(*args, impl="triton")
+
+
+def test_explicit_triton_with_float64_raises():
+    inputs = oracle.draw(2, 4, 3, 1, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"not torch\.float64"):
+        lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, 1.0, impl="triton")

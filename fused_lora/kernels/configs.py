@@ -18,7 +18,10 @@ class Device:
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of ``out[M,P] = a[M,Q] w[Q,P] + scale · (a[M,Q] u[Q,R]) v[R,P]``, and bytes of an element of a and of u."""
+    """Sizes of ``out[M,P] = a[M,Q] w[Q,P] + scale · (a[M,Q] u[Q,R]) v[R,P]``, bytes of an element of a and of u.
+
+    tensor_cores: False for float32 at full precision, which is multiplied in ordinary registers.
+    """
 
     M: int
     P: int
@@ -27,6 +30,10 @@ class Problem:
     itemsize: int
     adapter_itemsize: int
     dropout: bool = False
+    tensor_cores: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.tensor_cores or self.itemsize == 4, "only float32 is ever multiplied without tensor cores"
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,9 @@ class ReductionConfig:
 
 # tl.dot's least size on every side
 MIN_DOT = 16
-# widest rank block that leaves the accumulators in registers beside a 128-wide tile
+# widest rank block that leaves the accumulators in registers beside a tile of the output
 MAX_BLOCK_R = 128
+MAX_BLOCK_R_EXACT = 32
 
 
 def next_power_of_2(n: int) -> int:
@@ -77,20 +85,27 @@ def registers(config: TileConfig, problem: Problem) -> int:
 
 
 def fits(config: TileConfig, problem: Problem, device: Device) -> bool:
-    """Shared memory as the device allows, and accumulators that leave half of a thread's 255 registers for the rest."""
-    return shared_bytes(config, problem) <= device.shared_memory and registers(config, problem) <= 128
+    """Shared memory as the device allows, and accumulators that leave enough of a thread's 255 registers for the rest.
+
+    Half of them where tensor cores read their operands from shared memory; without, fragments of both operands pass
+    through registers, and compiling showed spills beyond 48.
+    """
+    limit = 128 if problem.tensor_cores else 48
+    return shared_bytes(config, problem) <= device.shared_memory and registers(config, problem) <= limit
 
 
 # Largest first: BLOCK_M, BLOCK_P, BLOCK_Q, warps, stages.
 _HALF = ((128, 128, 64, 8, 3), (128, 128, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 2))
 _FLOAT = ((128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 2), (32, 32, 32, 4, 2))
+_EXACT = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
 
 
 def default_config(problem: Problem, device: Device) -> TileConfig:
     """The largest tile that fits, cut down to the tokens there are; the last candidate fits every GPU."""
-    rank = block_r(problem.R)
+    rank = block_r(problem.R, MAX_BLOCK_R if problem.tensor_cores else MAX_BLOCK_R_EXACT)
+    candidates = _HALF if problem.itemsize == 2 else _FLOAT if problem.tensor_cores else _EXACT
     rows = max(next_power_of_2(max(problem.M, 1)), MIN_DOT)
-    for block_m, block_p, block_q, warps, stages in _HALF if problem.itemsize == 2 else _FLOAT:
+    for block_m, block_p, block_q, warps, stages in candidates:
         config = TileConfig(min(block_m, rows), block_p, block_q, rank, 8, warps, stages)
         if rows < block_m:
             # fewer accumulators than eight warps can share
@@ -100,9 +115,10 @@ def default_config(problem: Problem, device: Device) -> TileConfig:
     return replace(config, num_stages=1, BLOCK_R=MIN_DOT)
 
 
-def default_reduction(rank: int, itemsize: int) -> ReductionConfig:
-    """M is walked in steps of 64; a block of 64 columns keeps every program's loads in whole cache lines."""
-    return ReductionConfig(64 if itemsize == 2 else 32, 64, block_r(rank, 64), 4, 3)
+def default_reduction(rank: int, itemsize: int, device: Device) -> ReductionConfig:
+    """A block of 64 columns loads whole cache lines; M is walked in the longest steps that never spill."""
+    from_shared_memory = device.capability[0] in (9, 10)
+    return ReductionConfig(64 if itemsize == 2 and from_shared_memory else 32, 64, block_r(rank, 64), 4, 3)
 
 
 # Triton's interpreter runs a program at a time: small tiles, so that small cases still have several of them, and tails

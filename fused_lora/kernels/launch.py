@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from ..ops import interpreting
 from ..reference import dropout_threshold, keep_scale
 from .adapter_grad import _adapter_grad_kernel
 from .configs import (
@@ -26,6 +27,22 @@ from .configs import (
 from .lora_matmul import _lora_matmul_kernel
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One launch, ready to be made, or to be compiled for another GPU (``codegen.py``)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    flags: dict[str, Any]
+    config: TileConfig | ReductionConfig
+
+    def launch(self, device: torch.device) -> None:
+        # Triton launches on the current device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](*self.args, **self.flags, **_as_dict(self.config))
+
+
 def lora_matmul(
     a: Tensor,
     w: Tensor,
@@ -39,28 +56,44 @@ def lora_matmul(
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One launch. config: tile sizes other than the default's."""
+    rows = math.prod(a.shape[:-1])
+    out = a.new_empty((*a.shape[:-1], w.shape[1]))
+    thin = a.new_empty((rows, u.shape[1]))
+    if out.numel() > 0:
+        if config is None:
+            exact = a.dtype == torch.float32 and _precision() == "ieee"
+            sizes = (rows, w.shape[1], a.shape[-1], u.shape[1], a.dtype.itemsize, u.dtype.itemsize)
+            problem = Problem(*sizes, dropout=seed is not None, tensor_cores=not exact)
+            config = _tile_config(problem, a.device)
+        call = lora_matmul_call(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, out, thin, config)
+        call.launch(a.device)
+    return out, thin
+
+
+def lora_matmul_call(
+    a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
+    seed: Tensor | None, dropout_p: float, dropout_on_output: bool, out: Tensor, thin: Tensor, config: TileConfig,
+) -> Call:  # fmt: skip
+    """The launch that fills out (..., P) and thin (M, R)."""
     a2 = _rows(a)
     (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
-    out = a.new_empty((*a.shape[:-1], P))
-    thin = a.new_empty((M, R))
-    if M == 0 or P == 0:
-        return out, thin
-    if config is None:
-        config = _tile_config(M, P, Q, R, a.dtype.itemsize, u.dtype.itemsize, seed is not None, a.device)
-    grid = (_cdiv(M, config.BLOCK_M) * _cdiv(P, config.BLOCK_P),)
-    with _on(a.device):
-        _lora_matmul_kernel[grid](
+    return Call(
+        kernel=_lora_matmul_kernel,
+        grid=(_cdiv(M, config.BLOCK_M) * _cdiv(P, config.BLOCK_P),),
+        args=(
             a2, w, u, v, bias, seed, out, thin, M, P, Q, R, *a2.stride(), *w.stride(), *u.stride(), *v.stride(),
             float(scale), keep_scale(dropout_p), dropout_threshold(dropout_p),
-            HAS_BIAS=bias is not None,
-            DROP_INPUT=seed is not None and not dropout_on_output,
-            DROP_OUTPUT=seed is not None and dropout_on_output,
-            EVEN_Q=Q > 0 and Q % config.BLOCK_Q == 0,
-            MANY_RANKS=config.BLOCK_R < R,
-            PRECISION=_precision(),
-            **_launch_options(config),
-        )  # fmt: skip
-    return out, thin
+        ),
+        flags={
+            "HAS_BIAS": bias is not None,
+            "DROP_INPUT": seed is not None and not dropout_on_output,
+            "DROP_OUTPUT": seed is not None and dropout_on_output,
+            "EVEN_Q": Q > 0 and Q % config.BLOCK_Q == 0,
+            "MANY_RANKS": config.BLOCK_R < R,
+            "PRECISION": _precision(),
+        },
+        config=config,
+    )  # fmt: skip
 
 
 def adapter_grad(
@@ -79,27 +112,38 @@ def adapter_grad(
     pairs = [(_rows(wide), thin) for wide, thin in ((x, g), (dy, h)) if wide is not None and thin is not None]
     if not pairs:
         return None, None
-    # an absent pair has no tiles, and borrows the pointers of the other
+    # an absent pair has no columns to reduce, and borrows the pointers of the other
     (x2, g2), (dy2, h2) = pairs[0], pairs[-1]
-    has_A, has_B = x is not None and g is not None, dy is not None and h is not None
-    M, R = g2.shape
-    K, N = x2.shape[1] if has_A else 0, dy2.shape[1] if has_B else 0
-    dA = x2.new_empty((R, K), dtype=dtype_A) if has_A else None
-    dB = dy2.new_empty((N, R), dtype=dtype_B) if has_B else None
+    rank = g2.shape[1]
+    dA = x2.new_empty((rank, x2.shape[1]), dtype=dtype_A) if x is not None and g is not None else None
+    dB = dy2.new_empty((dy2.shape[1], rank), dtype=dtype_B) if dy is not None and h is not None else None
     if config is None:
-        config = INTERPRETER_REDUCTION if interpreting() else default_reduction(R, x2.dtype.itemsize)
-    tiles_A, tiles_B = _cdiv(K, config.BLOCK_C), _cdiv(N, config.BLOCK_C)
-    if tiles_A + tiles_B > 0:
-        with _on(x2.device):
-            _adapter_grad_kernel[(tiles_A + tiles_B, _cdiv(R, config.BLOCK_R))](
-                x2, g2, dy2, h2, seed, dB if dA is None else dA, dA if dB is None else dB, M, K, N, R, tiles_A,
-                *x2.stride(), *g2.stride(), *dy2.stride(), *h2.stride(),
-                float(scale), keep_scale(dropout_p), dropout_threshold(dropout_p),
-                DROPOUT=seed is not None,
-                PRECISION=_precision(),
-                **_launch_options(config),
-            )  # fmt: skip
+        config = _reduction_config(rank, x2.dtype.itemsize, x2.device)
+    call = adapter_grad_call(x2, g2, dy2, h2, scale, seed, dropout_p, dA, dB, config)
+    if call.grid[0] > 0:
+        call.launch(x2.device)
     return dA, dB
+
+
+def adapter_grad_call(
+    x: Tensor, g: Tensor, dy: Tensor, h: Tensor, scale: float, seed: Tensor | None, dropout_p: float,
+    dA: Tensor | None, dB: Tensor | None, config: ReductionConfig,
+) -> Call:  # fmt: skip
+    """The launch that fills dA (R, K) and dB (N, R), those of the two that are there. x, g, dy, h: 2-D."""
+    M, R = g.shape
+    K, N = (0 if dA is None else x.shape[1]), (0 if dB is None else dy.shape[1])
+    tiles_A, tiles_B = _cdiv(K, config.BLOCK_C), _cdiv(N, config.BLOCK_C)
+    return Call(
+        kernel=_adapter_grad_kernel,
+        grid=(tiles_A + tiles_B, _cdiv(R, config.BLOCK_R)),
+        args=(
+            x, g, dy, h, seed, dB if dA is None else dA, dA if dB is None else dB, M, K, N, R, tiles_A,
+            *x.stride(), *g.stride(), *dy.stride(), *h.stride(),
+            float(scale), keep_scale(dropout_p), dropout_threshold(dropout_p),
+        ),
+        flags={"DROPOUT": seed is not None, "PRECISION": _precision()},
+        config=config,
+    )  # fmt: skip
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -115,13 +159,8 @@ def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 @functools.cache
-def _launch_options(config: TileConfig | ReductionConfig) -> dict[str, int]:
+def _as_dict(config: TileConfig | ReductionConfig) -> dict[str, int]:
     return dataclasses.asdict(config)
 
 
@@ -132,9 +171,12 @@ def _device(device: torch.device) -> Device:
 
 
 @functools.lru_cache(maxsize=4096)
-def _tile_config(
-    M: int, P: int, Q: int, R: int, itemsize: int, adapter_itemsize: int, dropout: bool, device: torch.device
-) -> TileConfig:  # fmt: skip
+def _tile_config(problem: Problem, device: torch.device) -> TileConfig:
+    return default_config(problem, _device(device)) if device.type == "cuda" else INTERPRETER_TILE
+
+
+@functools.cache
+def _reduction_config(rank: int, itemsize: int, device: torch.device) -> ReductionConfig:
     if device.type != "cuda":
-        return INTERPRETER_TILE
-    return default_config(Problem(M, P, Q, R, itemsize, adapter_itemsize, dropout), _device(device))
+        return INTERPRETER_REDUCTION
+    return default_reduction(rank, itemsize, _device(device))

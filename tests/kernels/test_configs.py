@@ -20,9 +20,11 @@ DEVICES = {
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
 def test_default_config_fits_every_device(device):
-    sizes = itertools.product((1, 17, 4096), (2, 4), (2, 4), (1, 16, 64, 100, 256, 1000), (False, True))
-    for M, itemsize, adapter_itemsize, rank, dropout in sizes:
-        problem = Problem(M, 4096, 4096, rank, itemsize, max(itemsize, adapter_itemsize), dropout)
+    sizes = itertools.product((1, 17, 4096), (2, 4), (2, 4), (1, 16, 64, 100, 256, 1000), (False, True), (False, True))
+    for M, itemsize, adapter_itemsize, rank, dropout, exact in sizes:
+        problem = Problem(
+            M, 4096, 4096, rank, itemsize, max(itemsize, adapter_itemsize), dropout, itemsize == 2 or not exact
+        )
         config = default_config(problem, device)
         assert fits(config, problem, device), (problem, config)
         for block in (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R):
@@ -41,4 +43,4 @@ def test_few_tokens_get_a_low_tile():
 )
 def test_rank_is_padded_to_a_power_of_two_and_looped_beyond_the_limit(rank, block):
     assert block_r(rank) == block
-    assert default_reduction(rank, 2).BLOCK_R <= 64
+    assert all(default_reduction(rank, 2, device).BLOCK_R <= 64 for device in DEVICES.values())

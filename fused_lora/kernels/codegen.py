@@ -1,0 +1,105 @@
+"""Compile a launch for a GPU that is not here, and read what the assembler made of it.
+
+Works on any machine with Triton, whose wheel brings ptxas, but not while Triton interprets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .configs import Device
+from .launch import Call
+
+# shared memory that one program may use, from the CUDA programming guide's table of compute capabilities
+DEVICES = {
+    80: Device((8, 0), 163 * 1024),
+    86: Device((8, 6), 99 * 1024),
+    89: Device((8, 9), 99 * 1024),
+    90: Device((9, 0), 227 * 1024),
+    100: Device((10, 0), 227 * 1024),
+    120: Device((12, 0), 99 * 1024),
+}
+
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one program: registers per thread, bytes spilled, bytes of shared memory; ptxas's warnings by code; PTX."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    warnings: tuple[str, ...]
+    matrix_instructions: tuple[str, ...]
+
+
+def compile_call(call: Call, arch: int) -> Resources:
+    """Compile ``call`` as Triton would on a GPU of compute capability arch (90 for sm_90).
+
+    Tensors may be on the meta device; their pointers count as aligned to 16 bytes, as PyTorch's allocations are.
+    """
+    names = call.kernel.arg_names
+    constants: dict[str, Any] = dict(call.flags)
+    for name, value in dataclasses.asdict(call.config).items():
+        if name in names:
+            constants[name] = value
+    fixed = {call.kernel.params[i].name for i in range(len(names)) if call.kernel.params[i].do_not_specialize}
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, (name, value) in enumerate(zip(names, call.args, strict=False)):
+        if value is None or (isinstance(value, int) and value == 1 and name not in fixed):
+            constants[name] = value
+            continue
+        signature[name] = _type(value)
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and name not in fixed):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(call.kernel, signature, constants, attributes)
+    options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return _read(compiled.asm["ptx"], compiled.metadata.shared)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _read(ptx: str, shared: int) -> Resources:
+    target = re.search(r"\.target sm_(\w+)", ptx)
+    assert target is not None
+    tool = _TOOLS / ("ptxas-blackwell" if int(re.sub(r"\D", "", target[1])) >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [str(tool), "-v", f"--gpu-name=sm_{target[1]}", str(file), "-o", str(file.with_suffix(".cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"ptxas failed: {done.stderr.strip()}")
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)]
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    assert registers is not None
+    return Resources(
+        registers=int(registers[1]),
+        spill_bytes=sum(spills),
+        shared_bytes=shared,
+        warnings=tuple(sorted(set(re.findall(r"\((C\d+)\)", done.stderr)))),
+        matrix_instructions=tuple(sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", ptx)))),
+    )

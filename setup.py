@@ -1,3 +1,26 @@
+"""Builds the optional extension ``fused_lora._C`` if FUSED_LORA_BUILD_EXT=1 asks; all else is in pyproject.toml."""
+
+import os
+from pathlib import Path
+
 from setuptools import setup
 
-setup()
+
+def extension_arguments() -> dict:
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        raise SystemExit(
+            f"FUSED_LORA_BUILD_EXT=1 builds against the installed PyTorch, and it cannot be imported here ({error}): "
+            "install torch first, then `pip install --no-build-isolation`"
+        ) from error
+    extension = CppExtension(
+        "fused_lora._C",
+        sorted(str(source) for source in Path("csrc").rglob("*.cpp")),
+        # no -fopenmp for the linker: PyTorch brings the OpenMP runtime, and there must be only one
+        extra_compile_args=["-O3", "-g0", "-fopenmp"],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(**extension_arguments() if os.environ.get("FUSED_LORA_BUILD_EXT") == "1" else {})

@@ -40,11 +40,11 @@ def lora_matmul(
     a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
     seed: Tensor | None, dropout_p: float, dropout_on_output: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.ops.fused_lora_native.lora_matmul(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output)
+    return torch.ops.fused_lora_native.lora_matmul.default(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output)
 
 
 def adapter_grad(
     x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | None, scale: float,
     seed: Tensor | None, dropout_p: float, dtype_A: torch.dtype, dtype_B: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    return torch.ops.fused_lora_native.adapter_grad(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B)
+    return torch.ops.fused_lora_native.adapter_grad.default(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B)

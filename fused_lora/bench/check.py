@@ -1,0 +1,59 @@
+"""Correct first: what computes something else is not timed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .peers import EAGER, FROZEN
+from .problems import Candidate, Problem, parse_dtype
+
+
+class Judge:
+    """The float64 truth of a problem, and how far a candidate may be from it.
+
+    A result's error may be at most twice the error of plain PyTorch in the same dtype, plus one rounding of the
+    largest |truth|, plus the random walk of its longest sum: candidates add the same terms in other orders, in float32
+    or better. The frozen linear is held to its own truth, which knows no adapter.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._truth: dict[str, dict[str, Tensor]] = {}
+        self._budget: dict[str, dict[str, float]] = {}
+        dtype = parse_dtype(problem.dtype)[0]
+        # finfo.eps is two roundings
+        rounding = (torch.finfo(dtype).eps + math.sqrt(problem.longest_sum) * torch.finfo(torch.float32).eps) / 2
+        exact = problem.exact()
+        for name in (FROZEN, EAGER):
+            truth, plain = _all(exact.candidate(name).call()), _all(problem.candidate(name).call())
+            self._truth[name] = truth
+            self._budget[name] = {
+                key: 2 * _error(plain[key], truth[key]) + rounding * float(truth[key].abs().max()) for key in truth
+            }
+
+    def verdict(self, name: str, candidate: Candidate) -> str | None:
+        """None for a right candidate; else which of its results is how wrong."""
+        held_to = FROZEN if name == FROZEN else EAGER
+        results = candidate.call()
+        for key, truth in self._truth[held_to].items():
+            result, budget = results[key], self._budget[held_to][key]
+            if result is None:
+                return f"{key} is missing"
+            error = _error(result, truth)
+            # not `error > budget`, which NaN would pass
+            if not error <= budget:
+                return f"{key} is off by {error:.3g}, and may be by {budget:.3g}"
+        return None
+
+
+def _all(results: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Plain PyTorch computes everything."""
+    return {key: result for key, result in results.items() if result is not None}
+
+
+def _error(actual: Tensor, truth: Tensor) -> float:
+    if actual.shape != truth.shape:
+        return math.inf
+    return float((actual.double() - truth).abs().max())

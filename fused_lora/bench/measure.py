@@ -1,0 +1,151 @@
+"""Time and memory: candidates take turns, so that what slows the machine down slows them all."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+# (call, count) -> milliseconds a call, over count calls in a row
+Timer = Callable[[Call, int], float]
+
+# at least this much is written to flush a GPU's cache: about 0.1 ms, for the host to issue launches in
+MIN_FLUSH = 1 << 28
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure a group: rounds to fill ``seconds``, within bounds; samples of at least ``sample_ms``."""
+
+    seconds: float
+    min_rounds: int
+    max_rounds: int
+    sample_ms: float
+
+
+def plan_for(device: torch.device, quick: bool) -> Plan:
+    if device.type == "cuda":
+        # the cache is flushed before every call, so a sample is one call
+        return Plan(0.3, 10, 20, 0.0) if quick else Plan(2.0, 20, 100, 0.0)
+    return Plan(0.5, 5, 50, 0.5) if quick else Plan(5.0, 15, 200, 2.0)
+
+
+class HostTimer:
+    """For calls that are done when they return. now: seconds."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+
+    def __call__(self, call: Call, count: int) -> float:
+        start = self._now()
+        for _ in range(count):
+            call()
+        return (self._now() - start) * 1e3 / count
+
+
+class CudaTimer:
+    """Device time between two events, with an L2 that holds nothing of the call's.
+
+    The flush also gives the host a head start: launches that it issues in less time than the flush takes run back to
+    back. A call that needs more is limited by its launches, and that shows, as it does for a user.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(max(4 * cache, MIN_FLUSH), dtype=torch.int8, device=device)
+        self._start, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def __call__(self, call: Call, count: int) -> float:
+        total = 0.0
+        for _ in range(count):
+            self._flush.zero_()
+            self._start.record()
+            call()
+            self._end.record()
+            self._end.synchronize()
+            total += self._start.elapsed_time(self._end)
+        return total / count
+
+
+def timer_for(device: torch.device) -> Timer:
+    return CudaTimer(device) if device.type == "cuda" else HostTimer()
+
+
+@dataclass(frozen=True)
+class Spread:
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        values = list(values)
+        fifths = statistics.quantiles(values, n=5, method="inclusive")
+        return cls(statistics.median(values), fifths[0], fifths[-1])
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """samples: by name, milliseconds a call, one a round."""
+
+    samples: dict[str, list[float]]
+
+    def time(self, name: str) -> Spread:
+        return Spread.of(self.samples[name])
+
+    def ratio(self, name: str, baseline: str) -> Spread:
+        """Of the ratios within each round: what both were slowed down by cancels."""
+        pairs = zip(self.samples[name], self.samples[baseline], strict=True)
+        return Spread.of(mine / base for mine, base in pairs)
+
+
+def interleave(calls: Mapping[str, Call], timer: Timer, plan: Plan) -> Measurement:
+    """Sample every call once a round, in another order each round: none always follows the same one."""
+    for call in calls.values():
+        call()
+    cost = {name: min(timer(call, 1) for _ in range(3)) for name, call in calls.items()}
+    count = {name: max(1, math.ceil(plan.sample_ms / ms)) if ms > 0 else 1 for name, ms in cost.items()}
+    round_ms = sum(cost[name] * count[name] for name in calls)
+    rounds = plan.max_rounds if round_ms <= 0 else int(plan.seconds * 1e3 / round_ms)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    for _ in range(min(max(rounds, plan.min_rounds), plan.max_rounds)):
+        shuffle(order)
+        for name in order:
+            samples[name].append(timer(calls[name], count[name]))
+    return Measurement(samples)
+
+
+def saved_bytes(call: Call, parameters: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward, without the parameters', each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    for parameter in parameters:
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """The most device memory in use during the call, above what was in use before it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,0 +1,221 @@
+"""The candidates: each is a module that computes ``x Wᵀ + scale · (x Aᵀ) Bᵀ + bias`` over the same tensors.
+
+Modules, not functions, because that is what a user swaps: the cost of calling one belongs to the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops, reference
+from ..layer import FusedLoRALinear
+
+FROZEN = "frozen"
+EAGER = "eager"
+PARAMETRIZE = "parametrize"
+OURS = "ours-"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One layer: weight (N, K) and bias (N,) or None, frozen; lora_A (R, K) and lora_B (N, R), trained."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scale: float
+
+    @classmethod
+    def random(
+        cls,
+        K: int,
+        N: int,
+        R: int,
+        bias: bool,
+        dtype: torch.dtype,
+        adapter_dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> Weights:
+        """Entries such that W and the adapter count alike, and nothing leaves float16's range. scale is 2."""
+
+        def draw(dtype: torch.dtype, std: float, *size: int) -> Tensor:
+            return (torch.randn(size, generator=generator, device=generator.device) * std).to(dtype)
+
+        return cls(
+            weight=nn.Parameter(draw(dtype, K**-0.5, N, K), requires_grad=False),
+            bias=nn.Parameter(draw(dtype, 1.0, N), requires_grad=False) if bias else None,
+            lora_A=nn.Parameter(draw(adapter_dtype, K**-0.5, R, K)),
+            lora_B=nn.Parameter(draw(adapter_dtype, R**-0.5, N, R)),
+            scale=2.0,
+        )
+
+    def in_float64(self) -> Weights:
+        def widened(tensor: nn.Parameter) -> nn.Parameter:
+            return nn.Parameter(tensor.detach().double(), tensor.requires_grad)
+
+        bias = None if self.bias is None else widened(self.bias)
+        return Weights(widened(self.weight), bias, widened(self.lora_A), widened(self.lora_B), self.scale)
+
+    def with_own_adapter(self) -> Weights:
+        """The same base, and a copy of the adapter that an optimizer may write to."""
+        lora_A, lora_B = (nn.Parameter(adapter.detach().clone()) for adapter in (self.lora_A, self.lora_B))
+        return replace(self, lora_A=lora_A, lora_B=lora_B)
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        every = (self.weight, self.bias, self.lora_A, self.lora_B)
+        return tuple(parameter for parameter in every if parameter is not None)
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    def linear(self) -> nn.Linear:
+        """The bare frozen layer, sharing weight and bias."""
+        N, K = self.weight.shape
+        linear = nn.Linear(K, N, self.bias is not None, device="meta")
+        linear.weight = self.weight
+        if self.bias is not None:
+            linear.bias = self.bias
+        return linear
+
+
+# --------------------------------------------------------------------------------------------------
+# The modules
+# --------------------------------------------------------------------------------------------------
+
+
+class EagerLoRA(nn.Module):
+    """What frameworks write: five kernels, ordinary autograd. Adapters are rounded to x's dtype, as autocast would."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weights
+        return reference.eager_lora_linear(x, w.weight, w.lora_A.to(x.dtype), w.lora_B.to(x.dtype), w.scale, w.bias)
+
+
+class AddmmLoRA(EagerLoRA):
+    """What Unsloth and axolotl do: three GEMMs forward, the last into the first's result, and six backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weights
+        y: Tensor = _InPlaceAddmm.apply(
+            x, w.weight, w.lora_A.to(x.dtype), w.lora_B.to(x.dtype), w.bias, w.scale
+        )  # fmt: skip
+        return y
+
+
+class _InPlaceAddmm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scale: float
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, lora_A, lora_B)
+        ctx.scale = scale
+        y = F.linear(x, weight, bias)
+        return y.addmm_(x @ lora_A.t(), lora_B.t(), alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, lora_A, lora_B = ctx.saved_tensors
+        g = dy @ lora_B
+        dA = torch.empty_like(lora_A).addmm_(g.t(), x, beta=0, alpha=ctx.scale)
+        dB = torch.empty_like(lora_B).addmm_(dy.t(), x @ lora_A.t(), beta=0, alpha=ctx.scale)
+        dx = (dy @ weight).addmm_(g, lora_A, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
+        return dx, None, dA, dB, None, None
+
+
+def _frozen(weights: Weights) -> nn.Module:
+    return weights.linear()
+
+
+def _parametrize(weights: Weights) -> nn.Module:
+    linear = weights.linear()
+    lora = reference.parametrize_linear(linear, weights.rank, weights.scale * weights.rank)
+    lora.lora_A, lora.lora_B = weights.lora_A, weights.lora_B
+    return linear
+
+
+def _peft(weights: Weights) -> nn.Module:
+    """PEFT's own layer, made by PEFT, over the same tensors."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=weights.rank, lora_alpha=int(weights.scale * weights.rank), target_modules=["linear"])
+    layer: Any = inject_adapter_in_model(config, nn.ModuleDict({"linear": weights.linear()})).get_submodule("linear")
+    layer.lora_A["default"].weight = weights.lora_A
+    layer.lora_B["default"].weight = weights.lora_B
+    return cast(nn.Module, layer)
+
+
+def _ours(impl: str, weights: Weights) -> nn.Module:
+    alpha = weights.scale * weights.rank
+    layer = FusedLoRALinear.from_linear(weights.linear(), rank=weights.rank, alpha=alpha, impl=impl)
+    adapter = layer.adapters["default"]
+    adapter.lora_A, adapter.lora_B = weights.lora_A, weights.lora_B
+    return layer
+
+
+# --------------------------------------------------------------------------------------------------
+# Who is there, and who can't run
+# --------------------------------------------------------------------------------------------------
+
+
+def _always(weights: Weights) -> None:
+    return None
+
+
+def _why_no_impl(impl: str, weights: Weights) -> str | None:
+    device = weights.weight.device
+    if impl == "triton" and device.type == "cpu" and ops.interpreting():
+        return "interpreted kernels say nothing about time"
+    return ops.why_unavailable(impl, device, weights.weight.dtype)
+
+
+def _why_no_peft(weights: Weights) -> str | None:
+    try:
+        import peft  # noqa: F401  # to see whether it can be
+    except ImportError as error:
+        return f"PEFT does not import: {error}"
+    return None
+
+
+def _why_no_parametrize(weights: Weights) -> str | None:
+    mixed = weights.lora_A.dtype != weights.weight.dtype
+    return "W + scale · B A needs adapters of the weight's dtype" if mixed else None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """build: the module over these weights.  why_not: why it can't be timed on them, or None."""
+
+    build: Callable[[Weights], nn.Module]
+    why_not: Callable[[Weights], str | None] = _always
+
+
+PEERS = {
+    FROZEN: Peer(_frozen),
+    **{
+        f"{OURS}{impl}": Peer(partial(_ours, impl), partial(_why_no_impl, impl))
+        for impl in ("triton", "native", "eager")
+    },
+    "addmm": Peer(AddmmLoRA),
+    EAGER: Peer(EagerLoRA),
+    "peft": Peer(_peft, _why_no_peft),
+    PARAMETRIZE: Peer(_parametrize, _why_no_parametrize),
+}
+
+
+def our_choice(weights: Weights) -> str:
+    """The candidate that ``impl="auto"`` means for these weights."""
+    return OURS + ops.choose_impl("auto", weights.weight.device, weights.weight.dtype)

@@ -1,0 +1,178 @@
+"""What is timed: a layer's forward or step, and RichBoyNet's training step, each computed by every peer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..demo.net import LAYERS, RichBoyNet, Trainer
+from .peers import FROZEN, PEERS, Weights, our_choice
+from .shapes import FORWARD, TRAIN, Shape
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """call: the work, once; gives by name what it computed, None for a gradient that did not come."""
+
+    call: Callable[[], dict[str, Tensor | None]]
+    parameters: tuple[nn.Parameter, ...]
+
+
+class Problem(Protocol):
+    """One row of work that candidates compete in. dtype: as :func:`parse_dtype` reads it."""
+
+    work: str
+    label: str
+    dtype: str
+    device: torch.device
+    longest_sum: int  # terms of the longest sum in it
+
+    def ours(self) -> str:
+        """The candidate that a user of ours gets by default."""
+
+    def why_not(self, name: str) -> str | None:
+        """Why this peer can't compute it, or None."""
+
+    def candidate(self, name: str) -> Candidate: ...
+
+    def exact(self) -> Problem:
+        """The same problem in float64."""
+
+    def rates(self, name: str, ms: float) -> tuple[float | None, float | None]:
+        """TFLOP/s and GB/s of useful work, where that is defined."""
+
+
+def parse_dtype(label: str) -> tuple[torch.dtype, torch.dtype]:
+    """ "bfloat16" is the dtype of everything; "bfloat16+float32" that of the base, then that of the adapters."""
+    base, _, adapter = label.partition("+")
+    return getattr(torch, base), getattr(torch, adapter or base)
+
+
+class LayerProblem:
+    """A layer over x (M, K) whose result's gradient is dy (M, N)."""
+
+    def __init__(self, work: str, shape: Shape, dtype: str, device: torch.device) -> None:
+        self.work, self.shape, self.dtype, self.device = work, shape, dtype, device
+        self.label, self.longest_sum = str(shape), max(shape.M, shape.K, shape.N)
+        base, adapter = parse_dtype(dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        self.weights = Weights.random(shape.K, shape.N, shape.R, shape.bias, base, adapter, generator)
+        x = torch.randn(shape.M, shape.K, generator=generator, device=device)
+        dy = torch.randn(shape.M, shape.N, generator=generator, device=device) * shape.N**-0.5
+        self.x, self.dy = x.to(base).requires_grad_(), dy.to(base)
+
+    def ours(self) -> str:
+        return our_choice(self.weights)
+
+    def why_not(self, name: str) -> str | None:
+        return PEERS[name].why_not(self.weights)
+
+    def candidate(self, name: str) -> Candidate:
+        module = PEERS[name].build(self.weights)
+        leaves = {"dx": self.x}
+        if name != FROZEN:
+            leaves |= {"dA": self.weights.lora_A, "dB": self.weights.lora_B}
+
+        @torch.no_grad()
+        def forward() -> dict[str, Tensor | None]:
+            return {"y": module(self.x)}
+
+        def step() -> dict[str, Tensor | None]:
+            y = module(self.x)
+            y.backward(self.dy)
+            results = {"y": y.detach()} | {key: leaf.grad for key, leaf in leaves.items()}
+            for leaf in leaves.values():
+                leaf.grad = None
+            return results
+
+        return Candidate(forward if self.work == FORWARD else step, self.weights.parameters)
+
+    def exact(self) -> LayerProblem:
+        exact = copy.copy(self)
+        exact.dtype = "float64"
+        exact.weights = self.weights.in_float64()
+        exact.x, exact.dy = self.x.detach().double().requires_grad_(), self.dy.double()
+        return exact
+
+    def rates(self, name: str, ms: float) -> tuple[float | None, float | None]:
+        lora = name != FROZEN
+        flops = self.shape.flops(self.work, lora)
+        moved = self.shape.bytes(self.work, self.weights.weight.itemsize, lora)
+        return flops / ms * 1e-9, moved / ms * 1e-6
+
+
+class NetProblem:
+    """RichBoyNet, batch 10, rank 1: forward, cross entropy, backward, and Adam on A and B alone."""
+
+    work = TRAIN
+    label = "RichBoyNet (M=10, 784→1000→2000→10, R=1)"
+
+    def __init__(self, dtype: str, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        base, adapter = parse_dtype(dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.device("meta"):
+            net = RichBoyNet()
+        sizes = [getattr(net, path).weight.shape for path in LAYERS]
+        self.longest_sum = max(map(max, sizes))
+        self.weights = [Weights.random(K, N, 1, True, base, adapter, generator) for N, K in sizes]
+        self.images = torch.randn(10, sizes[0][1], generator=generator, device=device).to(base)
+        self.labels = torch.arange(10, device=device)
+
+    def ours(self) -> str:
+        return our_choice(self.weights[0])
+
+    def why_not(self, name: str) -> str | None:
+        return PEERS[name].why_not(self.weights[0])
+
+    def candidate(self, name: str) -> Candidate:
+        weights = [layer.with_own_adapter() for layer in self.weights]
+        with torch.device("meta"):
+            net = RichBoyNet()
+        for path, layer in zip(LAYERS, weights, strict=True):
+            setattr(net, path, PEERS[name].build(layer))
+        parameters = tuple(parameter for layer in weights for parameter in layer.parameters)
+        if name == FROZEN:
+            return self._floor(net, parameters)
+        leaves = {f"{path}.d{side}": getattr(layer, f"lora_{side}")
+                  for path, layer in zip(LAYERS, weights, strict=True) for side in "AB"}  # fmt: skip
+        trainer = Trainer(net, leaves.values())
+        # the same arithmetic, and every step is the same step
+        trainer.optimizer.param_groups[0]["lr"] = 0.0
+
+        def step() -> dict[str, Tensor | None]:
+            trainer.step(self.images, self.labels)
+            return {key: leaf.grad for key, leaf in leaves.items()}
+
+        return Candidate(step, parameters)
+
+    def _floor(self, net: RichBoyNet, parameters: tuple[nn.Parameter, ...]) -> Candidate:
+        """The frozen network's own step: forward, cross entropy, and the gradient down to the first layer's result."""
+        hidden: list[Tensor] = []
+
+        def keep(module: nn.Module, args: object, output: Tensor) -> None:
+            hidden[:] = [output.requires_grad_()]
+
+        net.linear1.register_forward_hook(keep)
+
+        def step() -> dict[str, Tensor | None]:
+            F.cross_entropy(net(self.images), self.labels).backward()
+            return {"dhidden": hidden[0].grad}
+
+        return Candidate(step, parameters)
+
+    def exact(self) -> NetProblem:
+        exact = copy.copy(self)
+        exact.dtype = "float64"
+        exact.weights = [layer.in_float64() for layer in self.weights]
+        exact.images = self.images.double()
+        return exact
+
+    def rates(self, name: str, ms: float) -> tuple[float | None, float | None]:
+        return None, None

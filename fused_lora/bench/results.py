@@ -1,0 +1,146 @@
+"""Results on disk: where and when they were measured, then one row for each candidate of each group."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Environment:
+    device: str
+    torch_version: str
+    triton_version: str | None
+    cuda_version: str | None
+    python_version: str
+    threads: int
+    date: str
+
+    @classmethod
+    def here(cls, device: torch.device) -> Environment:
+        on_gpu = device.type == "cuda"
+        return cls(
+            device=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+            torch_version=torch.__version__,
+            triton_version=_version("triton"),
+            cuda_version=torch.version.cuda if on_gpu else None,
+            python_version=platform.python_version(),
+            threads=torch.get_num_threads(),
+            date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        )
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Times in milliseconds with their 20th and 80th percentiles; ratios are medians over rounds.
+
+    tflops and gb_per_s count useful work, as ``shapes.Shape`` does. saved_bytes: kept for the backward, without
+    parameters. peak_bytes: device memory that the work takes on top of what was there. None: not defined here.
+    """
+
+    work: str
+    shape: str
+    dtype: str
+    candidate: str
+    rounds: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    ratio_to_frozen: float | None
+    ratio_p20: float | None
+    ratio_p80: float | None
+    ratio_to_parametrize: float | None
+    tflops: float | None
+    gb_per_s: float | None
+    saved_bytes: int | None
+    peak_bytes: int | None
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        return self.work, self.shape, self.dtype
+
+
+@dataclass
+class Results:
+    environment: Environment
+    rows: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path | None, environment: Environment) -> Results:
+        """Those in the file at path, to go on with, or none yet.
+
+        Raises ValueError for a file that was measured elsewhere, or is something else: nothing is overwritten.
+        """
+        if path is None or not path.exists():
+            return cls(environment)
+        found = cls.load(path)
+        if found.environment != environment:
+            raise ValueError(f"{path} must be of this environment, {environment}, got one of {found.environment}")
+        return found
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Raises ValueError for a file that holds something else."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls(Environment(**data["environment"]), [Row(**row) for row in data["rows"]])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} must be a results file of this program, got something else: {error!r}") from error
+
+    def add(self, rows: list[Row]) -> None:
+        """Add a group's rows, in place of those that it had."""
+        new = {row.group for row in rows}
+        self.rows = [row for row in self.rows if row.group not in new] + rows
+
+    def save(self, path: Path) -> None:
+        """All or nothing: a reader, or an interrupted run, never sees half a file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(dataclasses.asdict(self), file, indent=1)
+                file.write("\n")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def default_path(environment: Environment) -> Path | None:
+    """``benchmarks/results/<device>-<date>.json`` of the checkout that this runs from; None where it is installed."""
+    root = Path(__file__).parents[2]
+    if not (root / "pyproject.toml").is_file():
+        return None
+    return root / "benchmarks" / "results" / f"{environment.slug}-{environment.date}.json"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """The model where Linux tells it, else the architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+        if match is not None:
+            return match[1].strip()
+    return platform.machine()

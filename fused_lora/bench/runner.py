@@ -1,0 +1,100 @@
+"""One group at a time: check every candidate, time the right ones in turn, write down what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from . import measure
+from .check import Judge
+from .peers import FROZEN, PARAMETRIZE, PEERS
+from .problems import Candidate, LayerProblem, NetProblem, Problem
+from .results import Row
+from .shapes import TRAIN, select
+
+
+@dataclass(frozen=True)
+class Group:
+    """What came of a problem; no tensors. ours: the candidate that a user of ours gets by default.
+
+    red: candidates that are wrong, and how.  absent: those that can't run here, and why.
+    """
+
+    title: str
+    ours: str
+    rows: list[Row]
+    red: dict[str, str]
+    absent: dict[str, str]
+
+
+def run_group(problem: Problem, plan: measure.Plan) -> Group:
+    absent = {name: why for name in PEERS if (why := problem.why_not(name)) is not None}
+    candidates, red = _check(problem, [name for name in PEERS if name not in absent])
+    title = f"{problem.work}  {problem.label}  {problem.dtype}"
+    return Group(title, problem.ours(), _time(problem, candidates, plan), red, absent)
+
+
+def _check(problem: Problem, names: list[str]) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """The right candidates, and what is wrong with the others."""
+    judge = Judge(problem)
+    right, red = {}, {}
+    for name in names:
+        try:
+            candidate = problem.candidate(name)
+            verdict = judge.verdict(name, candidate)
+        except Exception as error:
+            # foreign code, a compiler, too little memory: its own red line, and the others still get their times
+            verdict = f"{type(error).__name__}: {error}"
+        if verdict is None:
+            right[name] = candidate
+        else:
+            red[name] = verdict
+    return right, red
+
+
+def _time(problem: Problem, candidates: dict[str, Candidate], plan: measure.Plan) -> list[Row]:
+    if not candidates:
+        return []
+    calls = {name: candidate.call for name, candidate in candidates.items()}
+    measured = measure.interleave(calls, measure.timer_for(problem.device), plan)
+    rows = []
+    for name, candidate in candidates.items():
+        time = measured.time(name)
+        ratio = measured.ratio(name, FROZEN) if FROZEN in calls else None
+        tflops, gb_per_s = problem.rates(name, time.median)
+        rows.append(
+            Row(
+                work=problem.work,
+                shape=problem.label,
+                dtype=problem.dtype,
+                candidate=name,
+                rounds=len(measured.samples[name]),
+                median_ms=time.median,
+                p20_ms=time.p20,
+                p80_ms=time.p80,
+                ratio_to_frozen=None if ratio is None else ratio.median,
+                ratio_p20=None if ratio is None else ratio.p20,
+                ratio_p80=None if ratio is None else ratio.p80,
+                ratio_to_parametrize=measured.ratio(name, PARAMETRIZE).median if PARAMETRIZE in calls else None,
+                tflops=tflops,
+                gb_per_s=gb_per_s,
+                saved_bytes=measure.saved_bytes(candidate.call, candidate.parameters),
+                peak_bytes=measure.peak_bytes(candidate.call, problem.device),
+            )
+        )
+    return rows
+
+
+def agenda(device: torch.device, dtypes: list[str], works: list[str], quick: bool) -> list[Callable[[], Problem]]:
+    """All that was asked for, most valuable first, yet to be made: tensors exist while their problem is measured."""
+    wanted: list[Callable[[], Problem]] = []
+    for dtype in dtypes:
+        # RichBoyNet trains in float32, as in the demo
+        if TRAIN in works and dtype == "float32":
+            wanted.append(partial(NetProblem, dtype, device))
+        for shape in select(device.type, quick):
+            wanted += [partial(LayerProblem, work, shape, dtype, device) for work in shape.works if work in works]
+    return wanted

@@ -147,5 +147,23 @@ LIBRARY.impl("adapter_grad", _adapter_grad, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_lora::lora_matmul", _lora_matmul_shapes, lib=LIBRARY)
 torch.library.register_fake("fused_lora::adapter_grad", _adapter_grad_shapes, lib=LIBRARY)
 
-lora_matmul = torch.ops.fused_lora.lora_matmul.default
-adapter_grad = torch.ops.fused_lora.adapter_grad.default
+
+def lora_matmul(
+    a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
+    seed: Tensor | None, dropout_p: float, dropout_on_output: bool, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The operator, or its eager implementation itself: only a compiler needs the boundary, and it costs a small step
+    more than its arithmetic."""
+    if impl == "eager" and not torch.compiler.is_compiling():
+        return reference.lora_matmul(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output)
+    return torch.ops.fused_lora.lora_matmul.default(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, impl)
+
+
+def adapter_grad(
+    x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | None, scale: float,
+    seed: Tensor | None, dropout_p: float, dtype_A: torch.dtype, dtype_B: torch.dtype, impl: str,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """As :func:`lora_matmul`. A gradient that was not asked for is None or empty."""
+    if impl == "eager" and not torch.compiler.is_compiling():
+        return reference.adapter_grad(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B)
+    return torch.ops.fused_lora.adapter_grad.default(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B, impl)

@@ -215,12 +215,13 @@ def lora_matmul(
     """
     a2 = _rows(a)
     out = a.new_empty((*a.shape[:-1], w.shape[1]))
-    out2 = out.view(a2.shape[0], w.shape[1])
+    out2 = out if a.dim() == 2 else out.view(a2.shape[0], w.shape[1])
     if bias is None:
         torch.mm(a2, w, out=out2)
     else:
         torch.addmm(bias, a2, w, out=out2)
-    u, v = u.to(a.dtype), v.to(a.dtype)
+    if u.dtype != a.dtype or v.dtype != a.dtype:
+        u, v = u.to(a.dtype), v.to(a.dtype)
     if seed is None:
         thin = torch.mm(a2, u)
         out2.addmm_(thin, v, alpha=scale)
@@ -251,20 +252,23 @@ def adapter_grad(
     """``dA = scale · gᵀ D(x)`` in dtype_A where x and g are given, ``dB = scale · dyᵀ h`` in dtype_B likewise."""
     dA = dB = None
     if x is not None and g is not None:
-        x2 = _rows(x)
-        if seed is None:
-            dA = torch.mm(g.t(), x2).mul_(scale).to(dtype_A)
-        else:
-            total = torch.zeros(
-                g.shape[1], x2.shape[1], dtype=torch.float32 if x.dtype.itemsize < 4 else x.dtype, device=x.device
-            )
-            for block, keep in _mask_blocks(seed, dropout_p, x2):
-                total += torch.mm(g[block].t(), x2[block] * keep)
-            dA = total.mul_(scale * keep_scale(dropout_p)).to(dtype_A)
+        dA = _thin_product(g, _rows(x), scale, seed, dropout_p).to(dtype_A)
     if dy is not None and h is not None:
         # hᵀ dy, not dyᵀ h: the narrow matrix on the left is the faster product on a CPU
-        dB = torch.mm(h.t(), _rows(dy)).mul_(scale).t().to(dtype_B).contiguous()
+        dB = _thin_product(h, _rows(dy), scale, None, 0.0).t().to(dtype_B).contiguous()
     return dA, dB
+
+
+def _thin_product(thin: Tensor, wide: Tensor, scale: float, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """``scale · thinᵀ D(wide)``: (R, C). Blocks of 16-bit rows are summed in float32."""
+    if seed is None:
+        product = torch.mm(thin.t(), wide)
+        return product if scale == 1.0 else product.mul_(scale)
+    dtype = torch.promote_types(wide.dtype, torch.float32)
+    total = torch.zeros(thin.shape[1], wide.shape[1], dtype=dtype, device=wide.device)
+    for block, keep in _mask_blocks(seed, dropout_p, wide):
+        total += torch.mm(thin[block].t(), wide[block] * keep)
+    return total.mul_(scale * keep_scale(dropout_p))
 
 
 def _rows(x: Tensor) -> Tensor:

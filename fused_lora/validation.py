@@ -24,7 +24,8 @@ def check_rank(rank: Any, name: str = "rank") -> int:
 
 
 def _finite(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    # numbers.Real is slow to ask, and a call of a layer asks twice
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a finite number, got {value!r}")
     # a compiled call may have a symbolic number, which has no such test
     if not torch.compiler.is_compiling() and not math.isfinite(value):

@@ -130,8 +130,9 @@ def _play(settings: Settings, implementation: str, data: MNIST, out: Path, start
     off = scenario.plug_in_turn()
     say(report.switching(adapters, network, off, scenario.news()))
 
-    comparison = scenario.compare(tuned)
+    scenario.train_reference(tuned)
     times = scenario.time_steps(tuned)
+    comparison = scenario.compare(tuned)
     say(report.reference(comparison, times, settings, tests, scenario.news()))
 
     results = Results(

@@ -34,11 +34,11 @@ class RichBoyNet(nn.Module):
 
 
 class Trainer:
-    """One optimizer step at a time: cross entropy, Adam at a learning rate of 1e-3."""
+    """One optimizer step at a time: cross entropy, fused Adam at a learning rate of 1e-3."""
 
     def __init__(self, net: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
         self.net = net
-        self.optimizer = torch.optim.Adam(parameters, lr=1e-3)
+        self.optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         self.optimizer.zero_grad()

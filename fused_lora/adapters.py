@@ -159,7 +159,8 @@ def _write(path: Path, data: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        # an interrupt may come just after the move
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 

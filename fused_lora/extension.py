@@ -6,6 +6,7 @@ Its operators mean what ``reference.lora_matmul`` and ``reference.adapter_grad``
 from __future__ import annotations
 
 import functools
+import importlib
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @functools.cache
 def _build_problem() -> str | None:
     try:
-        from . import _C  # type: ignore[attr-defined]  # noqa: F401  # loading it registers its operators
+        importlib.import_module("fused_lora._C")  # loading it registers its operators
+    except ModuleNotFoundError:
+        return "the compiled extension fused_lora._C is not built; build it with `make native`"
     except ImportError as error:
-        return f"the compiled extension fused_lora._C is not here ({error}); build it with `make native`"
+        return f"the compiled extension fused_lora._C does not load: {error}"
     return None
 
 

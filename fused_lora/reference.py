@@ -21,6 +21,8 @@ LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685.  rsLoRA: Kalajdzievski 2
 
 from __future__ import annotations
 
+import functools
+import pathlib
 from collections.abc import Iterator
 
 import torch
@@ -214,12 +216,16 @@ def lora_matmul(
     Returns out (..., P) and thin (M, R), both in a's dtype.
     """
     a2 = _rows(a)
-    out = a.new_empty((*a.shape[:-1], w.shape[1]))
-    out2 = out if a.dim() == 2 else out.view(a2.shape[0], w.shape[1])
-    if bias is None:
-        torch.mm(a2, w, out=out2)
+    if a.dim() == 2:
+        out = out2 = _base_product(a, w, bias, dropout_on_output)
     else:
-        torch.addmm(bias, a2, w, out=out2)
+        # a view of a fresh tensor would not do: autograd minds who changes its outputs in place
+        out = a.new_empty((*a.shape[:-1], w.shape[1]))
+        out2 = out.view(a2.shape[0], w.shape[1])
+        if bias is None:
+            torch.mm(a2, w, out=out2)
+        else:
+            torch.addmm(bias, a2, w, out=out2)
     if u.dtype != a.dtype or v.dtype != a.dtype:
         u, v = u.to(a.dtype), v.to(a.dtype)
     if seed is None:
@@ -269,6 +275,25 @@ def _thin_product(thin: Tensor, wide: Tensor, scale: float, seed: Tensor | None,
     for block, keep in _mask_blocks(seed, dropout_p, wide):
         total += torch.mm(thin[block].t(), wide[block] * keep)
     return total.mul_(scale * keep_scale(dropout_p))
+
+
+def _base_product(a: Tensor, w: Tensor, bias: Tensor | None, is_input_gradient: bool) -> Tensor:
+    """``a w + bias`` of matrices. The forward is the product that ``nn.Linear`` makes, so that a fresh adapter changes
+    no bit of it; the input gradient is free to take the faster library."""
+    if bias is not None:
+        return torch.addmm(bias, a, w)
+    if is_input_gradient and a.dtype == torch.float32 and type(a) is Tensor and _onednn_is_faster() and a.is_cpu:
+        return torch.ops.mkldnn._linear_pointwise(a, w.t(), None, "none", [], "")
+    return torch.mm(a, w)
+
+
+@functools.cache
+def _onednn_is_faster() -> bool:
+    """Whether float32 products should be oneDNN's: PyTorch's own come from MKL, which is at its best on Intel alone."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+        return False
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -81,7 +81,9 @@ def torch_hidden(tmp_path):
 def test_without_the_extension_native_raises_and_says_why(absent):
     inputs = oracle.draw(2, 3, 4, 1)
     assert not extension.available()
-    with pytest.raises(RuntimeError, match=r"impl='native' cannot run here: .*fused_lora\._C is not here.*make native"):
+    with pytest.raises(
+        RuntimeError, match=r"impl='native' cannot run here: .*fused_lora\._C is not built.*make native"
+    ):
         lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, 1.0, impl="native")
 
 

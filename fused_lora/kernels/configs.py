@@ -6,14 +6,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import IntEnum
+
+
+class Form(IntEnum):
+    """Who computes the thin product of a row of tiles: see ``lora_matmul.py``."""
+
+    PLAIN = 0
+    RECOMPUTE = 1
+    PUBLISH = 2
+    PRODUCE = 3
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a rule may know of a GPU: compute capability, and shared memory a program may use, in bytes."""
+    """What a rule may know of a GPU: compute capability, bytes of shared memory for a program, multiprocessors."""
 
     capability: tuple[int, int]
     shared_memory: int
+    multiprocessors: int = 128
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,14 @@ class TileConfig:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """split: programs that share the thin product of a row of tiles, for PRODUCE; 1 otherwise."""
+
+    form: Form
+    split: int = 1
+
+
+@dataclass(frozen=True)
 class ReductionConfig:
     BLOCK_M: int
     BLOCK_C: int
@@ -60,6 +79,7 @@ class ReductionConfig:
 MIN_DOT = 16
 # widest rank block that leaves the accumulators in registers beside a tile of the output
 MAX_BLOCK_R = 128
+MAX_BLOCK_R_FLOAT = 64
 MAX_BLOCK_R_EXACT = 32
 
 
@@ -84,26 +104,54 @@ def registers(config: TileConfig, problem: Problem) -> int:
     return (wide + config.BLOCK_M * config.BLOCK_R) // (config.num_warps * 32)
 
 
-def fits(config: TileConfig, problem: Problem, device: Device) -> bool:
-    """Shared memory as the device allows, and accumulators that leave enough of a thread's 255 registers for the rest.
+def accumulator_limit(problem: Problem, device: Device) -> int:
+    """How many of a thread's 255 registers may be accumulators; compiling showed spills beyond.
 
-    Half of them where tensor cores read their operands from shared memory; without, fragments of both operands pass
-    through registers, and compiling showed spills beyond 48.
+    wgmma and tcgen05 read both operands from shared memory, mma.sync from registers, and without tensor cores whole
+    fragments of both operands pass through them.
     """
-    limit = 128 if problem.tensor_cores else 48
-    return shared_bytes(config, problem) <= device.shared_memory and registers(config, problem) <= limit
+    if not problem.tensor_cores:
+        return 48
+    if problem.dropout or device.capability[0] not in (9, 10):
+        # the mask is computed in registers
+        return 96 if problem.itemsize == 2 else 64
+    # float32 adapters are rounded in registers on their way to the tensor cores
+    return 88 if problem.itemsize == 4 else 144 if problem.adapter_itemsize == 4 else 192
+
+
+def fits(config: TileConfig, problem: Problem, device: Device) -> bool:
+    """The only statement of limits: shared memory as the device allows, accumulators as its registers do."""
+    fits_memory = shared_bytes(config, problem) <= device.shared_memory
+    return fits_memory and registers(config, problem) <= accumulator_limit(problem, device)
 
 
 # Largest first: BLOCK_M, BLOCK_P, BLOCK_Q, warps, stages.
-_HALF = ((128, 128, 64, 8, 3), (128, 128, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 2))
-_FLOAT = ((128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 2), (32, 32, 32, 4, 2))
-_EXACT = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
+_Tiles = tuple[tuple[int, int, int, int, int], ...]
+_WGMMA: _Tiles = ((128, 256, 64, 8, 3),)
+_DEEP: _Tiles = ((128, 128, 64, 8, 3),)
+_HALF: _Tiles = ((128, 128, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 2))
+_FLOAT: _Tiles = ((128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 8, 2), (32, 32, 32, 4, 2))
+_EXACT: _Tiles = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
 
 
 def default_config(problem: Problem, device: Device) -> TileConfig:
-    """The largest tile that fits, cut down to the tokens there are; the last candidate fits every GPU."""
-    rank = block_r(problem.R, MAX_BLOCK_R if problem.tensor_cores else MAX_BLOCK_R_EXACT)
-    candidates = _HALF if problem.itemsize == 2 else _FLOAT if problem.tensor_cores else _EXACT
+    """The largest tile that fits; the last candidate fits every GPU.
+
+    Steps of 64 along Q are for wgmma and tcgen05, which take them from shared memory. Tiles of 128 x 256 are for wgmma
+    alone, where they come near cuBLAS's own pace, if there is one for every multiprocessor.
+    """
+    generation = device.capability[0]
+    if not problem.tensor_cores:
+        candidates, widest_rank = _EXACT, MAX_BLOCK_R_EXACT
+    elif problem.itemsize == 4:
+        candidates, widest_rank = _FLOAT, MAX_BLOCK_R_FLOAT
+    else:
+        candidates, widest_rank = _HALF, MAX_BLOCK_R
+        if generation == 9 or (generation == 10 and problem.adapter_itemsize == 2):
+            candidates = _DEEP + candidates
+        if generation == 9 and _tiles(problem, 128, 256) >= device.multiprocessors:
+            candidates = _WGMMA + candidates
+    rank = block_r(problem.R, widest_rank)
     rows = max(next_power_of_2(max(problem.M, 1)), MIN_DOT)
     for block_m, block_p, block_q, warps, stages in candidates:
         config = TileConfig(min(block_m, rows), block_p, block_q, rank, 8, warps, stages)
@@ -115,6 +163,33 @@ def default_config(problem: Problem, device: Device) -> TileConfig:
     return replace(config, num_stages=1, BLOCK_R=MIN_DOT)
 
 
+def _tiles(problem: Problem, block_m: int, block_p: int) -> int:
+    return -(-problem.M // block_m) * -(-problem.P // block_p)
+
+
+MAX_SPLIT = 8
+
+
+def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Schedule:
+    """RECOMPUTE for one or two columns of tiles, PRODUCE while processors are idle anyway, else PUBLISH.
+
+    A model of the launch (unit: a plain tile; u adds a tenth at rank 16, a quarter at rank 64; 132 processors) gives,
+    over the plain GEMM and for 4096 columns of output in tiles of 256:
+
+        tokens      RECOMPUTE    PUBLISH      PRODUCE
+        128, 512    1.14, 1.29   1.14, 1.29   1.04, 1.04   tiles and producers run side by side
+        2048        1.14, 1.29   1.09, 1.17   1.08, 1.08
+        8192        1.14, 1.29   1.05, 1.07   1.08, 1.08   producers cost time of their own
+    """
+    rows, tiles = -(-problem.M // config.BLOCK_M), _tiles(problem, config.BLOCK_M, config.BLOCK_P)
+    if tiles <= 2 * rows:
+        return Schedule(Form.RECOMPUTE)
+    idle = (device.multiprocessors - tiles) // rows
+    if idle >= 1:
+        return Schedule(Form.PRODUCE, min(idle, MAX_SPLIT, -(-problem.Q // config.BLOCK_Q)))
+    return Schedule(Form.PUBLISH)
+
+
 def default_reduction(rank: int, itemsize: int, device: Device) -> ReductionConfig:
     """A block of 64 columns loads whole cache lines; M is walked in the longest steps that never spill."""
     from_shared_memory = device.capability[0] in (9, 10)
@@ -122,5 +197,6 @@ def default_reduction(rank: int, itemsize: int, device: Device) -> ReductionConf
 
 
 # Triton's interpreter runs a program at a time: small tiles, so that small cases still have several of them, and tails
+INTERPRETER = Device((0, 0), 0, multiprocessors=8)
 INTERPRETER_TILE = TileConfig(BLOCK_M=32, BLOCK_P=32, BLOCK_Q=32, BLOCK_R=16, GROUP_M=2, num_warps=4, num_stages=1)
 INTERPRETER_REDUCTION = ReductionConfig(BLOCK_M=32, BLOCK_C=32, BLOCK_R=16, num_warps=4, num_stages=1)

@@ -15,16 +15,21 @@ from triton.runtime import driver
 from ..reference import dropout_threshold, keep_scale
 from .adapter_grad import _adapter_grad_kernel
 from .configs import (
+    INTERPRETER,
     INTERPRETER_REDUCTION,
     INTERPRETER_TILE,
     Device,
+    Form,
     Problem,
     ReductionConfig,
+    Schedule,
     TileConfig,
     default_config,
     default_reduction,
+    default_schedule,
 )
-from .lora_matmul import _lora_matmul_kernel
+from .lora_matmul import HEADER, _lora_matmul_kernel
+from .workspace import counters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,37 +59,52 @@ def lora_matmul(
     dropout_p: float,
     dropout_on_output: bool,
     config: TileConfig | None = None,
+    schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One launch. config: tile sizes other than the default's."""
+    """One launch. config, schedule: others than the default's."""
     rows = math.prod(a.shape[:-1])
     out = a.new_empty((*a.shape[:-1], w.shape[1]))
     thin = a.new_empty((rows, u.shape[1]))
     if out.numel() > 0:
-        if config is None:
-            exact = a.dtype == torch.float32 and _precision() == "ieee"
-            sizes = (rows, w.shape[1], a.shape[-1], u.shape[1], a.dtype.itemsize, u.dtype.itemsize)
-            problem = Problem(*sizes, dropout=seed is not None, tensor_cores=not exact)
-            config = _tile_config(problem, a.device)
-        call = lora_matmul_call(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, out, thin, config)
-        call.launch(a.device)
+        exact = a.dtype == torch.float32 and _precision() == "ieee"
+        sizes = (rows, w.shape[1], a.shape[-1], u.shape[1], a.dtype.itemsize, u.dtype.itemsize)
+        problem = Problem(*sizes, dropout=seed is not None, tensor_cores=not exact)
+        config = config or _tile_config(problem, a.device)
+        schedule = schedule or default_schedule(problem, config, _device(a.device))
+        sync = None
+        if schedule.form in (Form.PUBLISH, Form.PRODUCE):
+            sync = counters(a.device, HEADER.value + _cdiv(rows, config.BLOCK_M))
+            if sync is None:
+                schedule = Schedule(Form.RECOMPUTE)
+        operands = (a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, out, thin)
+        lora_matmul_call(*operands, config, schedule, sync).launch(a.device)
     return out, thin
 
 
 def lora_matmul_call(
     a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
-    seed: Tensor | None, dropout_p: float, dropout_on_output: bool, out: Tensor, thin: Tensor, config: TileConfig,
+    seed: Tensor | None, dropout_p: float, dropout_on_output: bool, out: Tensor, thin: Tensor,
+    config: TileConfig, schedule: Schedule, sync: Tensor | None,
 ) -> Call:  # fmt: skip
-    """The launch that fills out (..., P) and thin (M, R)."""
+    """The launch that fills out (..., P) and thin (M, R). sync: counters, where the schedule's form hands over."""
     a2 = _rows(a)
     (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
+    rows, columns = _cdiv(M, config.BLOCK_M), _cdiv(P, config.BLOCK_P)
+    parts = None
+    if schedule.form == Form.PRODUCE:
+        assert schedule.split <= _cdiv(Q, config.BLOCK_Q), "every producer must have a part of Q"
+        parts = a.new_empty((schedule.split, M, R), dtype=torch.float32)
     return Call(
         kernel=_lora_matmul_kernel,
-        grid=(_cdiv(M, config.BLOCK_M) * _cdiv(P, config.BLOCK_P),),
+        grid=(rows * columns + (rows * schedule.split if schedule.form == Form.PRODUCE else 0),),
         args=(
-            a2, w, u, v, bias, seed, out, thin, M, P, Q, R, *a2.stride(), *w.stride(), *u.stride(), *v.stride(),
+            a2, w, u, v, bias, seed, out, thin, parts, sync, M, P, Q, R,
+            *a2.stride(), *w.stride(), *u.stride(), *v.stride(),
             float(scale), keep_scale(dropout_p), dropout_threshold(dropout_p),
         ),
         flags={
+            "FORM": int(schedule.form),
+            "SPLIT": schedule.split,
             "HAS_BIAS": bias is not None,
             "DROP_INPUT": seed is not None and not dropout_on_output,
             "DROP_OUTPUT": seed is not None and dropout_on_output,
@@ -166,8 +186,11 @@ def _as_dict(config: TileConfig | ReductionConfig) -> dict[str, int]:
 
 @functools.cache
 def _device(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return INTERPRETER
     limits = driver.active.utils.get_device_properties(device.index)
-    return Device(torch.cuda.get_device_capability(device), limits["max_shared_mem"])
+    capability = torch.cuda.get_device_capability(device)
+    return Device(capability, limits["max_shared_mem"], limits["multiprocessor_count"])
 
 
 @functools.lru_cache(maxsize=4096)

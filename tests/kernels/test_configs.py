@@ -35,7 +35,7 @@ def test_default_config_fits_every_device(device):
 def test_few_tokens_get_a_low_tile():
     tall = default_config(Problem(4096, 4096, 4096, 16, 2, 2), DEVICES["sm_90"])
     low = default_config(Problem(3, 4096, 4096, 16, 2, 2), DEVICES["sm_90"])
-    assert (tall.BLOCK_M, low.BLOCK_M) == (128, 16)
+    assert (tall.BLOCK_M, tall.BLOCK_P, low.BLOCK_M) == (128, 256, 16)
 
 
 @pytest.mark.parametrize(

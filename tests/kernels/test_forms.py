@@ -1,0 +1,106 @@
+"""Who computes the thin product: every form gives the same, waits for none that comes later, and leaves no trace."""
+
+import oracle
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fused_lora import reference
+from fused_lora.kernels import launch
+from fused_lora.kernels.configs import Device, Form, Problem, Schedule, TileConfig, default_schedule
+from fused_lora.kernels.lora_matmul import HEADER, _tile
+from fused_lora.kernels.workspace import counters
+
+SCHEDULES = [Schedule(Form.RECOMPUTE), Schedule(Form.PUBLISH), *(Schedule(Form.PRODUCE, s) for s in (1, 2, 3))]
+TILE = TileConfig(BLOCK_M=32, BLOCK_P=32, BLOCK_Q=32, BLOCK_R=16, GROUP_M=2, num_warps=4, num_stages=2)
+SHAPES = [(1, 96, 123, 1), (70, 123, 90, 16), (129, 100, 96, 3), (33, 130, 70, 40)]
+
+
+def both_ways(inputs):
+    """Operands of the forward and of the input gradient."""
+    yield inputs.x, inputs.weight.t(), inputs.lora_A.t(), inputs.lora_B.t(), inputs.bias, inputs.scale
+    yield inputs.dy, inputs.weight, inputs.lora_B, inputs.lora_A, None, inputs.scale
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.form.name} {s.split}")
+def test_every_form_is_within_the_budget_and_leaves_counters_at_zero(schedule, shape, dropout, dtype, device):
+    inputs = oracle.draw(*shape, dtype=dtype, device=device)
+    exact_inputs = inputs.to(torch.float64)
+    rest = (torch.tensor([5], device=device), 0.3) if dropout else (None, 0.0)
+    for on_output, args, exact_args in zip((False, True), both_ways(inputs), both_ways(exact_inputs), strict=True):
+        got = launch.lora_matmul(*args, *rest, on_output, config=TILE, schedule=schedule)
+        eager = reference.lora_matmul(*args, *rest, on_output)
+        exact = reference.lora_matmul(*exact_args, *rest, on_output)
+        for name, *values in zip(("out", "thin"), got, eager, exact, strict=True):
+            oracle.within(name, *values)
+        again = launch.lora_matmul(*args, *rest, on_output, config=TILE, schedule=schedule)
+        assert all(torch.equal(one, two) for one, two in zip(got, again, strict=True))
+    assert not counters(torch.device(inputs.x.device), 1).any()
+
+
+def test_plain_is_the_bare_product(device):
+    inputs = oracle.draw(70, 123, 90, 16, device=device)
+    args = next(both_ways(inputs))
+    out, _ = launch.lora_matmul(*args, None, 0.0, False, config=TILE, schedule=Schedule(Form.PLAIN))
+    expected = torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias)
+    exact = torch.nn.functional.linear(inputs.x.double(), inputs.weight.double(), inputs.bias.double())
+    oracle.within("out", out, expected, exact)
+
+
+@triton.jit
+def _tiles_kernel(out_ptr, tiles_m, tiles_p, PUBLISHERS_FIRST: tl.constexpr, GROUP_M: tl.constexpr):
+    index = tl.program_id(0)
+    pid_m, pid_p = _tile(index, tiles_m, tiles_p, PUBLISHERS_FIRST, GROUP_M)
+    tl.store(out_ptr + 2 * index, pid_m)
+    tl.store(out_ptr + 2 * index + 1, pid_p)
+
+
+@pytest.mark.parametrize(("tiles_m", "tiles_p"), [(1, 1), (1, 7), (7, 1), (5, 4), (17, 3)])
+@pytest.mark.parametrize("publishers_first", [False, True])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_every_tile_has_one_place_and_no_tile_waits_for_a_later_one(tiles_m, tiles_p, publishers_first, group, device):
+    out = torch.full((tiles_m * tiles_p, 2), -1, dtype=torch.int32, device=device)
+    _tiles_kernel[(tiles_m * tiles_p,)](out, tiles_m, tiles_p, publishers_first, group)
+    places = {tuple(tile): place for place, tile in enumerate(out.tolist())}
+    assert places.keys() == {(m, p) for m in range(tiles_m) for p in range(tiles_p)}
+    if publishers_first:
+        assert all(places[m, 0] <= place for (m, _), place in places.items())
+
+
+def test_schedule_recomputes_in_narrow_outputs_produces_in_small_launches_and_else_publishes():
+    device = Device((9, 0), 227 * 1024, 132)
+    tile = TileConfig(128, 128, 64, 16, 8, 8, 3)
+
+    def form(M, P, Q=4096):
+        return default_schedule(Problem(M, P, Q, 16, 2, 2), tile, device)
+
+    assert form(8192, 4096) == Schedule(Form.PUBLISH)
+    assert form(8192, 256) == Schedule(Form.RECOMPUTE)
+    assert form(256, 4096) == Schedule(Form.PRODUCE, 8)
+    assert form(256, 4096, Q=100) == Schedule(Form.PRODUCE, 2)
+    for M in (1, 100, 1000, 10_000):
+        schedule = form(M, 4096)
+        programs = -(-M // 128) * (32 + (schedule.split if schedule.form == Form.PRODUCE else 0))
+        assert schedule.form != Form.PRODUCE or programs <= 132
+
+
+def test_without_counters_the_launch_recomputes(monkeypatch, device):
+    """As while a CUDA graph is captured on a stream that never had any."""
+    monkeypatch.setattr(launch, "counters", lambda *_: None)
+    inputs = oracle.draw(70, 123, 130, 4, device=device)
+    args = next(both_ways(inputs))
+    got = launch.lora_matmul(*args, None, 0.0, False, config=TILE, schedule=Schedule(Form.PUBLISH))
+    expected = launch.lora_matmul(*args, None, 0.0, False, config=TILE, schedule=Schedule(Form.RECOMPUTE))
+    assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
+
+
+def test_counters_grow_and_stay_zero(device):
+    place = torch.zeros(0, device=device).device
+    many = counters(place, 1 << 15)
+    assert many.numel() >= 1 << 15
+    assert not many.any()
+    assert counters(place, 3) is many
+    assert HEADER.value == 2

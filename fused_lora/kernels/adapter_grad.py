@@ -10,56 +10,103 @@ from .tiles import dot, keep_mask, round_to
 
 @triton.jit(do_not_specialize=["M", "tiles_A"])
 def _adapter_grad_kernel(
-    x_ptr, g_ptr, dy_ptr, h_ptr, seed_ptr, dA_ptr, dB_ptr,
+    x_ptr, g_ptr, dy_ptr, h_ptr, seed_ptr, dA_ptr, dB_ptr, partials_ptr, arrived_ptr,
     M, K, N, R, tiles_A,
     stride_xm, stride_xk, stride_gm, stride_gr, stride_dym, stride_dyn, stride_hm, stride_hr,
     scale, keep_scale, threshold,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The first tiles_A programs reduce a block of x's columns each, the others one of dy's; fixed order, same bits."""
-    pid = tl.program_id(0)
-    offs_r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if pid < tiles_A:
-        offs_c = pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """A program reduces one part of M for a block of columns and a block of ranks.
+
+    Of the blocks of columns the first tiles_A are x's, the others dy's.
+    SPLIT: there are several parts of M, each with a slot in partials (parts, tiles, BLOCK_C, BLOCK_R); the last program
+    of a tile to arrive sums the slots in their order, whoever came first, so the bits are the same every time.
+    """
+    tile = tl.program_id(0)
+    # neighbours read the same columns, which the second then finds in L2
+    rank_blocks = tl.cdiv(R, BLOCK_R)
+    pid_c = tile // rank_blocks
+    offs_r = (tile % rank_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if pid_c < tiles_A:
+        offs_c = pid_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
         acc = _reduce(
             x_ptr, g_ptr, seed_ptr, offs_c, offs_r, M, K, R, stride_xm, stride_xk, stride_gm, stride_gr,
-            threshold, DROPOUT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+            threshold, DROPOUT, SPLIT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
         )  # fmt: skip
         out_ptrs = dA_ptr + offs_r[None, :] * K + offs_c[:, None]
-        acc *= scale * keep_scale
-        tl.store(out_ptrs, round_to(acc, dA_ptr.dtype.element_ty), mask=(offs_c < K)[:, None] & (offs_r < R)[None, :])
+        mask = (offs_c < K)[:, None] & (offs_r < R)[None, :]
+        _finish(acc, scale * keep_scale, out_ptrs, mask, partials_ptr, arrived_ptr, SPLIT, BLOCK_C, BLOCK_R)
     else:
-        offs_c = (pid - tiles_A).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+        offs_c = (pid_c - tiles_A).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
         acc = _reduce(
             dy_ptr, h_ptr, seed_ptr, offs_c, offs_r, M, N, R, stride_dym, stride_dyn, stride_hm, stride_hr,
-            threshold, False, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+            threshold, False, SPLIT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
         )  # fmt: skip
         out_ptrs = dB_ptr + offs_c[:, None] * R + offs_r[None, :]
-        acc *= scale
-        tl.store(out_ptrs, round_to(acc, dB_ptr.dtype.element_ty), mask=(offs_c < N)[:, None] & (offs_r < R)[None, :])
+        mask = (offs_c < N)[:, None] & (offs_r < R)[None, :]
+        _finish(acc, scale, out_ptrs, mask, partials_ptr, arrived_ptr, SPLIT, BLOCK_C, BLOCK_R)
 
 
 @triton.jit
 def _reduce(
     wide_ptr, thin_ptr, seed_ptr, offs_c, offs_r, M, C, R, stride_wm, stride_wc, stride_tm, stride_tr, threshold,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_m wide[m, c] · thin[m, r]`` as (BLOCK_C, BLOCK_R): the rank is the narrow side of the product."""
+    """``Σ_m wide[m, c] · thin[m, r]`` over this part's rows, as (BLOCK_C, BLOCK_R): the rank is the narrow side."""
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
-    wide_ptrs = wide_ptr + offs_m[:, None] * stride_wm + (offs_c % C)[None, :] * stride_wc
+    if SPLIT:
+        # whole blocks of rows, as evenly as they go; a part may be empty
+        blocks, part, parts = tl.cdiv(M, BLOCK_M), tl.program_id(1), tl.num_programs(1)
+        first = blocks * part // parts * BLOCK_M
+        rows = tl.minimum(blocks * (part + 1) // parts * BLOCK_M, M) - first
+        offs_m += first
+    else:
+        rows = M
+    # loaded as the product takes it: a transpose in between would keep the copies to shared memory synchronous
+    wide_ptrs = wide_ptr + offs_m[None, :] * stride_wm + (offs_c % C)[:, None] * stride_wc
     thin_ptrs = thin_ptr + offs_m[:, None] * stride_tm + offs_r[None, :] * stride_tr
     if DROPOUT:
         seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-    for m in range(0, tl.maximum(M, BLOCK_M), BLOCK_M):
-        mask_m = offs_m < M - m
-        wide = tl.load(wide_ptrs, mask=mask_m[:, None], other=0.0)
+    for m in range(0, tl.maximum(rows, BLOCK_M), BLOCK_M):
+        mask_m = tl.arange(0, BLOCK_M) < rows - m
+        wide = tl.load(wide_ptrs, mask=mask_m[None, :], other=0.0)
         thin = tl.load(thin_ptrs, mask=mask_m[:, None] & (offs_r < R)[None, :], other=0.0)
         if DROPOUT:
-            wide = tl.where(keep_mask(seed, offs_m + m, offs_c, C, threshold), wide, 0.0)
-        acc = dot(tl.trans(wide), thin, acc, PRECISION)
+            wide = tl.where(tl.trans(keep_mask(seed, offs_m + m, offs_c, C, threshold)), wide, 0.0)
+        acc = dot(wide, thin, acc, PRECISION)
         wide_ptrs += BLOCK_M * stride_wm
         thin_ptrs += BLOCK_M * stride_tm
     return acc
+
+
+@triton.jit
+def _finish(
+    acc, factor, out_ptrs, mask, partials_ptr, arrived_ptr,
+    SPLIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Store the sum of every part's acc, times factor: only the last program of the tile to come here does."""
+    last = True
+    if SPLIT:
+        tile, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        offs = tl.arange(0, BLOCK_C)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+        slots = partials_ptr + tile.to(tl.int64) * (BLOCK_C * BLOCK_R) + offs
+        stride = tl.num_programs(0).to(tl.int64) * (BLOCK_C * BLOCK_R)
+        # past L1, where other multiprocessors' stores don't come
+        tl.store(slots + part * stride, acc, cache_modifier=".cg")
+        # every thread's store comes before the one thread's release
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == parts - 1
+    if last:
+        if SPLIT:
+            # and the one thread's acquire before every thread's load
+            tl.debug_barrier()
+            acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+            # 16 KB on their way at once, as long as registers are few
+            for _ in tl.range(0, parts, loop_unroll_factor=4096 // (BLOCK_C * BLOCK_R) or 1):
+                acc += tl.load(slots, cache_modifier=".cg")
+                slots += stride
+            tl.store(arrived_ptr + tile, 0)
+        tl.store(out_ptrs, round_to(acc * factor, out_ptrs.dtype.element_ty), mask=mask)

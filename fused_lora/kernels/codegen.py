@@ -22,8 +22,8 @@ from triton.compiler import ASTSource
 from .configs import Device
 from .launch import Call
 
-# shared memory that one program may use, from the CUDA programming guide's table of compute capabilities, and
-# multiprocessors of the largest part: A100, GA102, AD102, H100, B200, RTX 5090 class
+# shared memory that one program may use, from the CUDA programming guide's table of compute capabilities;
+# multiprocessors of the A100, RTX 3090 Ti, L40S, H100, B200 and RTX PRO 6000
 DEVICES = {
     80: Device((8, 0), 163 * 1024, 108),
     86: Device((8, 6), 99 * 1024, 84),

@@ -24,7 +24,7 @@ class Device:
 
     capability: tuple[int, int]
     shared_memory: int
-    multiprocessors: int = 128
+    multiprocessors: int = 108
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,36 @@ def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Sc
 
 
 def default_reduction(rank: int, itemsize: int, device: Device) -> ReductionConfig:
-    """A block of 64 columns loads whole cache lines; M is walked in the longest steps that never spill."""
+    """Steps of 8 KB: 64 columns, so that every row gives whole cache lines and a thread holds few accumulators.
+
+    Three steps are on their way at once where matrix instructions read their operands from shared memory, else two.
+    As many ranks share one reading of the columns as never spill.
+    """
     from_shared_memory = device.capability[0] in (9, 10)
-    return ReductionConfig(64 if itemsize == 2 and from_shared_memory else 32, 64, block_r(rank, 64), 4, 3)
+    ranks = block_r(rank, 128 if itemsize == 2 else 64)
+    return ReductionConfig(128 // itemsize, 64, ranks, 4, 4 if from_shared_memory else 3)
+
+
+# programs that keep enough loads on their way for a multiprocessor, the fewest rows worth a program's start, and the
+# most parts that one program sums at the end in little time
+PROGRAMS = 4
+LEAST_ROWS = 512
+MOST_PARTS = 32
+
+
+def reduction_parts(config: ReductionConfig, rows: int, tiles: int, itemsize: int, device: Device) -> int:
+    """Into how many parts to split the rows: as many as run at once, so that no second wave waits for the first.
+
+    A thin reduction is as fast as its loads are many. A multiprocessor gets up to PROGRAMS programs, fewer where their
+    buffers fill its shared memory, and at least half as many unless the rows run out.
+    """
+    buffers = config.num_stages * config.BLOCK_M * (config.BLOCK_C + config.BLOCK_R) * itemsize
+    at_once = min(PROGRAMS, max(device.shared_memory // buffers, 1)) * device.multiprocessors
+    return max(min(at_once // max(tiles, 1), rows // LEAST_ROWS, MOST_PARTS), 1)
 
 
 # Triton's interpreter runs a program at a time: small tiles, so that small cases still have several of them, and tails
 INTERPRETER = Device((0, 0), 0, multiprocessors=8)
 INTERPRETER_TILE = TileConfig(BLOCK_M=32, BLOCK_P=32, BLOCK_Q=32, BLOCK_R=16, GROUP_M=2, num_warps=4, num_stages=1)
 INTERPRETER_REDUCTION = ReductionConfig(BLOCK_M=32, BLOCK_C=32, BLOCK_R=16, num_warps=4, num_stages=1)
+INTERPRETER_PARTS = 2

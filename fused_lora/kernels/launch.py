@@ -16,6 +16,7 @@ from ..reference import dropout_threshold, keep_scale
 from .adapter_grad import _adapter_grad_kernel
 from .configs import (
     INTERPRETER,
+    INTERPRETER_PARTS,
     INTERPRETER_REDUCTION,
     INTERPRETER_TILE,
     Device,
@@ -27,6 +28,7 @@ from .configs import (
     default_config,
     default_reduction,
     default_schedule,
+    reduction_parts,
 )
 from .lora_matmul import HEADER, _lora_matmul_kernel
 from .workspace import counters
@@ -127,8 +129,12 @@ def adapter_grad(
     dtype_A: torch.dtype,
     dtype_B: torch.dtype,
     config: ReductionConfig | None = None,
+    parts: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One launch for both gradients; what is not given costs nothing."""
+    """One launch for both gradients; what is not given costs nothing.
+
+    config, parts: tile sizes, and into how many parts M is split, other than the default's.
+    """
     pairs = [(_rows(wide), thin) for wide, thin in ((x, g), (dy, h)) if wide is not None and thin is not None]
     if not pairs:
         return None, None
@@ -139,31 +145,48 @@ def adapter_grad(
     dB = dy2.new_empty((dy2.shape[1], rank), dtype=dtype_B) if dy is not None and h is not None else None
     if config is None:
         config = _reduction_config(rank, x2.dtype.itemsize, x2.device)
-    call = adapter_grad_call(x2, g2, dy2, h2, scale, seed, dropout_p, dA, dB, config)
-    if call.grid[0] > 0:
-        call.launch(x2.device)
+    tiles = _reduction_tiles(dA, dB, config)
+    if parts is None:
+        parts = _reduction_parts(config, x2.shape[0], tiles, x2.dtype.itemsize, x2.device)
+    partials = None
+    arrived = counters(x2.device, tiles) if parts > 1 else None
+    if arrived is not None:
+        partials = x2.new_empty((parts, tiles, config.BLOCK_C, config.BLOCK_R), dtype=torch.float32)
+    if tiles > 0:
+        adapter_grad_call(x2, g2, dy2, h2, scale, seed, dropout_p, dA, dB, config, partials, arrived).launch(x2.device)
     return dA, dB
 
 
 def adapter_grad_call(
     x: Tensor, g: Tensor, dy: Tensor, h: Tensor, scale: float, seed: Tensor | None, dropout_p: float,
     dA: Tensor | None, dB: Tensor | None, config: ReductionConfig,
+    partials: Tensor | None = None, arrived: Tensor | None = None,
 ) -> Call:  # fmt: skip
-    """The launch that fills dA (R, K) and dB (N, R), those of the two that are there. x, g, dy, h: 2-D."""
+    """The launch that fills dA (R, K) and dB (N, R), those of the two that are there. x, g, dy, h: 2-D.
+
+    partials: (parts, tiles, BLOCK_C, BLOCK_R) of float32, and arrived: a zero for each tile; None not to split M.
+    """
     M, R = g.shape
     K, N = (0 if dA is None else x.shape[1]), (0 if dB is None else dy.shape[1])
-    tiles_A, tiles_B = _cdiv(K, config.BLOCK_C), _cdiv(N, config.BLOCK_C)
     return Call(
         kernel=_adapter_grad_kernel,
-        grid=(tiles_A + tiles_B, _cdiv(R, config.BLOCK_R)),
+        grid=(_reduction_tiles(dA, dB, config), 1 if partials is None else partials.shape[0]),
         args=(
-            x, g, dy, h, seed, dB if dA is None else dA, dA if dB is None else dB, M, K, N, R, tiles_A,
+            x, g, dy, h, seed, dB if dA is None else dA, dA if dB is None else dB, partials, arrived,
+            M, K, N, R, _cdiv(K, config.BLOCK_C),
             *x.stride(), *g.stride(), *dy.stride(), *h.stride(),
             float(scale), keep_scale(dropout_p), dropout_threshold(dropout_p),
         ),
-        flags={"DROPOUT": seed is not None, "PRECISION": _precision()},
+        flags={"DROPOUT": seed is not None, "SPLIT": partials is not None, "PRECISION": _precision()},
         config=config,
     )  # fmt: skip
+
+
+def _reduction_tiles(dA: Tensor | None, dB: Tensor | None, config: ReductionConfig) -> int:
+    """Blocks of columns times blocks of ranks, of what is wanted of dA (R, K) and dB (N, R)."""
+    shapes = [] if dA is None else [(dA.shape[1], dA.shape[0])]
+    shapes += [] if dB is None else [(dB.shape[0], dB.shape[1])]
+    return sum(_cdiv(columns, config.BLOCK_C) * _cdiv(rank, config.BLOCK_R) for columns, rank in shapes)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -203,3 +226,10 @@ def _reduction_config(rank: int, itemsize: int, device: torch.device) -> Reducti
     if device.type != "cuda":
         return INTERPRETER_REDUCTION
     return default_reduction(rank, itemsize, _device(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _reduction_parts(config: ReductionConfig, rows: int, tiles: int, itemsize: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETER_PARTS
+    return reduction_parts(config, rows, tiles, itemsize, _device(device))

@@ -12,12 +12,16 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from .configs import next_power_of_2
+
 # flags for 16,000 rows of tiles: two million tokens
 LEAST = 1 << 14
 SPARES = 8
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 _spares: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+# kept, because a captured graph may hold their addresses
+_outgrown: list[Tensor] = []
 
 
 def counters(device: torch.device, count: int) -> Tensor | None:
@@ -44,5 +48,7 @@ def counters(device: torch.device, count: int) -> Tensor | None:
 def _grown(key: tuple[torch.device, int], count: int) -> Tensor:
     known = _counters.get(key)
     if known is None or known.numel() < count:
-        known = _counters[key] = torch.zeros(max(count, LEAST), dtype=torch.int32, device=key[0])
+        if known is not None:
+            _outgrown.append(known)
+        known = _counters[key] = torch.zeros(max(next_power_of_2(count), LEAST), dtype=torch.int32, device=key[0])
     return known

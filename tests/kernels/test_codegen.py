@@ -42,6 +42,7 @@ def plan(P, Q, dropout):
 
 x, dy, weight, h = meta(M, K), meta(M, N), meta(N, K), meta(M, rank)
 A, B = meta(rank, K, dtype=adapter_dtype), meta(N, rank, dtype=adapter_dtype)
+reduction = configs.default_reduction(rank, dtype.itemsize, codegen.DEVICES[arch])
 found = {}
 for dropout in (False, True):
     drop = (1.5, meta(1, dtype=torch.int64) if dropout else None, 0.1)
@@ -51,8 +52,10 @@ for dropout in (False, True):
             x, weight.t(), A.t(), B.t(), meta(N), *drop, False, meta(M, N), h, *plan(N, K, dropout)),
         "input gradient": launch.lora_matmul_call(
             dy, weight, B, A, None, *drop, True, meta(M, K), h, *plan(K, N, dropout)),
-        "adapter gradients": launch.adapter_grad_call(
-            x, h, dy, h, *drop, A, B, configs.default_reduction(rank, dtype.itemsize, codegen.DEVICES[arch])),
+        "adapter gradients": launch.adapter_grad_call(x, h, dy, h, *drop, A, B, reduction),
+        "adapter gradients in parts": launch.adapter_grad_call(
+            x, h, dy, h, *drop, A, B, reduction,
+            meta(4, 128, 64, reduction.BLOCK_R, dtype=torch.float32), meta(128, dtype=torch.int32)),
     }
     for work, call in calls.items():
         found[work + name] = dataclasses.asdict(codegen.compile_call(call, arch))
@@ -81,7 +84,7 @@ def test_shipped_tiles_compile_without_spills_or_warnings_to_the_instruction(arc
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 6
+    assert len(found) == 8
     exact = dtypes.startswith("float32") and precision == "highest"
     for work, resources in found.items():
         assert resources["spill_bytes"] == 0, (work, resources)

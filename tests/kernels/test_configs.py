@@ -4,7 +4,17 @@ import itertools
 
 import pytest
 
-from fused_lora.kernels.configs import Device, Problem, block_r, default_config, default_reduction, fits
+from fused_lora.kernels.configs import (
+    LEAST_ROWS,
+    PROGRAMS,
+    Device,
+    Problem,
+    block_r,
+    default_config,
+    default_reduction,
+    fits,
+    reduction_parts,
+)
 
 # shared memory that a program may use, from the CUDA programming guide, table of compute capabilities
 DEVICES = {
@@ -43,4 +53,23 @@ def test_few_tokens_get_a_low_tile():
 )
 def test_rank_is_padded_to_a_power_of_two_and_looped_beyond_the_limit(rank, block):
     assert block_r(rank) == block
-    assert all(default_reduction(rank, 2, device).BLOCK_R <= 64 for device in DEVICES.values())
+    assert {default_reduction(rank, 2, device).BLOCK_R for device in DEVICES.values()} == {block}
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
+def test_parts_of_a_reduction_run_at_once_and_have_rows_enough(device):
+    for rows, tiles, itemsize, rank in itertools.product(
+        (0, 1, 511, 8192, 10**6), (1, 2, 128, 5000), (2, 4), (1, 64, 500)
+    ):
+        parts = reduction_parts(default_reduction(rank, itemsize, device), rows, tiles, itemsize, device)
+        assert parts == 1 or (parts * tiles <= PROGRAMS * device.multiprocessors and rows >= parts * LEAST_ROWS)
+
+
+@pytest.mark.parametrize(("columns", "rank"), [(8192, 16), (8192, 64), (2048, 16), (20480, 16), (28672, 128)])
+def test_a_training_step_fills_an_h100_with_loads(columns, rank):
+    device = Device((9, 0), 227 * 1024, 132)
+    config = default_reduction(rank, 2, device)
+    tiles = columns // config.BLOCK_C
+    programs = tiles * reduction_parts(config, 8192, tiles, 2, device)
+    on_their_way = (config.num_stages - 1) * config.BLOCK_M * (config.BLOCK_C + config.BLOCK_R) * 2
+    assert programs * on_their_way / device.multiprocessors >= 50 * 1024

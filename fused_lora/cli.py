@@ -1,4 +1,4 @@
-"""``fused-lora demo | info | bench``: a command is a module with ``add_arguments(parser)`` and ``run(args) -> int``."""
+"""``fused-lora``: a command is a module with ``add_arguments(parser)`` and ``run(args) -> int``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, demo, info
+from . import bench, demo, info, offline
 
 COMMANDS = {
     "demo": (demo, "train RichBoyNet on MNIST, then fix the digit it gets wrong by training A and B alone"),
     "info": (info, "versions, devices, and which implementations can run here"),
     "bench": (bench, "time the layer against the frozen linear and its peers"),
+    "codegen": (offline, "compile the kernels for GPUs that are not here: registers, spills, instructions"),
 }
 
 

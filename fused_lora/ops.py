@@ -41,7 +41,7 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _triton_installed() -> bool:
+def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
@@ -56,7 +56,7 @@ def why_unavailable(impl: str, device: torch.device, dtype: torch.dtype) -> str 
         return None
     if impl == "native":
         return extension.why_unavailable(device, dtype)
-    if not _triton_installed():
+    if not triton_installed():
         return "Triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"the Triton kernels take float16, bfloat16 and float32, not {dtype}"

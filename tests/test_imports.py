@@ -19,7 +19,7 @@ LAYERS = [
     {"model"},
     {"adapters", "overview"},
     {"__init__"},
-    {"demo", "info"},
+    {"demo", "info", "offline"},
     {"bench"},
     {"cli"},
 ]

@@ -39,13 +39,19 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one program: registers per thread, bytes spilled, bytes of shared memory; ptxas's warnings by code; PTX."""
+    """Of one program: registers per thread, bytes spilled, bytes of shared memory.
+
+    warnings: ptxas's, by code.  matrix_instructions: PTX's names.  loops: machine instructions in each innermost loop
+    that has matrix instructions, fewest first; loop_waits: how many of the first one's wait for memory or for them.
+    """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     warnings: tuple[str, ...]
     matrix_instructions: tuple[str, ...]
+    loops: tuple[int, ...]
+    loop_waits: int
 
 
 def compile_call(call: Call, arch: int) -> Resources:
@@ -72,7 +78,7 @@ def compile_call(call: Call, arch: int) -> Resources:
     source = ASTSource(call.kernel, signature, constants, attributes)
     options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return _read(compiled.asm["ptx"], compiled.metadata.shared)
+    return _read(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
 
 
 def _type(value: Any) -> str:
@@ -83,7 +89,7 @@ def _type(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _read(ptx: str, shared: int) -> Resources:
+def _read(ptx: str, cubin: bytes, shared: int) -> Resources:
     target = re.search(r"\.target sm_(\w+)", ptx)
     assert target is not None
     tool = _TOOLS / ("ptxas-blackwell" if int(re.sub(r"\D", "", target[1])) >= 100 else "ptxas")
@@ -97,10 +103,42 @@ def _read(ptx: str, shared: int) -> Resources:
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)]
     registers = re.search(r"Used (\d+) registers", done.stderr)
     assert registers is not None
+    loops = sorted(_matrix_loops(cubin), key=len)
+    waits = sum(bool(re.search(r"DEPBAR|SYNCS", instruction)) for instruction in loops[0]) if loops else 0
     return Resources(
         registers=int(registers[1]),
         spill_bytes=sum(spills),
         shared_bytes=shared,
         warnings=tuple(sorted(set(re.findall(r"\((C\d+)\)", done.stderr)))),
         matrix_instructions=tuple(sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", ptx)))),
+        loops=tuple(len(loop) for loop in loops),
+        loop_waits=waits,
     )
+
+
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+_MATRIX = re.compile(r"\b([HQI]GMMA|HMMA|UTC\w*MMA)\b")
+
+
+def _matrix_loops(cubin: bytes) -> list[list[str]]:
+    """The bodies of the innermost loops with matrix instructions: from a backward branch's target to the branch."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [str(_TOOLS / "cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True
+        )
+    instructions = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(done.stdout)]
+    place = {address: index for index, (address, _) in enumerate(instructions)}
+    loops = []
+    for index, (address, text) in enumerate(instructions):
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)\s*$", text)
+        if branch is not None and int(branch[1], 16) < address and int(branch[1], 16) in place:
+            loops.append((place[int(branch[1], 16)], index))
+    found = []
+    for first, last in loops:
+        inner = any(first <= head and tail <= last and (head, tail) != (first, last) for head, tail in loops)
+        body = [text for _, text in instructions[first : last + 1]]
+        if not inner and any(_MATRIX.search(text) for text in body):
+            found.append(body)
+    return found

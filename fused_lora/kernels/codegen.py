@@ -22,14 +22,15 @@ from triton.compiler import ASTSource
 from .configs import Device
 from .launch import Call
 
-# shared memory that one program may use, from the CUDA programming guide's table of compute capabilities
+# shared memory that one program may use, from the CUDA programming guide's table of compute capabilities;
+# multiprocessors of A100, RTX 3090-class, L40S, H100, B200, RTX PRO 6000
 DEVICES = {
-    80: Device((8, 0), 163 * 1024),
-    86: Device((8, 6), 99 * 1024),
-    89: Device((8, 9), 99 * 1024),
-    90: Device((9, 0), 227 * 1024),
-    100: Device((10, 0), 227 * 1024),
-    120: Device((12, 0), 99 * 1024),
+    80: Device((8, 0), 163 * 1024, 108),
+    86: Device((8, 6), 99 * 1024, 84),
+    89: Device((8, 9), 99 * 1024, 142),
+    90: Device((9, 0), 227 * 1024, 132),
+    100: Device((10, 0), 227 * 1024, 148),
+    120: Device((12, 0), 99 * 1024, 188),
 }
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}

@@ -4,7 +4,17 @@ import itertools
 
 import pytest
 
-from fused_lora.kernels.configs import Device, Problem, block_r, default_config, default_reduction, fits
+from fused_lora.kernels.configs import (
+    DecodeConfig,
+    Device,
+    Problem,
+    block_r,
+    decode_programs,
+    default_config,
+    default_decode,
+    default_reduction,
+    fits,
+)
 
 # shared memory that a program may use, from the CUDA programming guide, table of compute capabilities
 DEVICES = {
@@ -44,3 +54,22 @@ def test_few_tokens_get_a_low_tile():
 def test_rank_is_padded_to_a_power_of_two_and_looped_beyond_the_limit(rank, block):
     assert block_r(rank) == block
     assert all(default_reduction(rank, 2, device).BLOCK_R <= 64 for device in DEVICES.values())
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
+def test_decoding_has_room_for_two_programs_on_every_device_and_no_part_is_empty(device):
+    sizes = itertools.product((1, 123, 4096, 128_256), (1, 123, 4096, 14336), (1, 16, 100, 1000), (2, 4), (2, 4))
+    for P, Q, rank, itemsize, adapter_itemsize in sizes:
+        problem = Problem(4, P, Q, rank, itemsize, max(itemsize, adapter_itemsize))
+        config = default_decode(problem, device)
+        assert decode_programs(config, problem, device) >= 2, (problem, config)
+        steps = -(-Q // config.BLOCK_Q)
+        assert 1 <= config.SPLIT <= config.SPLIT_THIN <= max(steps, 1), (problem, config)
+        assert min(config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R) >= 16
+
+
+def test_decoding_fills_a_gpu_and_waits_for_no_second_wave():
+    hopper = Device((9, 0), 227 * 1024, 132)
+    config = default_decode(Problem(1, 4096, 4096, 16, 2, 2), hopper)
+    assert config == DecodeConfig(64, 128, 16, SPLIT=4, SPLIT_THIN=8, num_warps=4, num_stages=4)
+    assert 4096 // 64 * 4 + 8 == 2 * 132

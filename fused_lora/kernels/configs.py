@@ -75,8 +75,23 @@ class ReductionConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Q is cut into SPLIT parts for a tile of out, into SPLIT_THIN for a tile of the thin product."""
+
+    BLOCK_P: int
+    BLOCK_Q: int
+    BLOCK_R: int
+    SPLIT: int
+    SPLIT_THIN: int
+    num_warps: int
+    num_stages: int
+
+
 # tl.dot's least size on every side
 MIN_DOT = 16
+# rows of the one tile that holds all tokens of a decoding step
+DECODE_ROWS = MIN_DOT
 # widest rank block that leaves the accumulators in registers beside a tile of the output
 MAX_BLOCK_R = 128
 MAX_BLOCK_R_FLOAT = 64
@@ -167,7 +182,7 @@ def _tiles(problem: Problem, block_m: int, block_p: int) -> int:
     return -(-problem.M // block_m) * -(-problem.P // block_p)
 
 
-MAX_SPLIT = 8
+MAX_PRODUCERS = 8
 
 
 def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Schedule:
@@ -186,7 +201,7 @@ def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Sc
         return Schedule(Form.RECOMPUTE)
     idle = (device.multiprocessors - tiles) // rows
     if idle >= 1:
-        return Schedule(Form.PRODUCE, min(idle, MAX_SPLIT, -(-problem.Q // config.BLOCK_Q)))
+        return Schedule(Form.PRODUCE, min(idle, MAX_PRODUCERS, -(-problem.Q // config.BLOCK_Q)))
     return Schedule(Form.PUBLISH)
 
 
@@ -219,8 +234,53 @@ def reduction_parts(config: ReductionConfig, rows: int, tiles: int, itemsize: in
     return max(min(at_once // max(tiles, 1), rows // LEAST_ROWS, MOST_PARTS), 1)
 
 
+def takes_decode(problem: Problem) -> bool:
+    """Whether ``decode.py`` computes this problem: few tokens, so that reading w is all the work, and no dropout, which
+    only training has."""
+    return problem.M <= DECODE_ROWS and not problem.dropout
+
+
+# Largest first: BLOCK_P, bytes of w in a row of BLOCK_Q, stages. Two programs of the first have 96 KB of w under way.
+_DECODE = ((64, 256, 4), (64, 128, 4), (64, 128, 2))
+# bytes of u in a row of BLOCK_R: compiling showed spills, of a few bytes, beyond it
+_DECODE_RANK_BYTES = 64
+MAX_SPLIT = 16
+# shared memory that the system takes beside each program's
+_RESERVED = 1024
+
+
+def decode_programs(config: DecodeConfig, problem: Problem, device: Device) -> int:
+    """How many programs share a multiprocessor: as many as have room there for their pipelines of tiles of w and a.
+
+    The newest tile has no buffer where the matrix instruction takes its operands from registers.
+    """
+    buffers = config.num_stages if device.capability[0] in (9, 10) else config.num_stages - 1
+    pipeline = buffers * (config.BLOCK_P + DECODE_ROWS) * config.BLOCK_Q * problem.itemsize
+    return (device.shared_memory + _RESERVED) // (pipeline + _RESERVED)
+
+
+def default_decode(problem: Problem, device: Device) -> DecodeConfig:
+    """The longest loads of which two programs share a multiprocessor, and as many parts as run at once.
+
+    More parts would wait for a place, and then read with the GPU half empty; fewer would leave multiprocessors idle.
+    The thin product is cut into no fewer, and shorter where there is room: the other programs wait for it at their end.
+    """
+    rank = block_r(problem.R, _DECODE_RANK_BYTES // problem.adapter_itemsize)
+    candidates = [DecodeConfig(p, row // problem.itemsize, rank, 1, 1, 4, stages) for p, row, stages in _DECODE]
+    config = next((c for c in candidates if decode_programs(c, problem, device) >= 2), candidates[-1])
+    steps = -(-problem.Q // config.BLOCK_Q)
+    tiles, thin_tiles = -(-problem.P // config.BLOCK_P), -(-problem.R // config.BLOCK_R)
+    places = decode_programs(config, problem, device) * device.multiprocessors
+    # a part of one step would spend its time filling the pipeline
+    split = max(min(places // (tiles + thin_tiles), steps // 2, MAX_SPLIT), 1)
+    room = (places - tiles * split) // thin_tiles
+    thin_parts = min(room if room > 0 else MAX_SPLIT, steps // 4, MAX_SPLIT)
+    return replace(config, SPLIT=split, SPLIT_THIN=max(split, thin_parts))
+
+
 # Triton's interpreter runs a program at a time: small tiles, so that small cases still have several of them, and tails
 INTERPRETER = Device((0, 0), 0, multiprocessors=8)
 INTERPRETER_TILE = TileConfig(BLOCK_M=32, BLOCK_P=32, BLOCK_Q=32, BLOCK_R=16, GROUP_M=2, num_warps=4, num_stages=1)
+INTERPRETER_DECODE = DecodeConfig(32, 32, BLOCK_R=16, SPLIT=3, SPLIT_THIN=2, num_warps=4, num_stages=1)
 INTERPRETER_REDUCTION = ReductionConfig(BLOCK_M=32, BLOCK_C=32, BLOCK_R=16, num_warps=4, num_stages=1)
 INTERPRETER_PARTS = 2

@@ -15,10 +15,13 @@ from triton.runtime import driver
 from ..reference import dropout_threshold, keep_scale
 from .adapter_grad import _adapter_grad_kernel
 from .configs import (
+    DECODE_ROWS,
     INTERPRETER,
+    INTERPRETER_DECODE,
     INTERPRETER_PARTS,
     INTERPRETER_REDUCTION,
     INTERPRETER_TILE,
+    DecodeConfig,
     Device,
     Form,
     Problem,
@@ -26,10 +29,13 @@ from .configs import (
     Schedule,
     TileConfig,
     default_config,
+    default_decode,
     default_reduction,
     default_schedule,
     reduction_parts,
+    takes_decode,
 )
+from .decode import _decode_kernel
 from .lora_matmul import HEADER, _lora_matmul_kernel
 from .workspace import counters
 
@@ -42,7 +48,7 @@ class Call:
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     flags: dict[str, Any]
-    config: TileConfig | ReductionConfig
+    config: TileConfig | DecodeConfig | ReductionConfig
 
     def launch(self, device: torch.device) -> None:
         # Triton launches on the current device
@@ -60,10 +66,10 @@ def lora_matmul(
     seed: Tensor | None,
     dropout_p: float,
     dropout_on_output: bool,
-    config: TileConfig | None = None,
+    config: TileConfig | DecodeConfig | None = None,
     schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One launch. config, schedule: others than the default's."""
+    """One launch, ``decode.py``'s for few tokens. config, schedule: the kernel, tiles and form to take instead."""
     rows = math.prod(a.shape[:-1])
     out = a.new_empty((*a.shape[:-1], w.shape[1]))
     thin = a.new_empty((rows, u.shape[1]))
@@ -71,15 +77,22 @@ def lora_matmul(
         exact = a.dtype == torch.float32 and _precision() == "ieee"
         sizes = (rows, w.shape[1], a.shape[-1], u.shape[1], a.dtype.itemsize, u.dtype.itemsize)
         problem = Problem(*sizes, dropout=seed is not None, tensor_cores=not exact)
-        config = config or _tile_config(problem, a.device)
-        schedule = schedule or default_schedule(problem, config, _device(a.device))
-        sync = None
-        if schedule.form in (Form.PUBLISH, Form.PRODUCE):
-            sync = counters(a.device, HEADER.value + _cdiv(rows, config.BLOCK_M))
-            if sync is None:
-                schedule = Schedule(Form.RECOMPUTE)
-        operands = (a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, out, thin)
-        lora_matmul_call(*operands, config, schedule, sync).launch(a.device)
+        decode = config if isinstance(config, DecodeConfig) else None
+        if config is None and schedule is None and takes_decode(problem):
+            decode = _decode_config(problem, a.device)
+        zeros = None if decode is None else counters(a.device, decode_counters(problem.P, problem.R, decode))
+        if decode is not None and zeros is not None:
+            decode_call(a, w, u, v, bias, scale, out, thin, zeros, decode).launch(a.device)
+        else:
+            tile = config if isinstance(config, TileConfig) else _tile_config(problem, a.device)
+            schedule = schedule or default_schedule(problem, tile, _device(a.device))
+            sync = None
+            if schedule.form in (Form.PUBLISH, Form.PRODUCE):
+                sync = counters(a.device, HEADER.value + _cdiv(rows, tile.BLOCK_M))
+                if sync is None:
+                    schedule = Schedule(Form.RECOMPUTE)
+            operands = (a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, out, thin)
+            lora_matmul_call(*operands, tile, schedule, sync).launch(a.device)
     return out, thin
 
 
@@ -116,6 +129,42 @@ def lora_matmul_call(
         },
         config=config,
     )  # fmt: skip
+
+
+def decode_call(
+    a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
+    out: Tensor, thin: Tensor, zeros: Tensor, config: DecodeConfig,
+) -> Call:  # fmt: skip
+    """The launch that fills out (..., P) and thin (M, R), M at most DECODE_ROWS.
+
+    zeros: int32 counters, as many as ``decode_counters`` says, that no other launch uses meanwhile.
+    """
+    a2 = _rows(a)
+    (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
+    assert 0 < M <= DECODE_ROWS
+    steps = _cdiv(Q, config.BLOCK_Q)
+    if steps < max(config.SPLIT, config.SPLIT_THIN):
+        # no part is empty
+        config = dataclasses.replace(config, SPLIT=min(config.SPLIT, steps), SPLIT_THIN=min(config.SPLIT_THIN, steps))
+    tiles, thin_tiles = _cdiv(P, config.BLOCK_P), _cdiv(R, config.BLOCK_R)
+    parts, thin_parts = tiles * config.SPLIT, thin_tiles * config.SPLIT_THIN
+    columns = parts * config.BLOCK_P + thin_parts * config.BLOCK_R
+    slots = a2.new_empty((columns, DECODE_ROWS), dtype=torch.float32)
+    return Call(
+        kernel=_decode_kernel,
+        grid=(parts + thin_parts,),
+        args=(
+            a2, w, u, v, bias, out, thin, slots, zeros, M, P, Q, R,
+            *a2.stride(), *w.stride(), *u.stride(), *v.stride(), float(scale),
+        ),
+        flags={"HAS_BIAS": bias is not None, "EVEN_Q": Q % config.BLOCK_Q == 0, "PRECISION": _precision()},
+        config=config,
+    )  # fmt: skip
+
+
+def decode_counters(P: int, R: int, config: DecodeConfig) -> int:
+    """How many counters a launch of ``decode.py`` needs: three, and one for every tile."""
+    return 3 + _cdiv(P, config.BLOCK_P) + _cdiv(R, config.BLOCK_R)
 
 
 def adapter_grad(
@@ -203,7 +252,7 @@ def _precision() -> str:
 
 
 @functools.cache
-def _as_dict(config: TileConfig | ReductionConfig) -> dict[str, int]:
+def _as_dict(config: TileConfig | DecodeConfig | ReductionConfig) -> dict[str, int]:
     return dataclasses.asdict(config)
 
 
@@ -219,6 +268,11 @@ def _device(device: torch.device) -> Device:
 @functools.lru_cache(maxsize=4096)
 def _tile_config(problem: Problem, device: torch.device) -> TileConfig:
     return default_config(problem, _device(device)) if device.type == "cuda" else INTERPRETER_TILE
+
+
+@functools.lru_cache(maxsize=4096)
+def _decode_config(problem: Problem, device: torch.device) -> DecodeConfig:
+    return default_decode(problem, _device(device)) if device.type == "cuda" else INTERPRETER_DECODE
 
 
 @functools.cache

@@ -7,10 +7,13 @@ import pytest
 from fused_lora.kernels.configs import (
     LEAST_ROWS,
     PROGRAMS,
+    DecodeConfig,
     Device,
     Problem,
     block_r,
+    decode_programs,
     default_config,
+    default_decode,
     default_reduction,
     fits,
     reduction_parts,
@@ -73,3 +76,22 @@ def test_a_training_step_fills_an_h100_with_loads(columns, rank):
     programs = tiles * reduction_parts(config, 8192, tiles, 2, device)
     on_their_way = (config.num_stages - 1) * config.BLOCK_M * (config.BLOCK_C + config.BLOCK_R) * 2
     assert programs * on_their_way / device.multiprocessors >= 50 * 1024
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
+def test_decoding_has_room_for_two_programs_on_every_device_and_no_part_is_empty(device):
+    sizes = itertools.product((1, 123, 4096, 128_256), (1, 123, 4096, 14336), (1, 16, 100, 1000), (2, 4), (2, 4))
+    for P, Q, rank, itemsize, adapter_itemsize in sizes:
+        problem = Problem(4, P, Q, rank, itemsize, max(itemsize, adapter_itemsize))
+        config = default_decode(problem, device)
+        assert decode_programs(config, problem, device) >= 2, (problem, config)
+        steps = -(-Q // config.BLOCK_Q)
+        assert 1 <= config.SPLIT <= config.SPLIT_THIN <= max(steps, 1), (problem, config)
+        assert min(config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R) >= 16
+
+
+def test_decoding_fills_a_gpu_and_waits_for_no_second_wave():
+    hopper = Device((9, 0), 227 * 1024, 132)
+    config = default_decode(Problem(1, 4096, 4096, 16, 2, 2), hopper)
+    assert config == DecodeConfig(64, 128, 16, SPLIT=4, SPLIT_THIN=8, num_warps=4, num_stages=4)
+    assert 4096 // 64 * 4 + 8 == 2 * 132

@@ -1,0 +1,148 @@
+"""Few tokens (``configs.takes_decode``): the time is that of reading w once, so all of the GPU reads a share of it.
+
+One launch. All tokens are one tile of ROWS rows; w's columns are tiles, and Q is cut into parts, so that there are more
+programs than multiprocessors. A program takes a ticket: the lowest make the parts of ``thin = a u``, the others parts
+of ``a w``, each in a float32 slot of its own, and the last to arrive at a tile sums its slots, in their order. Whoever
+waits for thin has a higher ticket, so what it waits for is running or done, whatever order programs start in.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .configs import DECODE_ROWS
+from .tiles import dot, round_to
+
+ROWS = tl.constexpr(DECODE_ROWS)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _decode_kernel(
+    a_ptr, w_ptr, u_ptr, v_ptr, bias_ptr, out_ptr, thin_ptr, slots_ptr, counters_ptr,
+    M, P, Q, R,
+    stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, stride_vr, stride_vp,
+    scale,
+    HAS_BIAS: tl.constexpr, EVEN_Q: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr, SPLIT_THIN: tl.constexpr,
+):  # fmt: skip
+    """A part of ``thin = a u`` or of ``out = a w + scale · thin v + bias``, and the sum of a tile's parts.
+
+    out (M, P) and thin (M, R) are contiguous, in a's dtype. slots: float32, those of thin's tiles first.
+    counters: tickets taken, tiles of out stored, tiles of thin stored, then parts arrived at each tile, thin's first.
+    All are zero before and after.
+    """
+    dtype = out_ptr.dtype.element_ty
+    tiles_p, tiles_r = tl.cdiv(P, BLOCK_P), tl.cdiv(R, BLOCK_R)
+    stored_ptr, thin_stored_ptr, arrived_ptr = counters_ptr + 1, counters_ptr + 2, counters_ptr + 3
+    thin_parts = tiles_r * SPLIT_THIN
+    offs_m = tl.arange(0, ROWS).to(tl.int64)
+    mask_m = offs_m < M
+    ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+    if ticket < thin_parts:
+        tile, part = ticket // SPLIT_THIN, ticket % SPLIT_THIN
+        offs_r = tile.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        thin = _part_of_product(
+            a_ptr, u_ptr, offs_r, mask_m, part, R, Q, stride_am, stride_aq, stride_uq, stride_ur,
+            dtype, EVEN_Q, PRECISION, BLOCK_R, BLOCK_Q, SPLIT_THIN,
+        )  # fmt: skip
+        tile_ptr = slots_ptr + tile * (SPLIT_THIN * BLOCK_R * ROWS)
+        if _arrives_last(thin, tile_ptr, part, arrived_ptr + tile, BLOCK_R, SPLIT_THIN):
+            thin = _sum_of_parts(tile_ptr, BLOCK_R, SPLIT_THIN)
+            thin_ptrs = thin_ptr + offs_r[:, None] + offs_m[None, :] * R
+            tl.store(thin_ptrs, round_to(thin, dtype), mask=(offs_r < R)[:, None] & mask_m[None, :])
+            tl.debug_barrier()
+            tl.atomic_add(thin_stored_ptr, 1, sem="release")
+    else:
+        tile, part = (ticket - thin_parts) // SPLIT, (ticket - thin_parts) % SPLIT
+        offs_p = tile.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < P
+        acc = _part_of_product(
+            a_ptr, w_ptr, offs_p, mask_m, part, P, Q, stride_am, stride_aq, stride_wq, stride_wp,
+            dtype, EVEN_Q, PRECISION, BLOCK_P, BLOCK_Q, SPLIT,
+        )  # fmt: skip
+        tile_ptr = slots_ptr + thin_parts * (BLOCK_R * ROWS) + tile.to(tl.int64) * (SPLIT * BLOCK_P * ROWS)
+        if _arrives_last(acc, tile_ptr, part, arrived_ptr + tiles_r + tile, BLOCK_P, SPLIT):
+            acc = _sum_of_parts(tile_ptr, BLOCK_P, SPLIT)
+            while tl.atomic_add(thin_stored_ptr, 0, sem="acquire") < tiles_r:
+                pass
+            tl.debug_barrier()
+            for r in range(0, R, BLOCK_R):
+                offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+                mask_r = offs_r < R
+                thin_ptrs = thin_ptr + offs_r[:, None] + offs_m[None, :] * R
+                thin = tl.load(thin_ptrs, mask=mask_r[:, None] & mask_m[None, :], other=0.0)
+                v_ptrs = v_ptr + offs_p[:, None] * stride_vp + offs_r[None, :] * stride_vr
+                v = tl.load(v_ptrs, mask=mask_p[:, None] & mask_r[None, :], other=0.0)
+                # scale goes onto v, as in lora_matmul.py
+                acc = dot(round_to(v.to(tl.float32) * scale, dtype), thin, acc, PRECISION)
+            if HAS_BIAS:
+                acc += tl.load(bias_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)[:, None]
+            out_ptrs = out_ptr + offs_p[:, None] + offs_m[None, :] * P
+            tl.store(out_ptrs, round_to(acc, dtype), mask=mask_p[:, None] & mask_m[None, :])
+            # every ticket is taken and every wait is over once the last tile is here
+            if tl.atomic_add(stored_ptr, 1, sem="acq_rel") == tiles_p - 1:
+                tl.store(counters_ptr, 0)
+                tl.store(stored_ptr, 0)
+                tl.store(thin_stored_ptr, 0)
+
+
+@triton.jit
+def _part_of_product(
+    a_ptr, w_ptr, offs_c, mask_m, part, C, Q, stride_am, stride_aq, stride_wq, stride_wc,
+    dtype: tl.constexpr, EVEN_Q: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """``(a w)ᵀ`` at columns offs_c over one of PARTS parts of Q, none empty: (BLOCK_C, ROWS) of float32.
+
+    Transposed, so that w is the side of a matrix instruction that is 64 wide, and the tokens the narrow one.
+    """
+    steps = tl.cdiv(Q, BLOCK_Q)
+    first = steps * part // PARTS
+    last = steps * (part + 1) // PARTS
+    offs_m = tl.arange(0, ROWS).to(tl.int64)
+    offs_q = first.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    a_ptrs = a_ptr + offs_q[:, None] * stride_aq + offs_m[None, :] * stride_am
+    # columns past the end wrap around: what they give is never stored
+    w_ptrs = w_ptr + (offs_c % C)[:, None] * stride_wc + offs_q[None, :] * stride_wq
+    acc = tl.zeros((BLOCK_C, ROWS), tl.float32)
+    # at least one trip, stated, as in lora_matmul.py
+    for _ in range(first, tl.maximum(last, first + 1)):
+        if EVEN_Q:
+            a = tl.load(a_ptrs, mask=mask_m[None, :], other=0.0)
+            w = tl.load(w_ptrs, eviction_policy="evict_first")
+        else:
+            mask_q = offs_q < Q
+            a = tl.load(a_ptrs, mask=mask_q[:, None] & mask_m[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_q[None, :], other=0.0, eviction_policy="evict_first")
+            offs_q += BLOCK_Q
+        acc = dot(round_to(w, dtype), a, acc, PRECISION)
+        a_ptrs += BLOCK_Q * stride_aq
+        w_ptrs += BLOCK_Q * stride_wq
+    return acc
+
+
+@triton.jit
+def _slot_ptrs(tile_ptr, part, BLOCK_C: tl.constexpr):
+    return tile_ptr + part * (BLOCK_C * ROWS) + tl.arange(0, BLOCK_C)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+
+
+@triton.jit
+def _arrives_last(acc, tile_ptr, part, arrived_ptr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr):
+    """Put acc into its slot; whether all other parts of the tile are in theirs. Then the counter is zero again."""
+    tl.store(_slot_ptrs(tile_ptr, part, BLOCK_C), acc)
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == PARTS - 1
+    if last:
+        tl.store(arrived_ptr, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def _sum_of_parts(tile_ptr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr):
+    total = tl.load(_slot_ptrs(tile_ptr, 0, BLOCK_C))
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(_slot_ptrs(tile_ptr, part, BLOCK_C))
+    return total

@@ -132,7 +132,7 @@ def _matrix_loops(cubin: bytes) -> list[list[str]]:
     place = {address: index for index, (address, _) in enumerate(instructions)}
     loops = []
     for index, (address, text) in enumerate(instructions):
-        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)\s*$", text)
+        branch = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)\b", text)
         if branch is not None and int(branch[1], 16) < address and int(branch[1], 16) in place:
             loops.append((place[int(branch[1], 16)], index))
     found = []

@@ -72,6 +72,7 @@ def test_shipped_tiles_compile_without_spills_or_warnings_to_the_instruction(arc
         assert resources["warnings"] == [], (work, resources)
         if not exact:
             assert MATRIX_INSTRUCTION[arch] in resources["matrix_instructions"], (work, resources)
+            assert resources["loops"], (work, resources)
         if resources["form"] == "PUBLISH" and "dropout" not in work and arch >= 90 and "+float32" not in dtypes:
             # those who wait for h run the bare GEMM's loop
             assert resources["loop"] <= 1.05 * resources["plain"], (work, resources)

@@ -8,6 +8,8 @@ RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VENV_TRITON36 := .venv-triton36
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# a worker for each core
+PYTEST := -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-triton36 bench native gpu lint format types clean
@@ -33,7 +35,7 @@ demo: $(INSTALLED)
 	$(RUN)/fused-lora demo $(ARGS)
 
 test: $(INSTALLED)
-	$(RUN)/python -m pytest $(ARGS)
+	$(RUN)/python $(PYTEST) $(ARGS)
 
 bench: $(INSTALLED)
 	$(RUN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
@@ -60,8 +62,8 @@ types: $(INSTALLED)
 # Triton 3.6 is what torch 2.9 to 2.11 bring; its interpreter needs numpy < 2.4
 test-triton36: pyproject.toml
 	@test -x $(VENV_TRITON36)/bin/python || $(PYTHON) -m venv $(VENV_TRITON36)
-	@$(VENV_TRITON36)/bin/python $(PIP_INSTALL) torch==2.13.0 triton==3.6.0 'numpy<2.4' safetensors pytest
-	$(VENV_TRITON36)/bin/python -m pytest tests/kernels $(ARGS)
+	@$(VENV_TRITON36)/bin/python $(PIP_INSTALL) torch==2.13.0 triton==3.6.0 'numpy<2.4' safetensors pytest pytest-xdist
+	$(VENV_TRITON36)/bin/python $(PYTEST) tests/kernels $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV_TRITON36) build dist *.egg-info demo-output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,6 +64,21 @@ def lora_linear(
             return _lora_linear(x, weight, lora_A, lora_B, bias, scale, dropout_p if training else 0.0, impl)
     validation.check_dtypes(x, weight, lora_A, lora_B, bias)
     return _lora_linear(x, weight, lora_A, lora_B, bias, scale, dropout_p if training else 0.0, impl)
+
+
+def concatenate_adapters(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, float]:
+    """Several adapters of one layer as one of all their ranks, for a single call of :func:`lora_linear`.
+
+    adapters: (lora_A (Rᵢ, K), lora_B (N, Rᵢ), scaleᵢ), at least one.
+    Returns (lora_A (ΣRᵢ, K), lora_B (N, ΣRᵢ), scale), differentiable, with
+    ``scale · B A = Σ scaleᵢ · Bᵢ Aᵢ``: the largest scale is the call's, the others are multiplied into their B.
+    """
+    if len(adapters) == 1:
+        return adapters[0]
+    scale = max((scale for _, _, scale in adapters), key=abs)
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for A, B, _ in adapters for tensor in (A, B)))
+    columns = [B if s == scale else B * (s / scale) for _, B, s in adapters]
+    return torch.cat([A.to(dtype) for A, _, _ in adapters]), torch.cat([B.to(dtype) for B in columns], 1), scale
 
 
 def _lora_linear(

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_lora import lora_linear, reference
+from fused_lora import functional, lora_linear, reference
 
 SHAPES = [(0, 32, 16, 4), (1, 123, 123, 1), (17, 123, 64, 3), (129, 64, 123, 64), (5, 1, 1, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -258,3 +258,23 @@ def test_explicit_triton_with_float64_raises():
     inputs = oracle.draw(2, 4, 3, 1, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"not torch\.float64"):
         lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, 1.0, impl="triton")
+
+
+@pytest.mark.parametrize("scales", [(2.0, 2.0, 2.0), (0.5, -3.0, 0.0), (0.0, 0.0, 0.0)])
+def test_several_adapters_are_one_of_all_their_ranks(scales):
+    x = torch.randn(7, 12, dtype=torch.float64)
+    weight = torch.randn(9, 12, dtype=torch.float64)
+    adapters = [
+        (torch.randn(rank, 12, dtype=torch.float64, requires_grad=True),
+         torch.randn(9, rank, dtype=torch.float64, requires_grad=True), scale)
+        for rank, scale in zip((1, 4, 3), scales, strict=True)
+    ]  # fmt: skip
+    parameters = [tensor for A, B, _ in adapters for tensor in (A, B)]
+    truth = x @ (weight + sum(scale * B @ A for A, B, scale in adapters)).t()
+    A, B, scale = functional.concatenate_adapters(adapters)
+    assert A.shape == (8, 12)
+    y = lora_linear(x, weight, A, B, scale)
+    torch.testing.assert_close(y, truth)
+    wanted = torch.autograd.grad(truth.square().sum(), parameters)
+    for ours, theirs in zip(torch.autograd.grad(y.square().sum(), parameters), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -4,16 +4,15 @@ from .adapters import load_adapter, save_adapter
 from .config import LoRAConfig
 from .functional import lora_linear
 from .layer import FusedLoRALinear
+from .merging import merge, merge_and_unload, unmerge
 from .model import (
     add_adapter,
+    add_weighted_adapter,
     apply_lora,
     delete_adapter,
     disable_adapters,
     lora_parameters,
-    merge,
-    merge_and_unload,
     set_adapter,
-    unmerge,
 )
 from .overview import summary
 
@@ -23,6 +22,7 @@ __all__ = [
     "FusedLoRALinear",
     "LoRAConfig",
     "add_adapter",
+    "add_weighted_adapter",
     "apply_lora",
     "delete_adapter",
     "disable_adapters",

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from . import validation
 from .config import ALL_LINEAR, LoRAConfig
 from .layer import FusedLoRALinear, LoRAAdapter
-from .model import adapter_names, linear_layers, lora_layers, set_adapter
+from .model import adapter_names, lora_layers, set_adapter
+from .selection import linear_layers
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

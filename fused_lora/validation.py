@@ -41,6 +41,10 @@ def check_scale(scale: Any) -> float:
     return _finite(scale, "scale")
 
 
+def check_weight(weight: Any) -> float:
+    return _finite(weight, "weights")
+
+
 def check_dropout(dropout: Any, name: str = "dropout") -> float:
     value = _finite(dropout, name)
     if not 0.0 <= value < 1.0:
@@ -69,6 +73,19 @@ def check_adapter_name(name: Any) -> str:
     if hasattr(nn.ModuleDict, name) or name == "training":
         raise ValueError(f"adapter name must not be an attribute of torch.nn.ModuleDict, got {name!r}")
     return name
+
+
+def check_adapter_names(names: Any) -> tuple[str, ...]:
+    """One name, several, or None for none, as a tuple."""
+    if names is None:
+        return ()
+    if isinstance(names, str):
+        return (names,)
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"adapter names must be a str, a list of them, or None, got {names!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"adapter names must differ, got {names!r}")
+    return tuple(names)
 
 
 def check_known_adapter(name: Any, known: Any) -> None:

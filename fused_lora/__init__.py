@@ -1,6 +1,6 @@
 """A LoRA layer in one kernel: ``FusedLoRALinear`` and what goes around it. Importing this imports no Triton."""
 
-from .adapters import load_adapter, save_adapter
+from .adapters import hotswap_adapter, load_adapter, save_adapter
 from .config import LoRAConfig
 from .functional import lora_linear
 from .layer import FusedLoRALinear
@@ -26,6 +26,7 @@ __all__ = [
     "apply_lora",
     "delete_adapter",
     "disable_adapters",
+    "hotswap_adapter",
     "load_adapter",
     "lora_linear",
     "lora_parameters",

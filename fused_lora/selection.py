@@ -63,7 +63,10 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
     parts = {path: part for root in sorted(saved) for path, part in parts_below(modules, root).items()}
     if config.bias == "all":
         parts |= biases(modules, {*chosen, *parts})
-    check_free(adapter, chosen, parts)
+    for path, module in [*chosen.items(), *((path, module) for path, (module, _) in parts.items())]:
+        if isinstance(module, Adapted) and adapter in module.adapters:
+            raise ValueError(f"adapter {adapter!r} is in {path!r} already; delete it first or choose another name")
+    check_kinds(chosen, parts)
     _warn_of_ties(model, chosen, parts)
     return Plan(chosen, parts)
 
@@ -115,11 +118,12 @@ def tied(model: nn.Module) -> dict[int, list[str]]:
     return {key: listed for key, listed in names.items() if len(listed) > 1}
 
 
-def check_free(adapter: str, linears: dict[str, nn.Linear], parts: dict[str, tuple[nn.Module, Part]]) -> None:
-    """ValueError where a module has an adapter of this name already, or can't hold the kind that it should."""
-    for path, module in [*linears.items(), *((path, module) for path, (module, _) in parts.items())]:
-        if isinstance(module, Adapted) and adapter in module.adapters:
-            raise ValueError(f"adapter {adapter!r} is in {path!r} already; delete it first or choose another name")
+def check_kinds(linears: dict[str, nn.Linear], parts: dict[str, tuple[nn.Module, Part]]) -> None:
+    """ValueError where a module can't hold what it should: A and B, or a copy, and never both."""
+    whole = {path for path, (_, part) in parts.items() if part.names is None}
+    both = [path for path in linears if not whole.isdisjoint(_to(path))]
+    if both:
+        raise ValueError(f"modules_to_save must leave out layers with A and B, got {both[0]!r}")
     for path, (module, part) in parts.items():
         if isinstance(module, FusedLoRALinear) or (
             part.names is None and any(isinstance(m, FusedLoRALinear) for _, m in base_modules(module))

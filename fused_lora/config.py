@@ -62,6 +62,9 @@ class LoRAConfig:
         _check_selection("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             _check_selection("exclude_modules", self.exclude_modules)
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if not isinstance(patterns, Mapping):
+                raise TypeError(f"{name} must be a mapping of regular expressions, got {patterns!r}")
         for pattern, rank in self.rank_pattern.items():
             _check_regex("rank_pattern", pattern)
             validation.check_rank(rank, f"rank_pattern[{pattern!r}]")

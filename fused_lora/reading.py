@@ -145,7 +145,7 @@ def _read_config(file: Path, data: bytes) -> _Config:
             alpha_pattern=raw.get("alpha_pattern") or {},
             bias=raw.get("bias") or "none",
         )
-    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
     return _Config(config, bool(raw.get("target_modules")) and not raw.get("layers_to_transform"), file)
 
@@ -286,10 +286,13 @@ class _Reader:
 
     def _copies(self, paths: set[str]) -> dict[str, tuple[Part, nn.Module]]:
         """What is trained beside A and B: each module's copy, with the file's values."""
-        parts = {path: part for root in self._roots() for path, part in parts_below(self.modules, root).items()}
-        if self.config.lora.bias == "all":
-            parts |= biases(self.modules, {*paths, *parts})
-        check_kinds({path: self.linears[path] for path in paths}, parts)
+        try:
+            parts = {path: part for root in self._roots() for path, part in parts_below(self.modules, root).items()}
+            if self.config.lora.bias == "all":
+                parts |= biases(self.modules, {*paths, *parts})
+            check_kinds({path: self.linears[path] for path in paths}, parts)
+        except ValueError as error:
+            raise ValueError(f"{self.config.file}: {error}") from None
         shared: dict[int, nn.Parameter] = {}
         copies = {path: (part, copy_of(module, part, shared)) for path, (module, part) in parts.items()}
         filled: set[int] = set()

@@ -28,9 +28,16 @@ def _finite(value: Any, name: str) -> float:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a finite number, got {value!r}")
     # a compiled call may have a symbolic number, which has no such test
-    if not torch.compiler.is_compiling() and not math.isfinite(value):
+    if not torch.compiler.is_compiling() and not _is_finite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
     return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_alpha(alpha: Any, name: str = "alpha") -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import validation
 from .config import ALL_LINEAR, LoRAConfig
-from .layer import FusedLoRALinear, LoRAAdapter
+from .layer import FusedLoRALinear, LoRAAdapter, whole
 from .model import adapter_names, linear_layers, lora_layers, set_adapter
 
 CONFIG_FILE = "adapter_config.json"
@@ -36,6 +36,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str 
     """Write adapter ``adapter`` of ``model``, A and B alone, where PEFT, vLLM and :func:`load_adapter` read it.
 
     Each file is written beside its place and then moved there, so a file is the old one or the new one, never half.
+    Where the adapter is sharded (DTensor), every rank must call: all gather, and the first of the mesh writes.
 
     Raises:
         ValueError: no layer has that adapter, or its layers differ in what the format holds once.
@@ -48,8 +49,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str 
     tensors: dict[str, Tensor] = {}
     for path, module in modules.items():
         stem = PREFIX + (path + "." if path else "")
-        tensors[stem + "lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
-        tensors[stem + "lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
+        tensors[stem + "lora_A.weight"] = whole(module.lora_A.detach()).cpu().contiguous()
+        tensors[stem + "lora_B.weight"] = whole(module.lora_B.detach()).cpu().contiguous()
+    if not all(_writes(parameter) for module in modules.values() for parameter in module.parameters()):
+        return
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"folder must be a directory, got the file {str(target)!r}")
@@ -77,6 +80,8 @@ def load_adapter(
     path = Path(folder)
     config = _read_config(path / CONFIG_FILE)
     linears = linear_layers(model)
+    for name, linear in linears.items():
+        validation.check_whole(linear.weight, f"{name}.weight")
     pairs = _read_pairs(path / WEIGHTS_FILE, config, linears)
     if strict:
         _check_complete(config, pairs, linears)
@@ -131,6 +136,11 @@ def _config_of(model: nn.Module, modules: dict[str, LoRAAdapter]) -> dict[str, A
         "task_type": None,
         "base_model_name_or_path": None,
     }
+
+
+def _writes(parameter: Any) -> bool:
+    """Of the ranks that hold a DTensor, the first writes; who holds a plain Tensor decides by calling or not."""
+    return not validation.is_dtensor(parameter) or not any(parameter.device_mesh.get_coordinate())
 
 
 def _integral(value: float) -> float | int:

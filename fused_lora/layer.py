@@ -92,6 +92,7 @@ class FusedLoRALinear(nn.Linear):
     impl: str
     disabled: bool
     _active: str | None
+    _computing: tuple[LoRAAdapter, ...]
     _merged: str | None
     _unmerged_weight: Tensor | None
 
@@ -157,7 +158,7 @@ class FusedLoRALinear(nn.Linear):
         self.adapters = nn.ModuleDict()
         # within disable_adapters
         self.disabled = False
-        self._active = None
+        self._activate(None)
         self._merged = None
         # W before a merge; a buffer, so that .to() moves it along
         self.register_buffer("_unmerged_weight", None, persistent=False)
@@ -178,6 +179,7 @@ class FusedLoRALinear(nn.Linear):
     ) -> LoRAAdapter:
         """Add a fresh adapter, of the weight's dtype unless told; it is not active, and not trainable before it is."""
         validation.check_new_adapter(validation.check_adapter_name(name), self.adapters)
+        validation.check_whole(self.weight)
         adapter = LoRAAdapter(
             self.in_features, self.out_features, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
             init=init, device=self.weight.device, dtype=dtype or self.weight.dtype,
@@ -190,7 +192,7 @@ class FusedLoRALinear(nn.Linear):
         if self._merged == name:
             self.unmerge()
         if self._active == name:
-            self._active = None
+            self._activate(None)
         del self.adapters[name]
 
     def set_adapter(self, name: str | None) -> None:
@@ -202,7 +204,12 @@ class FusedLoRALinear(nn.Linear):
         self.unmerge()
         for other, adapter in self.adapters.items():
             adapter.requires_grad_(other == name)
+        self._activate(name)
+
+    def _activate(self, name: str | None) -> None:
         self._active = name
+        # what forward reads: a compiled call guards the shapes that it finds there, and not the name
+        self._computing = () if name is None else (self.adapters._modules[name],)  # type: ignore[assignment]
 
     @property
     def active_adapter(self) -> str | None:
@@ -239,9 +246,9 @@ class FusedLoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled:
             return F.linear(x, self.weight if self._unmerged_weight is None else self._unmerged_weight, self.bias)
-        if self._active is None or self._merged is not None:
+        if not self._computing or self._merged is not None:
             return F.linear(x, self.weight, self.bias)
-        adapter: Any = self.adapters._modules[self._active]
+        (adapter,) = self._computing
         return lora_linear(
             x, self.weight, adapter.lora_A, adapter.lora_B, adapter.scale, self.bias,
             dropout_p=adapter.dropout, training=self.training, impl=self.impl,
@@ -266,28 +273,30 @@ class FusedLoRALinear(nn.Linear):
         adapter = self._active_module()
         if adapter is None or self.merged:
             return
-        self._unmerged_weight, self.weight.data = self.weight.data, self._sum(adapter)
+        self._unmerged_weight = _exchange(self.weight, self._sum(adapter))
         self._merged = self._active
 
     def _sum(self, adapter: LoRAAdapter) -> Tensor:
         delta = adapter.delta()
         total = delta.add_(self.weight).to(self.weight.dtype)
-        if not bool(torch.isfinite(total).all()):
+        if not bool(whole(torch.isfinite(total).all())):
             raise ValueError(
                 f"adapter {self._active!r} must merge to a finite weight, got NaN or infinity in W + scale · B A"
             )
         return total
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Put back the very W that ``merge`` set aside. Does nothing on a layer that is not merged."""
         if self.merged:
             assert self._unmerged_weight is not None
-            self.weight.data, self._unmerged_weight = self._unmerged_weight, None
+            _exchange(self.weight, self._unmerged_weight)
+            self._unmerged_weight = None
             self._merged = None
 
     def unload(self) -> nn.Linear:
         """Turn this layer itself into a plain ``nn.Linear`` with the weight it has now; adapters are dropped."""
-        for name in ("adapters", "impl", "disabled", "_active", "_merged", "_unmerged_weight"):
+        for name in ("adapters", "impl", "disabled", "_active", "_computing", "_merged", "_unmerged_weight"):
             delattr(self, name)
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
@@ -307,3 +316,19 @@ class FusedLoRALinear(nn.Linear):
         return f"{super().extra_repr()}, active_adapter={self._active!r}, impl={self.impl!r}" + (
             ", merged" if self.merged else ""
         )
+
+
+def _exchange(parameter: Tensor, value: Tensor) -> Tensor:
+    """Give the Parameter this value and return what it had."""
+    if validation.is_dtensor(parameter):
+        # assigning .data would leave its shard as it was
+        had = parameter.detach().clone()
+        parameter.copy_(value)
+    else:
+        had, parameter.data = parameter.data, value
+    return had
+
+
+def whole(tensor: Any) -> Tensor:
+    """The tensor itself; of a DTensor, what the ranks of its mesh hold together: every one of them must come here."""
+    return tensor.full_tensor() if validation.is_dtensor(tensor) else tensor

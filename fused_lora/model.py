@@ -180,6 +180,7 @@ def _plan(model: nn.Module, adapter: str, config: LoRAConfig, impl: str) -> dict
         if idle:
             warnings.warn(f"target_modules: no linear layer is called {', '.join(map(repr, idle))}", stacklevel=4)
     for path, layer in chosen.items():
+        validation.check_whole(layer.weight, f"{path}.weight")
         if isinstance(layer, FusedLoRALinear) and adapter in layer.adapters:
             raise ValueError(f"adapter {adapter!r} is in {path!r} already; delete it first or choose another name")
         if not layer.weight.is_floating_point() or layer.weight.dtype.itemsize < 2:

@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "fused_lora"
 LAYERS = [
     {"extension", "reference", "validation"},
     {"ops"},
-    {"kernels"},
+    {"kernels", "sharding"},
     {"functional"},
     {"layer", "config"},
-    {"model"},
+    {"model", "distributed"},
     {"adapters", "overview"},
     {"__init__"},
     {"demo", "info", "offline"},

@@ -14,7 +14,7 @@ from .model import adapter_names, install, set_adapter
 from .reading import read_folder
 from .switching import Adapted, adapted_modules
 from .trained import Trained
-from .writing import CONFIG_FILE, WEIGHTS_FILE, contents, write_folder
+from .writing import CONFIG_FILE, WEIGHTS_FILE, contents, write_folder, writes_here
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "hotswap_adapter", "load_adapter", "save_adapter"]
 
@@ -23,6 +23,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str 
     """Write adapter ``adapter`` of ``model``, alone, where PEFT, vLLM and :func:`load_adapter` read it.
 
     A and B, and what the adapter trains beside them. ``model`` may be compiled or wrapped for data parallelism.
+
+    Where the adapter is sharded (DTensor), every rank must call: all gather, and the first of the mesh writes.
 
     Whenever it is stopped, by a kill too, :func:`load_adapter` finds the old adapter or the new one, whole. (Other
     readers see one file of each between the two moves that end it, if the two have different configs.) What else is in
@@ -34,7 +36,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str 
     """
     model = _unwrapped(model)
     validation.check_known_adapter(adapter, adapter_names(model))
-    write_folder(Path(folder), *contents(model, adapter))
+    config, tensors = contents(model, adapter)
+    if writes_here(model):
+        write_folder(Path(folder), config, tensors)
 
 
 def load_adapter(

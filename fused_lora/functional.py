@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, reference, validation
 
@@ -49,21 +50,18 @@ def lora_linear(
     What is kept for the backward is what the wanted gradients need: x for A's, h (M, R) for B's.
     Double backward works. Source of the method: https://arxiv.org/abs/2106.09685.
     """
-    validation.check_operands(x, weight, lora_A, lora_B, bias)
+    distributed = validation.check_operands(x, weight, lora_A, lora_B, bias)
     scale = validation.check_scale(scale)
     dropout_p = validation.check_dropout(dropout_p, "dropout_p")
     validation.check_impl(impl)
-    device = x.device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
-        validation.check_dtypes(x, weight, lora_A, lora_B, bias)
-        # the casts are made: nothing inside may be cast again
-        with torch.autocast(device.type, enabled=False):
-            return _lora_linear(x, weight, lora_A, lora_B, bias, scale, dropout_p if training else 0.0, impl)
-    validation.check_dtypes(x, weight, lora_A, lora_B, bias)
-    return _lora_linear(x, weight, lora_A, lora_B, bias, scale, dropout_p if training else 0.0, impl)
+    dropout_p = dropout_p if training else 0.0
+    if distributed:
+        # here, not at the top: it imports torch.distributed
+        from . import sharding
+
+        local = sharding.localize(x, weight, lora_A, lora_B, bias)
+        return local.join(_in_compute_dtype(*local.operands, scale, dropout_p, impl, local.stream))
+    return _in_compute_dtype(x, weight, lora_A, lora_B, bias, scale, dropout_p, impl)
 
 
 def concatenate_adapters(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, float]:
@@ -81,20 +79,74 @@ def concatenate_adapters(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> tu
     return torch.cat([A.to(dtype) for A, _, _ in adapters]), torch.cat([B.to(dtype) for B in columns], 1), scale
 
 
+def _in_compute_dtype(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+    scale: float, dropout_p: float, impl: str, stream: int = 0,
+) -> Tensor:  # fmt: skip
+    """Autocast's casts, then the dtypes' rules. stream: dropout masks of different streams are independent."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+        validation.check_dtypes(x, weight, lora_A, lora_B, bias)
+        # the casts are made: nothing inside may be cast again
+        with torch.autocast(device_type, enabled=False):
+            return _lora_linear(x, weight, lora_A, lora_B, bias, scale, dropout_p, impl, stream)
+    validation.check_dtypes(x, weight, lora_A, lora_B, bias)
+    return _lora_linear(x, weight, lora_A, lora_B, bias, scale, dropout_p, impl, stream)
+
+
 def _lora_linear(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-    scale: float, dropout_p: float, impl: str,
+    scale: float, dropout_p: float, impl: str, stream: int,
 ) -> Tensor:  # fmt: skip
     impl = ops.choose_impl(impl, x.device, weight.dtype)
     seed = None
     if reference.dropout_threshold(dropout_p) > 0:
         # on x's device, so that manual_seed and activation checkpointing repeat it, and never read by the host
         seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=x.device)
+        if stream:
+            seed = seed + stream * _STREAM
+    if _transformed():
+        return _differentiable(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
+    if torch.compiler.is_compiling() and _is_symbolic(scale):
+        # an operator's number would be compiled in, and compiled anew for each: B carries it instead
+        lora_B, scale = lora_B * scale, 1.0
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
         return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, impl)[0]
     return ops.lora_matmul(
         x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl
     )[0]  # fmt: skip
+
+
+# 2^64 over the golden ratio, as an int64: both halves of a seed change
+_STREAM = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def _transformed() -> bool:
+    """Whether torch.func's transforms (vmap, grad, jvp, ...) or forward-mode AD look at the operands."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _differentiable(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+    scale: float, seed: Tensor | None, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """The same of ordinary operations, which every transform knows; custom Functions and in-place work stop some."""
+    mask = None
+    if seed is not None:
+        mask = reference.dropout_mask(seed, x.numel() // max(x.shape[-1], 1), x.shape[-1], dropout_p)
+    dtype = weight.dtype
+    return reference.eager_lora_linear(
+        x, weight, lora_A.to(dtype), lora_B.to(dtype), scale, bias, mask, dropout_p
+    )  # fmt: skip
+
+
+def _is_symbolic(scale: float) -> bool:
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not has_static_value(scale)
 
 
 def _any_requires_grad(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
@@ -119,7 +171,7 @@ class _LoRALinear(torch.autograd.Function):
         scale: float, seed: Tensor | None, dropout_p: float, impl: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         y, h = ops.lora_matmul(x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl)
-        ctx.scale, ctx.dropout_p, ctx.impl = scale, dropout_p, impl
+        ctx.scale, ctx.dropout_p, ctx.impl, ctx.x_shape = scale, dropout_p, impl, x.shape
         _, needs_W, needs_A, needs_B, _ = ctx.needs_input_grad[:5]
         ctx.set_materialize_grads(False)
         # what the wanted gradients need, and nothing else; the parameters are alive anyway
@@ -144,7 +196,9 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         grads: tuple[Tensor | None, ...]
-        if dh is not None or dy is None or torch.is_grad_enabled():
+        second = dh is not None or dy is None or torch.is_grad_enabled()
+        # compilers take no second derivatives, but trace backward with grad mode on and a gradient of h
+        if second and not torch.compiler.is_compiling():
             # a second derivative: grad mode is on inside backward exactly when create_graph was asked for
             mask = None
             if seed is not None:
@@ -153,7 +207,10 @@ class _LoRALinear(torch.autograd.Function):
             grads = reference.eager_backward(
                 dy, dh, x, weight, lora_A, lora_B, h, ctx.scale, mask, ctx.dropout_p, needs
             )  # fmt: skip
+            if grads[0] is not None:
+                grads = (grads[0].view(ctx.x_shape), *grads[1:])
         else:
+            assert dy is not None
             grads = _backward(dy, x, weight, lora_A, lora_B, h, ctx.scale, seed, ctx.dropout_p, ctx.impl, needs)
         return (*grads, None, None, None, None)
 

@@ -83,6 +83,12 @@ class LoRAAdapter(nn.Module):
         )
 
 
+# what a plain nn.Linear has not
+_STATE = (
+    "adapters", "impl", "_active", "_computing", "_switch", "_merged", "_unmerged_weight", "_unmerged_bias",
+)  # fmt: skip
+
+
 class FusedLoRALinear(Adapted, nn.Linear):
     """``y = x Wᵀ + scale · (D(x) Aᵀ) Bᵀ + bias`` with W and bias frozen, in one kernel where Triton runs.
 
@@ -191,6 +197,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
     ) -> LoRAAdapter:
         """Add a fresh adapter, of the weight's dtype unless told; it is not active, and not trainable before it is."""
         validation.check_new_adapter(validation.check_adapter_name(name), self.adapters)
+        validation.check_whole(self.weight)
         adapter = LoRAAdapter.beside(
             self, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, init=init,
             dtype=dtype or self.weight.dtype,
@@ -228,7 +235,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     def _the_active(self) -> LoRAAdapter | None:
         name = self.active_adapter
-        return None if name is None else self.adapters._modules[name]  # type: ignore[return-value]
+        return None if name is None else self._computing[0]  # type: ignore[return-value]
 
     @property
     def lora_A(self) -> nn.Parameter | None:
@@ -253,12 +260,12 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self._switch.used and self._switch.off():
             return F.linear(x, *self._base())
-        active = self._active
-        if not active or self._merged:
+        computing: tuple[Any, ...] = self._computing
+        if not computing or self._merged:
             return F.linear(x, self.weight, self.bias)
-        if len(active) > 1:
+        if len(computing) > 1:
             return self._forward_several(x)
-        adapter: Any = self.adapters._modules[active[0]]
+        (adapter,) = computing
         return lora_linear(
             x, self.weight, adapter.lora_A, adapter.lora_B, adapter.scale,
             adapter.bias if adapter.trains_bias else self.bias,
@@ -285,7 +292,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     def active_modules(self) -> list[LoRAAdapter]:
         """The active adapters, in order."""
-        return [self.adapters._modules[name] for name in self._active]  # type: ignore[misc]
+        return list(self._computing)  # type: ignore[arg-type]
 
     def _base(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of the base, merged or not."""
@@ -312,9 +319,9 @@ class FusedLoRALinear(Adapted, nn.Linear):
         if not self._active or self._merged:
             return
         weight, bias = self._sum()
-        self._unmerged_weight, self.weight.data = self.weight.data, weight
+        self._unmerged_weight = _exchange(self.weight, weight)
         if bias is not None:
-            self._unmerged_bias, self.bias.data = self.bias.data, bias
+            self._unmerged_bias = _exchange(self.bias, bias)
         self._merged = True
 
     def merged_parameters(self) -> list[tuple[str, Tensor]]:
@@ -331,23 +338,25 @@ class FusedLoRALinear(Adapted, nn.Linear):
         weight = total.add_(self.weight).to(self.weight.dtype)
         bias = next((a.bias.detach().clone() for a in (first, *others) if a.bias is not None), None)
         for name, tensor in (("W + scale · B A", weight), ("its bias", bias)):
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            if tensor is not None and not bool(whole(torch.isfinite(tensor).all())):
                 names = ", ".join(map(repr, self._active))
                 raise ValueError(f"adapter {names} must merge to a finite weight, got NaN or infinity in {name}")
         return weight, bias
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Put back the very W that ``merge`` set aside. Does nothing on a layer that is not merged."""
         if self._merged:
             assert self._unmerged_weight is not None
-            self.weight.data, self._unmerged_weight = self._unmerged_weight, None
+            _exchange(self.weight, self._unmerged_weight)
             if self._unmerged_bias is not None:
-                self.bias.data, self._unmerged_bias = self._unmerged_bias, None
+                _exchange(self.bias, self._unmerged_bias)
+            self._unmerged_weight = self._unmerged_bias = None
             self._merged = False
 
     def unload(self) -> nn.Linear:
         """Turn this layer itself into a plain ``nn.Linear`` with the weight it has now; adapters are dropped."""
-        for name in ("adapters", "impl", "_active", "_switch", "_merged", "_unmerged_weight", "_unmerged_bias"):
+        for name in _STATE:
             delattr(self, name)
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
@@ -370,3 +379,19 @@ class FusedLoRALinear(Adapted, nn.Linear):
         return f"{super().extra_repr()}, active_adapter={active}, impl={self.impl!r}" + (
             ", merged" if self._merged else ""
         )
+
+
+def _exchange(parameter: Tensor, value: Tensor) -> Tensor:
+    """Give the Parameter this value and return what it had."""
+    if validation.is_dtensor(parameter):
+        # assigning .data would leave its shard as it was
+        had = parameter.detach().clone()
+        parameter.copy_(value)
+    else:
+        had, parameter.data = parameter.data, value
+    return had
+
+
+def whole(tensor: Any) -> Tensor:
+    """The tensor itself; of a DTensor, what the ranks of its mesh hold together: every one of them must come here."""
+    return tensor.full_tensor() if validation.is_dtensor(tensor) else tensor

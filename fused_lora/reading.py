@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from . import validation
 from .config import ALL_LINEAR, LoRAConfig, selector
 from .layer import LoRAAdapter
 from .model import Installation
@@ -259,6 +260,7 @@ class _Reader:
         return tensor
 
     def _adapter(self, path: str, keys: dict[str, str]) -> LoRAAdapter:
+        validation.check_whole(self.linears[path].weight, f"{path}.weight")
         weight, lora, name = self.linears[path].weight, self.config.lora, self.in_file(path)
         if weight.device.type == "meta":
             raise ValueError(f"{path}.weight must have values before an adapter is loaded, got one on meta")

@@ -177,7 +177,8 @@ def dropout_mask(seed: Tensor, rows: int, cols: int, p: float, first_row: int = 
         index = torch.arange(first // 2, first // 2 + words, dtype=torch.int64, device=seed.device)
         low, high = index.to(torch.int32), (index >> 32).to(torch.int32)
     key_low, key_high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
-    bits = _mix(low.bitwise_xor_(key_low)).bitwise_xor_(key_high)
+    # not in place: under torch.func.vmap a seed for each call is wider than the positions
+    bits = _mix(low ^ key_low).bitwise_xor_(key_high)
     bits = _mix(bits if high is None else bits.bitwise_xor_(high))
     lanes = bits.view(torch.int16)[first % 2 : first % 2 + rows * cols]
     return (lanes >= dropout_threshold(p) - _LANES // 2).view(rows, cols)
@@ -216,7 +217,8 @@ def lora_matmul(
     Returns out (..., P) and thin (M, R), both in a's dtype.
     """
     a2 = _rows(a)
-    if a.dim() == 2:
+    # whoever watches operators may keep their results (selective checkpointing does): those are not changed in place
+    if a.dim() == 2 and torch._C._len_torch_dispatch_stack() == 0:
         out = out2 = _base_product(a, w, bias, dropout_on_output)
     else:
         # a view of a fresh tensor would not do: autograd minds who changes its outputs in place

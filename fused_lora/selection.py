@@ -58,6 +58,7 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
     if not isinstance(config.target_modules, str):
         _warn_of_idle("target_modules: no linear layer is called", config.target_modules, chosen)
     for path, layer in chosen.items():
+        validation.check_whole(layer.weight, f"{path}.weight")
         if not layer.weight.is_floating_point() or layer.weight.dtype.itemsize < 2:
             raise TypeError(f"{path}.weight must be float16, bfloat16, float32 or float64, got {layer.weight.dtype}")
     parts = {path: part for root in sorted(saved) for path, part in parts_below(modules, root).items()}

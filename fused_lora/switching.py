@@ -60,12 +60,13 @@ class Adapted:
 
     adapters: nn.ModuleDict
     _active: tuple[str, ...]
+    _computing: tuple[nn.Module, ...]
     _switch: Switch
 
     def _adapt(self) -> None:
         self.adapters = nn.ModuleDict()
-        self._active = ()
         self._switch = Switch()
+        self._activate(())
 
     def trained_parameters(self, name: str) -> list[nn.Parameter]:
         """What adapter ``name`` trains in this module."""
@@ -102,10 +103,15 @@ class Adapted:
         self.check_together(chosen)
         if chosen != self._active:
             self.unmerge()
-        self._active = chosen
+        self._activate(chosen)
         for name in self.adapters:
             for parameter in self.trained_parameters(name):
                 parameter.requires_grad_(name in chosen)
+
+    def _activate(self, names: tuple[str, ...]) -> None:
+        self._active = names
+        # what forward reads: a compiled call guards the shapes that it finds there, and not the names
+        self._computing = tuple(self.adapters._modules[name] for name in names)  # type: ignore[misc]
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; where it was active, the others that were stay so."""

@@ -44,11 +44,11 @@ class Trained(Adapted):
     _parts: dict[str, Part]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        active = self._active
-        if not active or (self._switch.used and self._switch.off()):
+        computing = self._computing
+        if not computing or (self._switch.used and self._switch.off()):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         # not called as a module: this one's hooks are running already
-        return self.adapters._modules[active[0]].forward(*args, **kwargs)  # type: ignore[union-attr]
+        return computing[0].forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made as needed, so it is told by the one that it was made of
@@ -125,6 +125,7 @@ def copy_of(module: nn.Module, part: Part, shared: dict[int, nn.Parameter]) -> n
     if isinstance(module, Trained):
         # its adapters are no part of the copy, which is of the class that it had
         memo.update({id(module.adapters): None, id(module._switch): None, id(module._parts): None})
+        memo[id(module._computing)] = None
     clone = copy.deepcopy(module, memo)
     if isinstance(clone, Trained):
         _undo(clone)
@@ -142,7 +143,7 @@ def adopt(module: nn.Module) -> Trained:
 
 
 def _undo(module: Trained) -> None:
-    for attribute in ("adapters", "_active", "_switch", "_parts"):
+    for attribute in ("adapters", "_active", "_computing", "_switch", "_parts"):
         delattr(module, attribute)
     module.__class__ = _base(type(module))
 

@@ -106,13 +106,30 @@ def check_new_adapter(name: str, known: Any) -> None:
         raise ValueError(f"adapter {name!r} is here already; delete it first or choose another name")
 
 
-def check_operands(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> None:
-    """Types, dimensions and shapes, then devices and dtypes, of ``lora_linear``'s tensors."""
-    for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-    if bias is not None and not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a Tensor or None, got {type(bias).__name__}")
+def check_whole(weight: Tensor, name: str = "weight") -> None:
+    """An adapter beside a shard would be a rank's own, and its gradient nobody else's."""
+    if is_dtensor(weight):
+        raise ValueError(
+            f"{name} must be whole while an adapter is added or loaded, got a DTensor; "
+            "do it before fully_shard or parallelize_module"
+        )
+
+
+def is_dtensor(value: Any) -> bool:
+    """Without importing torch.distributed, which a process that has no DTensor may do without."""
+    return type(value) not in (Tensor, nn.Parameter) and any(kind.__name__ == "DTensor" for kind in type(value).__mro__)
+
+
+def check_not_merged(merged: bool) -> None:
+    if merged:
+        raise ValueError("a layer must be unmerged before it is parallelized, got a merged one; call unmerge first")
+
+
+def check_operands(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> bool:
+    """Kinds, dimensions and shapes, then devices, of ``lora_linear``'s tensors; whether one is a DTensor."""
+    distributed = False
+    if not (_is_plain(x) and _is_plain(weight) and _is_plain(lora_A) and _is_plain(lora_B) and _is_plain(bias)):
+        distributed = _check_kinds(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
     if weight.dim() != 2:
         raise ValueError(f"weight must be (N, K), got shape {tuple(weight.shape)}")
     N, K = weight.shape
@@ -128,13 +145,47 @@ def check_operands(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> 
     for name, value in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
         if value is not None and value.device != device:
             raise ValueError(f"{name} must be on x's device, {device}, got {value.device}")
+    return distributed
+
+
+def _is_plain(value: Any) -> bool:
+    """Nothing that needs a closer look: the kinds that nearly every call has, told apart in a microsecond."""
+    return value is None or (type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided)
+
+
+def _check_kinds(**operands: Any) -> bool:
+    """Whether one of the operands is a DTensor; what no implementation can read is refused by name."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    distributed = False
+    for name, value in operands.items():
+        if value is None and name == "bias":
+            continue
+        if not isinstance(value, Tensor):
+            rule = "a Tensor or None" if name == "bias" else "a Tensor"
+            raise TypeError(f"{name} must be {rule}, got {type(value).__name__}")
+        if value.layout is not torch.strided:
+            way_out = "pass x.values()" if value.is_nested else "call to_dense() on it"
+            raise TypeError(f"{name} must be a dense Tensor, got layout {value.layout}; {way_out}")
+        kind = type(value).__name__
+        if is_dtensor(value):
+            distributed = True
+        elif is_traceable_wrapper_subclass(value) and kind != "AsyncCollectiveTensor":
+            raise TypeError(
+                f"{name} must be a Tensor or a DTensor, got {kind}, whose values the kernels can't read; "
+                "dequantize it to a plain Tensor, or leave this layer to PEFT"
+            )
+    return distributed
 
 
 def check_dtypes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
     """x and bias have the weight's dtype; adapters that or float32, and are rounded to the weight's."""
     dtype = weight.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise TypeError(f"weight must be float16, bfloat16, float32 or float64, got {dtype}")
+        raise TypeError(
+            f"weight must be float16, bfloat16, float32 or float64, got {dtype}; a quantized weight must be "
+            "dequantized, or its layer left to PEFT"
+        )
     if x.dtype != dtype:
         raise TypeError(f"x must have weight's dtype, {dtype}, got {x.dtype}; cast x, or use torch.autocast")
     if bias is not None and bias.dtype != dtype:

@@ -17,8 +17,9 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from . import validation
 from .config import ends_of
-from .layer import FusedLoRALinear, LoRAAdapter
+from .layer import FusedLoRALinear, LoRAAdapter, whole
 from .selection import linear_layers
 from .switching import adapted_modules, base_modules
 from .trained import Part, Trained
@@ -31,6 +32,12 @@ DIGEST = "fused_lora.config_sha256"
 
 # of a leftover of a writer that was killed
 _STALE_SECONDS = 3600
+
+
+def writes_here(model: nn.Module) -> bool:
+    """Of the ranks that hold DTensors, the first writes; who holds plain Tensors decides by calling or not."""
+    dtensors: list[Any] = [parameter for parameter in model.parameters() if validation.is_dtensor(parameter)]
+    return not any(any(parameter.device_mesh.get_coordinate()) for parameter in dtensors)
 
 
 def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -55,7 +62,7 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
         elif isinstance(module, Trained):
             part = parts[path] = module.part(adapter)
             tensors |= {stem + key: tensor for key, tensor in part.of(module.adapters[adapter]).items()}
-    written = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    written = {key: whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()}
     # a tensor under two names is written twice, as readers expect it
     seen: set[int] = set()
     for key, tensor in written.items():

@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).parents[1] / "fused_lora"
 LAYERS = [
     {"extension", "reference", "validation"},
     {"ops"},
-    {"kernels"},
+    {"kernels", "sharding"},
     {"functional"},
     {"switching", "config"},
     {"layer", "trained"},
-    {"selection"},
+    {"selection", "distributed"},
     {"merging", "model"},
     {"writing", "overview"},
     {"reading"},

@@ -1,0 +1,174 @@
+"""torch.compile without graph breaks or recompiling, the operators' contracts, torch.export."""
+
+import io
+
+import oracle
+import pytest
+import torch
+import torch._inductor.config
+from torch import nn
+from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch._dynamo.utils import counters
+
+from fused_lora import FusedLoRALinear, apply_lora, lora_linear
+
+IN_FORWARD, IN_BACKWARD = "fused_lora.lora_matmul.default", "fused_lora.adapter_grad.default"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    torch._dynamo.reset()
+    counters.clear()
+    # a recompilation is an error, wherever it happens
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def compiled_once(function, backend="aot_eager"):
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+
+
+def assert_one_graph():
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def targets(graphs):
+    return [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neither_tokens_nor_scale_recompile_and_results_keep_the_budget(dtype):
+    function = compiled_once(lora_linear)
+    for tokens, scale in ((17, 1.5), (40, 0.3), (129, -2.0), (33, 1.0)):
+        inputs = oracle.draw(tokens, 33, 20, 4, dtype=dtype, scale=scale)
+        oracle.check(inputs, oracle.results(inputs, function))
+    assert_one_graph()
+
+
+def test_an_adapter_of_equal_rank_recompiles_nothing():
+    layer = FusedLoRALinear(16, 12, rank=4, alpha=8)
+    layer.add_adapter("other", rank=4, alpha=3)
+    for adapter in layer.adapters.values():
+        nn.init.normal_(adapter.lora_B)
+    function = compiled_once(layer)
+    outputs = {}
+    for name, tokens in (("default", 5), ("other", 7), ("default", 5)):
+        layer.set_adapter(name)
+        x = torch.ones(tokens, 16)
+        y = function(x)
+        torch.testing.assert_close(y, layer(x))
+        (grad,) = torch.autograd.grad(y.sum(), layer.lora_B)
+        torch.testing.assert_close(grad, torch.autograd.grad(layer(x).sum(), layer.lora_B)[0])
+        outputs[name] = y[0]
+    assert not torch.allclose(outputs["default"], outputs["other"])
+    assert_one_graph()
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (2, 3, 20)], ids=str)
+def test_a_compiled_step_runs_the_fused_operators_forward_and_backward(shape):
+    backend = AotEagerAndRecordGraphs()
+    inputs = oracle.draw(6, 20, 12, 3).leaves()
+    x = inputs.x.detach().view(shape).requires_grad_()
+    function = compiled_once(lora_linear, backend)
+    y = function(x, inputs.weight, inputs.lora_A, inputs.lora_B, 1.5, inputs.bias, dropout_p=0.5)
+    y.sum().backward()
+    assert x.grad.shape == shape
+    assert targets(backend.fw_graphs).count(IN_FORWARD) == 1
+    backward = [name for name in targets(backend.bw_graphs) if name.startswith(("fused_lora", "aten.mm", "aten.addmm"))]
+    assert backward == [IN_FORWARD, IN_BACKWARD]
+    assert_one_graph()
+
+
+def test_a_compiled_step_masks_forward_and_backward_alike():
+    # A is the identity and W zero: y = scale · D(x), and dx must have y's zeros
+    eye, zero = torch.eye(64), torch.zeros(64, 64)
+    x = torch.ones(32, 64, requires_grad=True)
+    y = compiled_once(lora_linear)(x, zero, eye, eye, 1.0, dropout_p=0.5)
+    y.sum().backward()
+    assert 0.4 < (y == 0).double().mean().item() < 0.6
+    assert torch.equal(x.grad == 0, y == 0)
+
+
+def test_autocast_inside_a_compiled_function():
+    inputs = oracle.draw(9, 33, 20, 4).leaves()
+    args = (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, 2.0, inputs.bias)
+
+    def function():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return lora_linear(*args)
+
+    y = compiled_once(function)()
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, function())
+    ours = torch.autograd.grad(y.sum(), inputs.lora_A)
+    torch.testing.assert_close(ours, torch.autograd.grad(function().sum(), inputs.lora_A))
+
+
+def test_second_derivatives_through_a_compiled_call_are_refused():
+    leaves = oracle.draw(4, 5, 3, 2).leaves()
+    y = compiled_once(lora_linear)(leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, 1.5)
+    with pytest.raises(RuntimeError, match=r"create_graph=False|double backward"):
+        torch.autograd.grad(y.sum(), leaves.x, create_graph=True)[0].sum().backward()
+
+
+@torch._inductor.config.patch(compile_threads=1)
+def test_inductor_compiles_a_training_step_that_keeps_the_budget():
+    function = compiled_once(lora_linear, "inductor")
+    for tokens in (17, 40):
+        inputs = oracle.draw(tokens, 33, 20, 4)
+        oracle.check(inputs, oracle.results(inputs, function))
+    assert_one_graph()
+
+
+# ---------------------------------------------------------------- operators
+
+
+def examples(seed, p):
+    """Name of an operator -> argument lists, one for each form in which it is called."""
+    i, (h, g) = oracle.draw(6, 10, 8, 3), (torch.randn(6, 3), torch.randn(6, 3))
+    half = (torch.float32, torch.bfloat16)
+    return {
+        "fused_lora::lora_matmul": [
+            *((a, i.weight.t(), i.lora_A.t(), i.lora_B.t(), i.bias, 1.5, seed, p, False, "eager")
+              for a in (i.x, i.x.view(2, 3, 10), i.x[:0])),
+            (i.dy, i.weight, i.lora_B, i.lora_A, None, 1.5, seed, p, True, "eager"),
+        ],
+        "fused_lora::adapter_grad": [
+            (*given, 1.5, seed, p, *half, "eager")
+            for given in ((i.x, g, i.dy, h), (i.x, g, None, None), (None, None, i.dy, h))
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [None, torch.tensor([4])], ids=["no dropout", "dropout"])
+def test_every_operator_passes_opcheck(seed):
+    every = examples(seed, 0.0 if seed is None else 0.5)
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fused_lora::")}
+    assert registered == set(every)
+    for name, calls in every.items():
+        operator = getattr(torch.ops.fused_lora, name.partition("::")[2]).default
+        for args in calls:
+            torch.library.opcheck(operator, args)
+
+
+# ---------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_inference_model_is_exported_saved_and_loaded(strict):
+    model = apply_lora(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)), rank=2, dropout=0.1).eval()
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (torch.randn(5, 12),), dynamic_shapes=({0: torch.export.Dim("tokens")},), strict=strict
+        )
+    file = io.BytesIO()
+    torch.export.save(program.run_decompositions(), file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    assert targets([loaded.graph_module]).count(IN_FORWARD) == 2
+    x = torch.randn(9, 12)
+    assert torch.equal(loaded.module()(x), model(x))

@@ -1,0 +1,63 @@
+"""examples/train_distributed.py under torchrun: a process is killed, and the run ends where it would have ended."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
+
+
+def torchrun(out, *options):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+        str(EXAMPLE), "--out", str(out), "--steps=400", "--save-every=50", "--width=16", "--depth=1", *options,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def lines_of(process):
+    watchdog = threading.Timer(240, process.kill)
+    watchdog.start()
+    seen = []
+    try:
+        for line in process.stdout:
+            seen.append(line)
+            yield line
+        assert process.wait() == 0, "".join(seen)
+    finally:
+        watchdog.cancel()
+        process.kill()
+
+
+def adapter(out):
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_whose_rank_is_killed_goes_on_from_its_checkpoint_and_ends_the_same(tmp_path):
+    victim, starts, output = None, [], []
+    for line in lines_of(torchrun(tmp_path / "killed", "--strategy=fsdp")):
+        output.append(line)
+        if found := re.match(r"rank (\d) pid (\d+) from step (\d+)", line):
+            starts.append(int(found[3]))
+            if found[1] == "1" and victim is None:
+                victim = int(found[2])
+        if line.startswith("step 100 ") and len(starts) == 2:
+            os.kill(victim, signal.SIGKILL)
+    assert len(starts) == 4, "".join(output)
+    assert starts[:2] == [0, 0]
+    assert starts[2] == starts[3] >= 100
+    losses = [float(found) for found in re.findall(r"^step \d+ loss (\S+)", "".join(output), re.MULTILINE)]
+    assert losses[-1] < 0.5 * losses[0]
+
+    for _ in lines_of(torchrun(tmp_path / "whole", "--strategy=fsdp")):
+        pass
+    killed, whole = adapter(tmp_path / "killed"), adapter(tmp_path / "whole")
+    assert killed.keys() == whole.keys()
+    assert all(bool((killed[name] == whole[name]).all()) for name in whole)

@@ -125,7 +125,9 @@ def copy_of(module: nn.Module, part: Part, shared: dict[int, nn.Parameter]) -> n
     if isinstance(module, Trained):
         # its adapters are no part of the copy, which is of the class that it had
         memo.update({id(module.adapters): None, id(module._switch): None, id(module._parts): None})
-        memo[id(module._computing)] = None
+        if module._computing:
+            # the empty tuple is one object everywhere
+            memo[id(module._computing)] = None
     clone = copy.deepcopy(module, memo)
     if isinstance(clone, Trained):
         _undo(clone)

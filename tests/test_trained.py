@@ -299,3 +299,14 @@ def test_modules_that_cannot_be_trained_are_refused_before_anything_changes():
     assert "dogs" not in other.fc1.adapters
     with pytest.raises(ValueError, match=r"matches head.dense \(TrainedLinear, another adapter's\), which can't take"):
         add_adapter(model, "dogs", LoRAConfig(target_modules=["dense"]))
+
+
+def test_a_second_copy_keeps_what_is_the_same_object_everywhere():
+    model = net()
+    model.head.dense.nothing = ()
+    apply_lora(model, modules_to_save=["head"])
+    set_adapter(model, None)
+    add_adapter(model, "second", LoRAConfig(modules_to_save=["head"]))
+    assert model.head.dense.adapters["second"].nothing == ()
+    set_adapter(model, "second")
+    assert torch.equal(model(X), net()(X))

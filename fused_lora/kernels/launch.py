@@ -124,11 +124,23 @@ def lora_matmul_call(
             "DROP_INPUT": seed is not None and not dropout_on_output,
             "DROP_OUTPUT": seed is not None and dropout_on_output,
             "EVEN_Q": Q > 0 and Q % config.BLOCK_Q == 0,
+            "FAR": _far(a2, w, u, config),
             "MANY_RANKS": config.BLOCK_R < R,
             "PRECISION": _precision(),
         },
         config=config,
     )  # fmt: skip
+
+
+def _far(a: Tensor, w: Tensor, u: Tensor, config: TileConfig) -> bool:
+    """Whether offsets within a tile's rows of a (M, Q), within w (Q, P) or u (Q, R), overflow int32."""
+    columns = a.shape[1] + config.BLOCK_Q
+    reaches = (
+        config.BLOCK_M * a.stride(0) + columns * a.stride(1),
+        columns * w.stride(0) + (w.shape[1] + config.BLOCK_P) * w.stride(1),
+        columns * u.stride(0) + (u.shape[1] + config.BLOCK_R) * u.stride(1),
+    )
+    return max(reaches) >= 2**31
 
 
 def decode_call(

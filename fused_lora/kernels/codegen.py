@@ -6,6 +6,7 @@ Works on any machine with Triton, whose wheel brings ptxas, but not while Triton
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Device
 from .launch import Call
@@ -31,6 +33,15 @@ DEVICES = {
     90: Device((9, 0), 227 * 1024, 132),
     100: Device((10, 0), 227 * 1024, 148),
     120: Device((12, 0), 99 * 1024, 188),
+}
+
+MATRIX_INSTRUCTION = {
+    80: "mma.sync",
+    86: "mma.sync",
+    89: "mma.sync",
+    90: "wgmma.mma_async",
+    100: "tcgen05.mma",
+    120: "mma.sync",
 }
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
@@ -84,11 +95,14 @@ def compile_call(call: Call, arch: int) -> Resources:
 def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+@functools.lru_cache(maxsize=256)
 def _read(ptx: str, cubin: bytes, shared: int) -> Resources:
     target = re.search(r"\.target sm_(\w+)", ptx)
     assert target is not None

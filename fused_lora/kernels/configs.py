@@ -32,6 +32,7 @@ class Problem:
     """Sizes of ``out[M,P] = a[M,Q] w[Q,P] + scale · (a[M,Q] u[Q,R]) v[R,P]``, bytes of an element of a and of u.
 
     tensor_cores: False for float32 at full precision, which is multiplied in ordinary registers.
+    aligned: a and w are such that tensor descriptors can describe them.
     """
 
     M: int
@@ -42,6 +43,7 @@ class Problem:
     adapter_itemsize: int
     dropout: bool = False
     tensor_cores: bool = True
+    aligned: bool = False
 
     def __post_init__(self) -> None:
         assert self.tensor_cores or self.itemsize == 4, "only float32 is ever multiplied without tensor cores"
@@ -60,10 +62,14 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """split: programs that share the thin product of a row of tiles, for PRODUCE; 1 otherwise."""
+    """split: programs that share the thin product of a row of tiles, for PRODUCE; 1 otherwise.
+
+    descriptors: tensor descriptors load a and w (``Problem.aligned``), not pointers.
+    """
 
     form: Form
     split: int = 1
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,10 @@ def accumulator_limit(problem: Problem, device: Device) -> int:
         # the mask is computed in registers
         return 96 if problem.itemsize == 2 else 64
     # float32 adapters are rounded in registers on their way to the tensor cores
-    return 88 if problem.itemsize == 4 else 144 if problem.adapter_itemsize == 4 else 192
+    if problem.itemsize == 4 or problem.adapter_itemsize == 4:
+        return 88 if problem.itemsize == 4 else 144
+    # pointers take registers of their own
+    return 192 if problem.aligned else 160
 
 
 def fits(config: TileConfig, problem: Problem, device: Device) -> bool:
@@ -195,25 +204,31 @@ def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Sc
         128, 512    1.14, 1.29   1.14, 1.29   1.04, 1.04   tiles and producers run side by side
         2048        1.14, 1.29   1.09, 1.17   1.08, 1.08
         8192        1.14, 1.29   1.05, 1.07   1.08, 1.08   producers cost time of their own
+
+    Tensor descriptors load a and w where wgmma or tcgen05 multiply and tiles are a wave or more, so that the kernel
+    outlasts the encoding of two descriptors on the host: its main loop then has about a fifth fewer instructions.
     """
     rows, tiles = -(-problem.M // config.BLOCK_M), _tiles(problem, config.BLOCK_M, config.BLOCK_P)
+    descriptors = problem.aligned and device.capability[0] in (9, 10) and tiles >= device.multiprocessors
     if tiles <= 2 * rows:
-        return Schedule(Form.RECOMPUTE)
+        return Schedule(Form.RECOMPUTE, descriptors=descriptors)
     idle = (device.multiprocessors - tiles) // rows
     if idle >= 1:
         return Schedule(Form.PRODUCE, min(idle, MAX_PRODUCERS, -(-problem.Q // config.BLOCK_Q)))
-    return Schedule(Form.PUBLISH)
+    return Schedule(Form.PUBLISH, descriptors=descriptors)
 
 
 def default_reduction(rank: int, itemsize: int, device: Device) -> ReductionConfig:
     """Steps of 8 KB: 64 columns, so that every row gives whole cache lines and a thread holds few accumulators.
 
     Three steps are on their way at once where matrix instructions read their operands from shared memory, else two.
-    As many ranks share one reading of the columns as never spill.
+    As many ranks share one reading of the columns as never spill; for 128, compiling showed, tcgen05 needs eight
+    warps.
     """
     from_shared_memory = device.capability[0] in (9, 10)
     ranks = block_r(rank, 128 if itemsize == 2 else 64)
-    return ReductionConfig(128 // itemsize, 64, ranks, 4, 4 if from_shared_memory else 3)
+    warps = 8 if device.capability[0] == 10 and ranks == 128 else 4
+    return ReductionConfig(128 // itemsize, 64, ranks, warps, 4 if from_shared_memory else 3)
 
 
 # programs that keep enough loads on their way for a multiprocessor, the fewest rows worth a program's start, and the

@@ -33,17 +33,25 @@ def _lora_matmul_kernel(
     M, P, Q, R,
     stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, stride_vr, stride_vp,
     scale, keep_scale, threshold,
-    FORM: tl.constexpr, SPLIT: tl.constexpr,
+    FORM: tl.constexpr, SPLIT: tl.constexpr, U_MULTIPLE: tl.constexpr, V_MULTIPLE: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROP_INPUT: tl.constexpr, DROP_OUTPUT: tl.constexpr,
-    EVEN_Q: tl.constexpr, FAR: tl.constexpr, MANY_RANKS: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_Q: tl.constexpr, FAR: tl.constexpr, DESCRIPTORS: tl.constexpr, W_ALONG_Q: tl.constexpr,
+    MANY_RANKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (M, P) and thin (M, R) are contiguous, in a's dtype. MANY_RANKS: R is greater than BLOCK_R.
+    U_MULTIPLE, V_MULTIPLE: a power of two that divides R and the other stride of u or v, where its ranks are adjacent.
+    DESCRIPTORS: a_ptr and w_ptr are tensor descriptors, of blocks (BLOCK_M, BLOCK_Q) and (BLOCK_Q, BLOCK_P), the latter
+    of wᵀ if W_ALONG_Q: contiguous dimensions come last.
     FAR: offsets within a tile's rows of a, within w or within u may not fit int32.
-
     parts: (SPLIT, M, R) of float32, for PRODUCE.  sync: HEADER + rows of tiles, of int32, all zero, for PUBLISH and
     PRODUCE.  SPLIT is 1 for the other forms, and at most the number of BLOCK_Q in Q.
     """
+    # for the compiler: how wide a load of u or v may be whose ranks are adjacent
+    if U_MULTIPLE > 1:
+        R, stride_uq = R // U_MULTIPLE * U_MULTIPLE, stride_uq // U_MULTIPLE * U_MULTIPLE
+    if V_MULTIPLE > 1:
+        R, stride_vp = R // V_MULTIPLE * V_MULTIPLE, stride_vp // V_MULTIPLE * V_MULTIPLE
     HANDS_OVER: tl.constexpr = FORM == PUBLISH or FORM == PRODUCE
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     seed = tl.full((), 0, tl.int64)
@@ -68,7 +76,8 @@ def _lora_matmul_kernel(
                 _, thin = _products(
                     a_ptr, w_ptr, u_ptr, seed, pid_m, 0, first_r, first_q, last_q, M, P, Q, R,
                     stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype,
-                    False, True, DROP_INPUT, EVEN_Q, FAR, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                    False, True, DROP_INPUT,
+                    EVEN_Q, FAR, DESCRIPTORS, W_ALONG_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
                 )  # fmt: skip
                 _store_thin(parts_ptr + part.to(tl.int64) * M * R, thin, pid_m, first_r, M, R, BLOCK_M, BLOCK_R)
             _raise_flag(sync_ptr + HEADER + pid_m)
@@ -79,14 +88,16 @@ def _lora_matmul_kernel(
                 acc, thin = _products(
                     a_ptr, w_ptr, u_ptr, seed, pid_m, 0, 0, 0, Q, M, P, Q, R,
                     stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype,
-                    True, True, DROP_INPUT, EVEN_Q, FAR, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                    True, True, DROP_INPUT,
+                    EVEN_Q, FAR, DESCRIPTORS, W_ALONG_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
                 )  # fmt: skip
                 _store_thin(thin_ptr, round_to(thin * thin_scale, dtype), pid_m, 0, M, R, BLOCK_M, BLOCK_R)
                 for first_r in range(BLOCK_R, end_r, BLOCK_R):
                     _, thin = _products(
                         a_ptr, w_ptr, u_ptr, seed, pid_m, 0, first_r, 0, Q, M, P, Q, R,
                         stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype,
-                        False, True, DROP_INPUT, EVEN_Q, FAR, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                        False, True, DROP_INPUT,
+                        EVEN_Q, FAR, DESCRIPTORS, W_ALONG_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
                     )  # fmt: skip
                     _store_thin(thin_ptr, round_to(thin * thin_scale, dtype), pid_m, first_r, M, R, BLOCK_M, BLOCK_R)
                 _raise_flag(sync_ptr + HEADER + pid_m)
@@ -94,13 +105,15 @@ def _lora_matmul_kernel(
                 acc, _ = _products(
                     a_ptr, w_ptr, u_ptr, seed, pid_m, pid_p, 0, 0, Q, M, P, Q, R,
                     stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype,
-                    True, False, DROP_INPUT, EVEN_Q, FAR, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                    True, False, DROP_INPUT,
+                    EVEN_Q, FAR, DESCRIPTORS, W_ALONG_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
                 )  # fmt: skip
         else:
             acc, thin = _products(
                 a_ptr, w_ptr, u_ptr, seed, pid_m, pid_p, 0, 0, Q, M, P, Q, R,
                 stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype,
-                True, FORM == RECOMPUTE, DROP_INPUT, EVEN_Q, FAR, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                True, FORM == RECOMPUTE, DROP_INPUT,
+                EVEN_Q, FAR, DESCRIPTORS, W_ALONG_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
             )  # fmt: skip
         if HANDS_OVER:
             _await_flag(sync_ptr + HEADER + pid_m, SPLIT)
@@ -124,7 +137,8 @@ def _lora_matmul_kernel(
                             _, thin = _products(
                                 a_ptr, w_ptr, u_ptr, seed, pid_m, 0, first_r, 0, Q, M, P, Q, R,
                                 stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype,
-                                False, True, DROP_INPUT, EVEN_Q, FAR, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                                False, True, DROP_INPUT,
+                                EVEN_Q, FAR, DESCRIPTORS, W_ALONG_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
                             )  # fmt: skip
                     # round h here: reference.py rounds at the same point
                     rounded = round_to(thin * thin_scale, dtype)
@@ -150,7 +164,7 @@ def _products(
     a_ptr, w_ptr, u_ptr, seed, pid_m, pid_p, first_r, first_q, last_q, M, P, Q, R,
     stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype: tl.constexpr,
     WITH_BASE: tl.constexpr, WITH_THIN: tl.constexpr, DROP_INPUT: tl.constexpr, EVEN_Q: tl.constexpr,
-    FAR: tl.constexpr, PRECISION: tl.constexpr,
+    FAR: tl.constexpr, DESCRIPTORS: tl.constexpr, W_ALONG_Q: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``(a w, a u)`` of a tile, over a's columns from first_q to last_q: one pass over a; zero where not asked for."""
@@ -162,9 +176,10 @@ def _products(
     offs_q = tl.arange(0, BLOCK_Q).to(index) + first_q
     offs_r = tl.arange(0, BLOCK_R).to(index) + first_r
     mask_r = offs_r < R
-    a_ptr += first_m * stride_am
     # rows past the end repeat the last, columns wrap around: what they give is never stored, and no load needs a mask
     rows = tl.minimum(offs_m, (M - 1 - first_m).to(index))
+    if not DESCRIPTORS:
+        a_tile_ptr = a_ptr + first_m * stride_am
     a_offs = rows[:, None] * stride_am + offs_q[None, :] * stride_aq
     w_offs = offs_q[:, None] * stride_wq + (offs_p % P)[None, :] * stride_wp
     u_offs = offs_q[:, None] * stride_uq + offs_r[None, :] * stride_ur
@@ -174,12 +189,16 @@ def _products(
     # at least one trip, stated: otherwise ptxas serialises every wgmma (C7515)
     for q in range(first_q, tl.maximum(last_q, first_q + BLOCK_Q), BLOCK_Q):
         mask_q = tl.arange(0, BLOCK_Q) < Q - q
-        if EVEN_Q:
-            a = tl.load(a_ptr + a_offs)
+        if DESCRIPTORS:
+            a = a_ptr.load([pid_m * BLOCK_M, q])
+        elif EVEN_Q:
+            a = tl.load(a_tile_ptr + a_offs)
         else:
-            a = tl.load(a_ptr + a_offs, mask=mask_q[None, :], other=0.0)
+            a = tl.load(a_tile_ptr + a_offs, mask=mask_q[None, :], other=0.0)
         if WITH_BASE:
-            if EVEN_Q:
+            if DESCRIPTORS:
+                w = w_ptr.load([pid_p * BLOCK_P, q]).T if W_ALONG_Q else w_ptr.load([q, pid_p * BLOCK_P])
+            elif EVEN_Q:
                 w = tl.load(w_ptr + w_offs)
             else:
                 w = tl.load(w_ptr + w_offs, mask=mask_q[:, None], other=0.0)

@@ -53,7 +53,8 @@ class Resources:
     """Of one program: registers per thread, bytes spilled, bytes of shared memory.
 
     warnings: ptxas's, by code.  matrix_instructions: PTX's names.  loops: machine instructions in each innermost loop
-    that has matrix instructions, fewest first; loop_waits: how many of the first one's wait for memory or for them.
+    that has matrix instructions, fewest first; matrix_counts: how many of each are those; loop_waits: how many of the
+    first one's wait for memory or for them.
     """
 
     registers: int
@@ -62,6 +63,7 @@ class Resources:
     warnings: tuple[str, ...]
     matrix_instructions: tuple[str, ...]
     loops: tuple[int, ...]
+    matrix_counts: tuple[int, ...]
     loop_waits: int
 
 
@@ -126,6 +128,7 @@ def _read(ptx: str, cubin: bytes, shared: int) -> Resources:
         warnings=tuple(sorted(set(re.findall(r"\((C\d+)\)", done.stderr)))),
         matrix_instructions=tuple(sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", ptx)))),
         loops=tuple(len(loop) for loop in loops),
+        matrix_counts=tuple(sum(bool(_MATRIX.search(text)) for text in loop) for loop in loops),
         loop_waits=waits,
     )
 

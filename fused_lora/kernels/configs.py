@@ -100,6 +100,7 @@ MIN_DOT = 16
 DECODE_ROWS = MIN_DOT
 # widest rank block that leaves the accumulators in registers beside a tile of the output
 MAX_BLOCK_R = 128
+MAX_BLOCK_R_CROWDED = 64
 MAX_BLOCK_R_FLOAT = 64
 MAX_BLOCK_R_EXACT = 32
 
@@ -137,10 +138,7 @@ def accumulator_limit(problem: Problem, device: Device) -> int:
         # the mask is computed in registers
         return 96 if problem.itemsize == 2 else 64
     # float32 adapters are rounded in registers on their way to the tensor cores
-    if problem.itemsize == 4 or problem.adapter_itemsize == 4:
-        return 88 if problem.itemsize == 4 else 144
-    # pointers take registers of their own
-    return 192 if problem.aligned else 160
+    return 88 if problem.itemsize == 4 else 144 if problem.adapter_itemsize == 4 else 192
 
 
 def fits(config: TileConfig, problem: Problem, device: Device) -> bool:
@@ -153,6 +151,7 @@ def fits(config: TileConfig, problem: Problem, device: Device) -> bool:
 _Tiles = tuple[tuple[int, int, int, int, int], ...]
 _WGMMA: _Tiles = ((128, 256, 64, 8, 3),)
 _DEEP: _Tiles = ((128, 128, 64, 8, 3),)
+_TCGEN05: _Tiles = ((128, 128, 64, 4, 3), *_DEEP)
 _HALF: _Tiles = ((128, 128, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 2))
 _FLOAT: _Tiles = ((128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 8, 2), (32, 32, 32, 4, 2))
 _EXACT: _Tiles = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
@@ -162,7 +161,9 @@ def default_config(problem: Problem, device: Device) -> TileConfig:
     """The largest tile that fits; the last candidate fits every GPU.
 
     Steps of 64 along Q are for wgmma and tcgen05, which take them from shared memory. Tiles of 128 x 256 are for wgmma
-    alone, where they come near cuBLAS's own pace, if there is one for every multiprocessor.
+    alone, where they come near cuBLAS's own pace, if there is one for every multiprocessor. Blocks of 128 ranks are for
+    tcgen05, and for wgmma with descriptors: elsewhere they spill, or lengthen the main loop of those who wait, or leave
+    registers for half the tile only, as compiling showed.
     """
     generation = device.capability[0]
     if not problem.tensor_cores:
@@ -170,9 +171,12 @@ def default_config(problem: Problem, device: Device) -> TileConfig:
     elif problem.itemsize == 4:
         candidates, widest_rank = _FLOAT, MAX_BLOCK_R_FLOAT
     else:
-        candidates, widest_rank = _HALF, MAX_BLOCK_R
-        if generation == 9 or (generation == 10 and problem.adapter_itemsize == 2):
+        roomy = generation == 10 or takes_descriptors(problem, _tiles(problem, 128, 128), device)
+        candidates, widest_rank = _HALF, MAX_BLOCK_R if roomy else MAX_BLOCK_R_CROWDED
+        if generation == 9:
             candidates = _DEEP + candidates
+        elif generation == 10 and problem.adapter_itemsize == 2:
+            candidates = _TCGEN05 + candidates
         if generation == 9 and _tiles(problem, 128, 256) >= device.multiprocessors:
             candidates = _WGMMA + candidates
     rank = block_r(problem.R, widest_rank)
@@ -191,6 +195,15 @@ def _tiles(problem: Problem, block_m: int, block_p: int) -> int:
     return -(-problem.M // block_m) * -(-problem.P // block_p)
 
 
+def takes_descriptors(problem: Problem, tiles: int, device: Device) -> bool:
+    """Whether tensor descriptors load a and w: where wgmma or tcgen05 multiply and tiles are a wave or more.
+
+    The kernel then outlasts the encoding of two descriptors on the host, and its main loop has about a fifth fewer
+    instructions than with pointers.
+    """
+    return problem.aligned and device.capability[0] in (9, 10) and tiles >= device.multiprocessors
+
+
 MAX_PRODUCERS = 8
 
 
@@ -204,12 +217,9 @@ def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Sc
         128, 512    1.14, 1.29   1.14, 1.29   1.04, 1.04   tiles and producers run side by side
         2048        1.14, 1.29   1.09, 1.17   1.08, 1.08
         8192        1.14, 1.29   1.05, 1.07   1.08, 1.08   producers cost time of their own
-
-    Tensor descriptors load a and w where wgmma or tcgen05 multiply and tiles are a wave or more, so that the kernel
-    outlasts the encoding of two descriptors on the host: its main loop then has about a fifth fewer instructions.
     """
     rows, tiles = -(-problem.M // config.BLOCK_M), _tiles(problem, config.BLOCK_M, config.BLOCK_P)
-    descriptors = problem.aligned and device.capability[0] in (9, 10) and tiles >= device.multiprocessors
+    descriptors = takes_descriptors(problem, tiles, device)
     if tiles <= 2 * rows:
         return Schedule(Form.RECOMPUTE, descriptors=descriptors)
     idle = (device.multiprocessors - tiles) // rows

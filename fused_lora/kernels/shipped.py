@@ -60,9 +60,16 @@ class Found:
 
     @property
     def loop(self) -> int | None:
-        """Instructions in the main loop of the tiles that wait: a publisher's is longer, a producer's shorter."""
-        loops = self.resources.loops
-        return None if not loops else loops[-1] if self.form == "PRODUCE" else loops[0]
+        """Instructions in the main loop of the tiles that wait: it has as many matrix instructions as the bare GEMM's.
+
+        A publisher's main loop has more of them, one that makes the thin product alone has fewer, unless ranks are as
+        many as the tile's columns: then the longer of the two counts.
+        """
+        got, plain = self.resources, self.plain
+        if plain is None or not plain.loops:
+            return got.loops[0] if got.loops else None
+        loops = zip(got.loops, got.matrix_counts, strict=True)
+        return max((size for size, count in loops if count == plain.matrix_counts[0]), default=None)
 
     @property
     def plain_loop(self) -> int | None:
@@ -79,10 +86,12 @@ class Found:
         expected = MATRIX_INSTRUCTION[self.case.arch]
         if not self.case.exact and expected not in self.resources.matrix_instructions:
             faults.append(f"no {expected}")
-        if not self.case.exact and not self.resources.loops:
-            faults.append("no main loop with matrix instructions")
+        if self.form == "RECOMPUTE" or self.case.exact:
+            return faults
         loop, plain = self.loop, self.plain_loop
-        if self.form != "RECOMPUTE" and loop is not None and plain is not None and loop > LOOP_LIMIT * plain:
+        if loop is None:
+            faults.append("no main loop with the matrix instructions of the bare GEMM")
+        elif plain is not None and loop > LOOP_LIMIT * plain:
             faults.append(f"{loop} instructions in the main loop, the bare GEMM has {plain}")
         return faults
 

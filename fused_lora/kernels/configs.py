@@ -32,6 +32,7 @@ class Problem:
     """Sizes of ``out[M,P] = a[M,Q] w[Q,P] + scale · (a[M,Q] u[Q,R]) v[R,P]``, bytes of an element of a and of u.
 
     tensor_cores: False for float32 at full precision, which is multiplied in ordinary registers.
+    aligned: a and w are such that tensor descriptors can describe them.
     """
 
     M: int
@@ -42,6 +43,7 @@ class Problem:
     adapter_itemsize: int
     dropout: bool = False
     tensor_cores: bool = True
+    aligned: bool = False
 
     def __post_init__(self) -> None:
         assert self.tensor_cores or self.itemsize == 4, "only float32 is ever multiplied without tensor cores"
@@ -60,10 +62,14 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """split: programs that share the thin product of a row of tiles, for PRODUCE; 1 otherwise."""
+    """split: programs that share the thin product of a row of tiles, for PRODUCE; 1 otherwise.
+
+    descriptors: tensor descriptors load a and w (``Problem.aligned``), not pointers.
+    """
 
     form: Form
     split: int = 1
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ MIN_DOT = 16
 DECODE_ROWS = MIN_DOT
 # widest rank block that leaves the accumulators in registers beside a tile of the output
 MAX_BLOCK_R = 128
+MAX_BLOCK_R_CROWDED = 64
 MAX_BLOCK_R_FLOAT = 64
 MAX_BLOCK_R_EXACT = 32
 
@@ -144,6 +151,7 @@ def fits(config: TileConfig, problem: Problem, device: Device) -> bool:
 _Tiles = tuple[tuple[int, int, int, int, int], ...]
 _WGMMA: _Tiles = ((128, 256, 64, 8, 3),)
 _DEEP: _Tiles = ((128, 128, 64, 8, 3),)
+_TCGEN05: _Tiles = ((128, 128, 64, 4, 3), *_DEEP)
 _HALF: _Tiles = ((128, 128, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 2))
 _FLOAT: _Tiles = ((128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 8, 2), (32, 32, 32, 4, 2))
 _EXACT: _Tiles = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
@@ -153,7 +161,9 @@ def default_config(problem: Problem, device: Device) -> TileConfig:
     """The largest tile that fits; the last candidate fits every GPU.
 
     Steps of 64 along Q are for wgmma and tcgen05, which take them from shared memory. Tiles of 128 x 256 are for wgmma
-    alone, where they come near cuBLAS's own pace, if there is one for every multiprocessor.
+    alone, where they come near cuBLAS's own pace, if there is one for every multiprocessor. Blocks of 128 ranks are for
+    tcgen05, and for wgmma with descriptors: elsewhere they spill, or lengthen the main loop of those who wait, or leave
+    registers for half the tile only, as compiling showed.
     """
     generation = device.capability[0]
     if not problem.tensor_cores:
@@ -161,9 +171,12 @@ def default_config(problem: Problem, device: Device) -> TileConfig:
     elif problem.itemsize == 4:
         candidates, widest_rank = _FLOAT, MAX_BLOCK_R_FLOAT
     else:
-        candidates, widest_rank = _HALF, MAX_BLOCK_R
-        if generation == 9 or (generation == 10 and problem.adapter_itemsize == 2):
+        roomy = generation == 10 or takes_descriptors(problem, _tiles(problem, 128, 128), device)
+        candidates, widest_rank = _HALF, MAX_BLOCK_R if roomy else MAX_BLOCK_R_CROWDED
+        if generation == 9:
             candidates = _DEEP + candidates
+        elif generation == 10 and problem.adapter_itemsize == 2:
+            candidates = _TCGEN05 + candidates
         if generation == 9 and _tiles(problem, 128, 256) >= device.multiprocessors:
             candidates = _WGMMA + candidates
     rank = block_r(problem.R, widest_rank)
@@ -182,6 +195,15 @@ def _tiles(problem: Problem, block_m: int, block_p: int) -> int:
     return -(-problem.M // block_m) * -(-problem.P // block_p)
 
 
+def takes_descriptors(problem: Problem, tiles: int, device: Device) -> bool:
+    """Whether tensor descriptors load a and w: where wgmma or tcgen05 multiply and tiles are a wave or more.
+
+    The kernel then outlasts the encoding of two descriptors on the host, and its main loop has about a fifth fewer
+    instructions than with pointers.
+    """
+    return problem.aligned and device.capability[0] in (9, 10) and tiles >= device.multiprocessors
+
+
 MAX_PRODUCERS = 8
 
 
@@ -197,23 +219,26 @@ def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Sc
         8192        1.14, 1.29   1.05, 1.07   1.08, 1.08   producers cost time of their own
     """
     rows, tiles = -(-problem.M // config.BLOCK_M), _tiles(problem, config.BLOCK_M, config.BLOCK_P)
+    descriptors = takes_descriptors(problem, tiles, device)
     if tiles <= 2 * rows:
-        return Schedule(Form.RECOMPUTE)
+        return Schedule(Form.RECOMPUTE, descriptors=descriptors)
     idle = (device.multiprocessors - tiles) // rows
     if idle >= 1:
         return Schedule(Form.PRODUCE, min(idle, MAX_PRODUCERS, -(-problem.Q // config.BLOCK_Q)))
-    return Schedule(Form.PUBLISH)
+    return Schedule(Form.PUBLISH, descriptors=descriptors)
 
 
 def default_reduction(rank: int, itemsize: int, device: Device) -> ReductionConfig:
     """Steps of 8 KB: 64 columns, so that every row gives whole cache lines and a thread holds few accumulators.
 
     Three steps are on their way at once where matrix instructions read their operands from shared memory, else two.
-    As many ranks share one reading of the columns as never spill.
+    As many ranks share one reading of the columns as never spill; for 128, compiling showed, tcgen05 needs eight
+    warps.
     """
     from_shared_memory = device.capability[0] in (9, 10)
     ranks = block_r(rank, 128 if itemsize == 2 else 64)
-    return ReductionConfig(128 // itemsize, 64, ranks, 4, 4 if from_shared_memory else 3)
+    warps = 8 if device.capability[0] == 10 and ranks == 128 else 4
+    return ReductionConfig(128 // itemsize, 64, ranks, warps, 4 if from_shared_memory else 3)
 
 
 # programs that keep enough loads on their way for a multiprocessor, the fewest rows worth a program's start, and the

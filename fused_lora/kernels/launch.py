@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import dropout_threshold, keep_scale
 from .adapter_grad import _adapter_grad_kernel
@@ -76,7 +77,8 @@ def lora_matmul(
     if out.numel() > 0:
         exact = a.dtype == torch.float32 and _precision() == "ieee"
         sizes = (rows, w.shape[1], a.shape[-1], u.shape[1], a.dtype.itemsize, u.dtype.itemsize)
-        problem = Problem(*sizes, dropout=seed is not None, tensor_cores=not exact)
+        dropout = seed is not None
+        problem = Problem(*sizes, dropout=dropout, tensor_cores=not exact, aligned=aligned(_rows(a), w))
         decode = config if isinstance(config, DecodeConfig) else None
         if config is None and schedule is None and takes_decode(problem):
             decode = _decode_config(problem, a.device)
@@ -105,6 +107,7 @@ def lora_matmul_call(
     a2 = _rows(a)
     (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
     rows, columns = _cdiv(M, config.BLOCK_M), _cdiv(P, config.BLOCK_P)
+    a_read, w_read = _descriptors(a2, w, config) if schedule.descriptors else (a2, w)
     parts = None
     if schedule.form == Form.PRODUCE:
         assert schedule.split <= _cdiv(Q, config.BLOCK_Q), "every producer must have a part of Q"
@@ -113,22 +116,61 @@ def lora_matmul_call(
         kernel=_lora_matmul_kernel,
         grid=(rows * columns + (rows * schedule.split if schedule.form == Form.PRODUCE else 0),),
         args=(
-            a2, w, u, v, bias, seed, out, thin, parts, sync, M, P, Q, R,
+            a_read, w_read, u, v, bias, seed, out, thin, parts, sync, M, P, Q, R,
             *a2.stride(), *w.stride(), *u.stride(), *v.stride(),
             float(scale), keep_scale(dropout_p), dropout_threshold(dropout_p),
         ),
         flags={
             "FORM": int(schedule.form),
             "SPLIT": schedule.split,
+            "U_MULTIPLE": math.gcd(R, u.stride(0), 8) if u.stride(1) == 1 != u.stride(0) else 1,
+            "V_MULTIPLE": math.gcd(R, v.stride(1), 8) if v.stride(0) == 1 != v.stride(1) else 1,
             "HAS_BIAS": bias is not None,
             "DROP_INPUT": seed is not None and not dropout_on_output,
             "DROP_OUTPUT": seed is not None and dropout_on_output,
             "EVEN_Q": Q > 0 and Q % config.BLOCK_Q == 0,
+            "FAR": _far(a2, w, u, config),
+            "DESCRIPTORS": schedule.descriptors,
+            "W_ALONG_Q": w.stride(0) == 1,
             "MANY_RANKS": config.BLOCK_R < R,
             "PRECISION": _precision(),
         },
         config=config,
     )  # fmt: skip
+
+
+def aligned(a: Tensor, w: Tensor) -> bool:
+    """Whether tensor descriptors can describe a (M, Q) and w (Q, P).
+
+    16-bit elements, one dimension contiguous, of a the second, and bases and other strides multiples of 16 bytes.
+    """
+    if a.dtype.itemsize != 2 or a.stride(1) != 1 or 1 not in w.stride():
+        return False
+    row, column = a.stride(0), max(w.stride())
+    # no dimension of stride 0, as expand makes
+    apart = row >= a.shape[1] and column >= w.shape[0 if w.stride(0) == 1 else 1]
+    return apart and row % 8 == column % 8 == 0 and a.data_ptr() % 16 == w.data_ptr() % 16 == 0
+
+
+def _descriptors(a: Tensor, w: Tensor, config: TileConfig) -> tuple[TensorDescriptor, TensorDescriptor]:
+    block = [config.BLOCK_Q, config.BLOCK_P]
+    if w.stride(0) == 1:
+        w, block = w.t(), block[::-1]
+    return (
+        TensorDescriptor(a, [*a.shape], [*a.stride()], [config.BLOCK_M, config.BLOCK_Q]),
+        TensorDescriptor(w, [*w.shape], [*w.stride()], block),
+    )
+
+
+def _far(a: Tensor, w: Tensor, u: Tensor, config: TileConfig) -> bool:
+    """Whether offsets within a tile's rows of a (M, Q), within w (Q, P) or u (Q, R), overflow int32."""
+    columns = a.shape[1] + config.BLOCK_Q
+    reaches = (
+        config.BLOCK_M * a.stride(0) + columns * a.stride(1),
+        columns * w.stride(0) + (w.shape[1] + config.BLOCK_P) * w.stride(1),
+        columns * u.stride(0) + (u.shape[1] + config.BLOCK_R) * u.stride(1),
+    )
+    return max(reaches) >= 2**31
 
 
 def decode_call(

@@ -257,7 +257,7 @@ def test_the_file_is_named_after_device_and_date():
 def hasty(monkeypatch):
     """One small shape, a few rounds."""
     monkeypatch.setattr(measure, "plan_for", lambda device, quick: HASTY)
-    monkeypatch.setattr(runner, "select", lambda device_type, quick: [SMALL])
+    monkeypatch.setattr(runner, "select", lambda place, quick: [SMALL])
 
 
 def test_a_run_prints_ratios_and_writes_its_file(tmp_path, hasty, capsys):
@@ -327,8 +327,8 @@ def test_unknown_names_are_refused_by_the_parser(capsys):
 def test_shapes_have_names_of_their_own_and_the_most_valuable_comes_first():
     names = [shape.name for shape in shapes.SHAPES]
     assert len(set(names)) == len(names)
-    assert all({"cpu", "gpu"} & set(shape.tags) for shape in shapes.SHAPES)
-    headline = shapes.select("cuda", quick=True)[0]
+    assert all({"cpu", "gpu", "dry"} & set(shape.tags) for shape in shapes.SHAPES)
+    headline = shapes.select("gpu", quick=True)[0]
     assert (headline.M, headline.K, headline.N, headline.R) == (8192, 4096, 4096, 16)
 
 

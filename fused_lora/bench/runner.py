@@ -95,6 +95,6 @@ def agenda(device: torch.device, dtypes: list[str], works: list[str], quick: boo
         # RichBoyNet trains in float32, as in the demo
         if TRAIN in works and dtype == "float32":
             wanted.append(partial(NetProblem, dtype, device))
-        for shape in select(device.type, quick):
+        for shape in select("gpu" if device.type == "cuda" else "cpu", quick):
             wanted += [partial(LayerProblem, work, shape, dtype, device) for work in shape.works if work in works]
     return wanted

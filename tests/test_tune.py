@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fused_lora import tune
+from fused_lora.bench import subjects
 from fused_lora.kernels import launch, tuned
 from fused_lora.kernels.candidates import ROUNDS, fitting
 from fused_lora.kernels.configs import (
@@ -23,7 +24,6 @@ from fused_lora.kernels.configs import (
     takes_decode,
 )
 from fused_lora.kernels.entries import Entry, Reduced, Tiled, class_of
-from fused_lora.tune import subjects
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="made for the interpreter's device")
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fused_lora import lora_linear
+from fused_lora.cli import main
 from fused_lora.kernels import launch, tuned
 from fused_lora.kernels.configs import (
     INTERPRETER,
@@ -168,6 +169,16 @@ def test_a_broken_file_is_one_warning_that_names_it_and_the_rules_decide(tmp_pat
     assert len(said) == 1
     assert f"tuned choices in {path}: {why}" in str(said[0].message)
     oracle.check(inputs, results)
+
+
+def test_info_names_the_file_and_whom_its_entries_are_for(tmp_path, monkeypatch, forget, capsys):
+    assert main(["info"]) == 0
+    assert "Tuned choices in no file\n  none" in capsys.readouterr().out
+    tuned.current.cache_clear()
+    path = written(tmp_path, *ENTRIES)
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    assert main(["info"]) == 0
+    assert f"Tuned choices in {path}\n  4             for Some GPU" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- what is wrong is refused

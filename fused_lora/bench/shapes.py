@@ -100,8 +100,8 @@ SHAPES = (
     _layer("llama-7b", "up", 4096, 16),
     _layer("llama-7b", "down", 4096, 16),
     # where kernels are interpreted: they are timed to see that the whole way to a GPU's table can be walked
-    Shape("dry", 40, 64, 48, 4, _DRY, bias=True),
-    Shape("dry-decode", 3, 64, 48, 4, _DRY, _DECODE),
+    Shape("dry", 20, 128, 136, 4, _DRY, bias=True),
+    Shape("dry-decode", 3, 128, 136, 4, _DRY, _DECODE),
 )
 
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import torch
 
     from ..bench.measure import Timer
+    from ..bench.subjects import Job
     from ..kernels.tuned import Table
     from .search import Measure, Outcome
-    from .subjects import Job
 
 TOKENS, QUICK_TOKENS = "1,16,512,2048,8192", "1,8192"
 CPU_SHAPES, CPU_TOKENS = "64x48", "3,40"
@@ -101,11 +101,11 @@ def run(args: argparse.Namespace, timer: Timer | None = None) -> int:
 def _tune(jobs: Sequence[Job], device: torch.device, table: Table, measure: Measure, quick: bool) -> int:
     """Job by job, saved after each."""
     from ..bench.results import write_json
+    from ..bench.subjects import make
     from ..kernels import launch
     from ..kernels.candidates import ROUNDS
     from ..kernels.entries import class_of
     from .search import search
-    from .subjects import make
 
     known, reds, done = launch.known_device(device), 0, set()
     for index, job in enumerate(jobs):
@@ -133,7 +133,7 @@ def _tune(jobs: Sequence[Job], device: torch.device, table: Table, measure: Meas
 
 
 def _conclusion(outcome: Outcome) -> str:
-    from .subjects import in_one_line
+    from ..bench.subjects import in_one_line
 
     if outcome.red is not None:
         return f"RED, so not tuned: the rule's own choice is {outcome.red}"
@@ -146,7 +146,7 @@ def _conclusion(outcome: Outcome) -> str:
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
     """Everything that was asked for."""
-    from .subjects import ADAPTER_GRADIENTS, FORWARD, INPUT_GRADIENT, Job
+    from ..bench.subjects import ADAPTER_GRADIENTS, FORWARD, INPUT_GRADIENT, Job
 
     on_cpu = args.device == "cpu"
     layers = args.shapes

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 
 from ..bench.measure import Call, Measurement
+from ..bench.subjects import Subject, in_one_line
 from ..kernels.candidates import ROUNDS, Round, fitting
 from ..kernels.configs import Device
 from ..kernels.entries import Choice, Entry, class_of
-from .subjects import Subject, in_one_line
 
 Measure = Callable[[Mapping[str, Call]], Measurement]
 RULE = "rule"

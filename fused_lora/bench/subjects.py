@@ -1,4 +1,4 @@
-"""What is tuned: one launch of one kernel over random operands, with its float64 truth."""
+"""What is tuned, and run under a sanitizer: one launch of one kernel over random operands, with its float64 truth."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..bench.check import allowance, error
-from ..bench.peers import Weights
-from ..bench.problems import parse_dtype
 from ..kernels import launch
 from ..kernels.configs import DecodeConfig, Problem, ReductionProblem
 from ..kernels.entries import Choice, Reduced, Tiled
+from .check import allowance, error
+from .peers import Weights
+from .problems import parse_dtype
 
 FORWARD, INPUT_GRADIENT, ADAPTER_GRADIENTS = WORKS = ("forward", "input gradient", "adapter gradients")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A launch of a layer: x (M, K), weight (N, K), rank R. dtype: as ``bench.problems.parse_dtype`` reads it."""
+    """A launch of a layer: x (M, K), weight (N, K), rank R. dtype: as ``problems.parse_dtype`` reads it."""
 
     work: str
     M: int
@@ -65,7 +65,7 @@ class Subject(ABC):
         """The same results by plain PyTorch in this dtype."""
 
     def verdict(self, choice: Choice) -> str | None:
-        """None for right results, else how wrong they are. ``bench.check`` derives how wrong they may be."""
+        """None for right results, else how wrong they are. ``check.py`` derives how wrong they may be."""
         if self._judged is None:
             dtype = self.x.dtype
             pairs = zip(self.plain(dtype), self.plain(torch.float64), strict=True)

@@ -18,7 +18,7 @@ help:
 	@echo 'make demo           the main job: fine-tune a real network on MNIST with the fused layer (a few minutes on a CPU)'
 	@echo 'make test           the whole test suite; ARGS="-k layer" for a part'
 	@echo 'make bench          pytest benchmarks/ --benchmark-only'
-	@echo 'make gpu            on a machine with a GPU: kernel tests on the device, then a timing table'
+	@echo 'make gpu            on a machine with a GPU: kernel tests, races, sanitizer, timing table; ARGS="--only races"'
 	@echo 'make native         build the optional compiled extension'
 	@echo 'make lint types     ruff, clang-format; mypy.  make format mends what lint finds'
 	@echo 'make test-triton36  the kernel tests on Triton 3.6'

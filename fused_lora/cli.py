@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, demo, info, offline
+from . import bench, demo, info, offline, tune
 
 COMMANDS = {
     "demo": (demo, "train RichBoyNet on MNIST, then fix the digit it gets wrong by training A and B alone"),
     "info": (info, "versions, devices, and which implementations can run here"),
     "bench": (bench, "time the layer against the frozen linear and its peers"),
+    "tune": (tune, "time tiles and schedules on this GPU, and keep those that beat the rules"),
     "codegen": (offline, "compile the kernels for GPUs that are not here: registers, spills, instructions"),
 }
 

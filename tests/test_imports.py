@@ -21,6 +21,7 @@ LAYERS = [
     {"__init__"},
     {"demo", "info", "offline"},
     {"bench"},
+    {"tune"},
     {"cli"},
 ]
 # ops.py reaches up to the kernels when an implementation is asked for, never at import; extension.py to what it builds

@@ -44,6 +44,7 @@ def test_fuse_keeps_every_module_parameter_and_name_and_unfuse_gives_back_pefts_
     assert type(layer(model)) is FusedLinear
     assert type(model.base_model) is FusedLoraModel
     assert isinstance(layer(model), lora.Linear)
+    assert repr(layer(model)).startswith("lora.Linear(\n  fused, impl='auto'")
     assert all(module is modules[name] for name, module in model.named_modules())
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert unfuse(model) is model
@@ -98,10 +99,13 @@ def test_layers_that_come_another_way_are_reported():
     model = peft.inject_adapter_in_model(config(target_modules=["first"]), Net())
     fuse(model)
     peft.inject_adapter_in_model(config(target_modules=["second"]), model, adapter_name="other")
-    assert [(row.path, row.implementation) for row in summary(model).layers] == [("first", "eager"), ("second", "peft")]
-    assert "not fused: call fuse again" in str(summary(model))
-    fuse(model)
-    assert [row.implementation for row in summary(model).layers] == ["eager", "eager"]
+    rows = {row.path: row for row in summary(model).layers}
+    assert rows["second"].implementation == "peft"
+    assert rows["second"].why == "not fused: call fuse again"
+    assert fuse(model) is model
+    assert {row.path: row.implementation for row in summary(model).layers} == {"first": "peft", "second": "eager"}
+    # PEFT made "other" active everywhere, and the first layer has none of that name
+    assert rows["first"].why == "none of its adapters is active"
 
 
 class Mixed(nn.Module):

@@ -42,8 +42,8 @@ class Counting:
         return graph.forward
 
     @property
-    def text(self):
-        return "".join(graph.print_readable(print_output=False) for graph in self.graphs)
+    def called(self):
+        return [node.target for graph in self.graphs for node in graph.graph.nodes if node.op == "call_function"]
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_a_compiled_model_holds_our_operator_once_a_layer():
     with torch.no_grad():
         torch.compile(fused_model(), fullgraph=True, backend=backend)(draw_x())
     assert len(backend.graphs) == 1
-    assert backend.text.count("torch.ops.fused_lora.lora_matmul") == 2
-    assert "nn.functional.linear" not in backend.text
+    assert backend.called.count(torch.ops.fused_lora.lora_matmul.default) == 2
+    assert F.linear not in backend.called
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
@@ -190,14 +190,18 @@ def test_without_gradients_nothing_is_kept(mode, calls):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("needs_dx", [False, True])
 @pytest.mark.parametrize("shape", [(M, K), (2, 9, K)])
-def test_no_more_is_kept_for_the_backward_than_peft_keeps(dtype, dropout, shape):
+def test_no_more_is_kept_for_the_backward_than_peft_keeps(dtype, dropout, needs_dx, shape):
     model = fuse(peft_model(Net().to(dtype), target_modules=["first"], lora_dropout=dropout))
-    x = draw_x(*shape, dtype=dtype)
+    x = draw_x(*shape, dtype=dtype).requires_grad_(needs_dx)
     ours, pefts = (saved_bytes(lambda m=m: layer(m)(x), m.parameters()) for m in (model, unfused(model)))
-    rows = x[..., 0].numel()
-    assert ours == rows * (K + 4) * dtype.itemsize + (8 if dropout else 0)
-    assert ours <= pefts
+    rows, seed = x[..., 0].numel(), 8 if dropout else 0
+    assert ours == rows * (K + 4) * dtype.itemsize + seed
+    # where x wants no gradient PEFT's dropout keeps no mask, and in float32 the two keep alike: all but our seed
+    assert ours - (0 if needs_dx else seed) <= pefts
+    if (needs_dx and dropout) or dtype == torch.bfloat16:
+        assert ours < 0.8 * pefts
 
 
 # ---------------------------------------------------------------- transforms

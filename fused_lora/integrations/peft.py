@@ -52,6 +52,13 @@ class FusedLinear(lora.Linear):
             x, call.weight, call.lora_A, call.lora_B, call.scale, call.bias, dropout_p=call.dropout_p, impl=self.impl
         )
 
+    def _get_name(self) -> str:
+        # PEFT prints "lora." before it, and people look for "lora.Linear"
+        return "Linear"
+
+    def extra_repr(self) -> str:
+        return f"fused, impl={self.impl!r}"
+
 
 class FusedLoraModel(LoraModel):
     """PEFT's model, which fuses the layers that later adapters bring."""

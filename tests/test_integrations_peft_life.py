@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import json
 import pickle
 import weakref
 
@@ -12,7 +13,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners import lora
-from peft_models import K, Net, config, count_calls, draw_x, fused_model, peft_model, results
+from peft_models import TARGETS, K, Net, config, count_calls, draw_x, fused_model, peft_model, results
 from peft_models import same_as_peft as assert_same_as_peft
 from torch import nn
 
@@ -169,8 +170,12 @@ def test_a_fused_model_saves_the_very_files_of_an_unfused_one(tmp_path):
     model = fused_model()
     model.save_pretrained(tmp_path / "fused")
     unfused(model).save_pretrained(tmp_path / "peft")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "fused" / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "fused" / file).read_bytes() == (tmp_path / "peft" / file).read_bytes()
+    fused, pefts = (json.loads((tmp_path / of / "adapter_config.json").read_text()) for of in ("fused", "peft"))
+    # PEFT writes a set, in the order that it happens to have
+    assert fused | {"target_modules": set(TARGETS)} == pefts | {"target_modules": set(TARGETS)}
+    assert set(fused["target_modules"]) == set(pefts["target_modules"]) == set(TARGETS)
     state, other = get_peft_model_state_dict(model), get_peft_model_state_dict(unfused(model))
     assert state.keys() == other.keys()
     assert all(torch.equal(state[key], other[key]) for key in state)

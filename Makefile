@@ -12,7 +12,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-triton36 bench native gpu lint format types clean
+.PHONY: help install demo test test-triton36 test-peft bench native gpu lint format types clean
 
 help:
 	@echo 'make demo           the main job: fine-tune a real network on MNIST with the fused layer (a few minutes on a CPU)'
@@ -22,6 +22,7 @@ help:
 	@echo 'make native         build the optional compiled extension'
 	@echo 'make lint types     ruff, clang-format; mypy.  make format mends what lint finds'
 	@echo 'make test-triton36  the kernel tests on Triton 3.6'
+	@echo "make test-peft      PEFT's own LoRA tests, unfused and fused: fusing must break none (about ten minutes)"
 
 install: $(INSTALLED)
 
@@ -64,6 +65,11 @@ test-triton36: pyproject.toml
 	@test -x $(VENV_TRITON36)/bin/python || $(PYTHON) -m venv $(VENV_TRITON36)
 	@$(VENV_TRITON36)/bin/python $(PIP_INSTALL) torch==2.13.0 triton==3.6.0 'numpy<2.4' safetensors pytest pytest-xdist
 	$(VENV_TRITON36)/bin/python $(PYTEST) tests/kernels $(ARGS)
+
+# the tests are those in the source distribution of the PEFT that is installed
+test-peft: $(INSTALLED)
+	@$(RUN)/python $(PIP_INSTALL) -c constraints.txt -e '.[peft-suite]'
+	$(RUN)/python tests/peft_suite/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV_TRITON36) build dist *.egg-info demo-output

@@ -19,7 +19,7 @@ LAYERS = [
     {"model", "distributed"},
     {"adapters", "overview"},
     {"__init__"},
-    {"demo", "info", "offline"},
+    {"demo", "info", "integrations", "offline"},
     {"bench"},
     {"tune"},
     {"cli"},

@@ -12,13 +12,14 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-triton36 bench native gpu lint format types clean
+.PHONY: help install demo test test-triton36 bench native gpu docs report lint format types clean
 
 help:
 	@echo 'make demo           the main job: fine-tune a real network on MNIST with the fused layer (a few minutes on a CPU)'
 	@echo 'make test           the whole test suite; ARGS="-k layer" for a part'
 	@echo 'make bench          pytest benchmarks/ --benchmark-only'
 	@echo 'make gpu            on a machine with a GPU: kernel tests on the device, then a timing table'
+	@echo 'make report         README tables and docs plots from benchmarks/results/; make docs builds the pages into site/'
 	@echo 'make native         build the optional compiled extension'
 	@echo 'make lint types     ruff, clang-format; mypy.  make format mends what lint finds'
 	@echo 'make test-triton36  the kernel tests on Triton 3.6'
@@ -43,6 +44,13 @@ bench: $(INSTALLED)
 native: $(INSTALLED)
 	FUSED_LORA_BUILD_EXT=1 $(RUN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation --no-deps -e . $(ARGS)
 
+report: $(INSTALLED)
+	$(RUN)/python docs/draw.py
+	$(RUN)/python -m fused_lora.bench.publish $(ARGS)
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build $(ARGS)
+
 gpu:
 	$(PYTHON) -m fused_lora.bench.gpu $(ARGS)
 
@@ -66,4 +74,4 @@ test-triton36: pyproject.toml
 	$(VENV_TRITON36)/bin/python $(PYTEST) tests/kernels $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV_TRITON36) build dist *.egg-info demo-output
+	rm -rf $(VENV) $(VENV_TRITON36) build dist *.egg-info demo-output site

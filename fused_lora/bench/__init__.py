@@ -12,6 +12,7 @@ from .shapes import WORKS
 
 if TYPE_CHECKING:
     from .problems import Problem
+    from .results import Results
     from .runner import Group
 
     Make = Callable[[], Problem]
@@ -44,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=_list_of(WORKS), default=list(WORKS), help=f"default: {','.join(WORKS)}")
     parser.add_argument("--threads", type=int, metavar="N", help="PyTorch's on the CPU; 1 for a machine that is busy")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/ of the checkout")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="also write a page, and FILE.png beside it")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="measure nothing: show a results file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,6 +56,10 @@ def run(args: argparse.Namespace) -> int:
     from . import measure, runner, table
     from .results import Environment, Results, default_path
 
+    if args.report is not None and args.report.suffix != ".html":
+        return _refuse(f"--report must end in .html, got {str(args.report)!r}")
+    if args.source is not None:
+        return _show(args.source, args.report)
     device_type = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device_type == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: PyTorch finds no CUDA device here")
@@ -87,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     _conclude(groups, path)
+    if args.report is not None:
+        _report(results, args.report, groups)
     if len(groups) < len(agenda):
         return 130
     return 1 if any(group.red for group in groups) else 0
@@ -109,6 +118,34 @@ def _conclude(groups: list[Group], path: Path | None) -> None:
         for name, why in group.red.items():
             print(f"RED, so without a time: {group.title}: {name}: {why}")
     print("not saved: --out FILE saves" if path is None else f"saved: {path}")
+
+
+def _show(source: Path, report: Path | None) -> int:
+    """What is in a results file, as if it had just been measured."""
+    from . import table
+    from .groups import groups_of
+    from .results import Results
+
+    try:
+        results = Results.load(source)
+    except (OSError, ValueError) as error:
+        return _refuse(f"--from: {error}")
+    found = groups_of(results)
+    print(", ".join(f"{key} {value}" for key, value in vars(results.environment).items() if value is not None))
+    for group in found:
+        print("\n".join(table.lines(group)))
+    _conclude(found, source)
+    if report is not None:
+        _report(results, report, found)
+    return 0
+
+
+def _report(results: Results, path: Path, groups: list[Group]) -> None:
+    from . import report
+
+    wrong = {f"{group.title}: {name}": why for group in groups for name, why in group.red.items()}
+    for file in report.write(results, path, wrong):
+        print(f"written: {file}")
 
 
 def _refuse(why: str) -> int:

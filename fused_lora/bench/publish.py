@@ -1,4 +1,4 @@
-"""``make report``: the README's tables, docs/benchmarks.md and its plots, from the files in benchmarks/results/.
+"""``make report``: README tables, docs/benchmarks.md, docs/scaling.md and plots, from the files in benchmarks/results/.
 
     python -m fused_lora.bench.publish [--check]
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import charts, groups, table
+from . import charts, groups, scaling_page, table
 from .peers import FROZEN
 from .results import Results, Row
 from .runner import Group
@@ -57,13 +57,16 @@ def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
 
 def outputs(checkout: Path) -> dict[Path, str]:
     """path -> text of everything that is made of the results files."""
-    files = load_all(checkout / "benchmarks" / "results")
+    folder, pictures = checkout / "benchmarks" / "results", checkout / "docs" / "pictures"
+    files, scaling = load_all(folder), load_all(folder / "scaling")
     readme = checkout / "README.md"
     text = _between(readme.read_text(encoding="utf-8"), "speed", _readme_speed(files))
     made = {readme: text, checkout / "docs" / "benchmarks.md": _benchmarks_page(files)}
     for name, results in files.items():
         plot = charts.ratio_plot(groups.groups_of(results), groups.candidates_of(results), _title(results))
-        made[checkout / "docs" / "pictures" / f"measured-{Path(name).stem}.svg"] = plot
+        made[pictures / f"measured-{Path(name).stem}.svg"] = plot
+    made[checkout / "docs" / "scaling.md"] = scaling_page.page(scaling, _where)
+    made |= {pictures / name: plot for name, plot in scaling_page.plots(scaling).items()}
     return made
 
 

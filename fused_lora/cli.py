@@ -17,12 +17,16 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="fused-lora", description="A LoRA layer in one kernel.")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(prog="fused-lora", description="A LoRA layer in one kernel.")
+    subparsers = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, about) in COMMANDS.items():
         module.add_arguments(subparsers.add_parser(name, help=about, description=about))
-    args = parser.parse_args(argv)
+    return whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     return COMMANDS[args.command][0].run(args)
 
 

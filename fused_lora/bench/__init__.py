@@ -8,8 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .shapes import WORKS
+
+if TYPE_CHECKING:
+    from .results import Results
+    from .runner import Group
 
 # the first dtype alone in a quick run
 DTYPES = {"cpu": "float32,bfloat16,bfloat16+float32", "cuda": "bfloat16,float16"}
@@ -50,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="PyTorch's on the CPU; 1 for a machine that is busy")
     parser.add_argument("--minutes", type=minutes_of, metavar="N", help="start nothing after them; most valuable first")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/ of the checkout")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="also write a page, and FILE.png beside it")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="measure nothing: show a results file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,6 +66,10 @@ def run(args: argparse.Namespace) -> int:
     from . import measure, runner, series
     from .results import Environment, Results, default_path
 
+    if args.report is not None and args.report.suffix != ".html":
+        return _refuse(f"--report must end in .html, got {str(args.report)!r}")
+    if args.source is not None:
+        return _show(args.source, args.report)
     device_type = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device_type == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: PyTorch finds no CUDA device here")
@@ -79,7 +90,40 @@ def run(args: argparse.Namespace) -> int:
         return _refuse(str(error))
 
     deadline = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
-    return series.compete(agenda, results, path, measure.plan_for(device, args.quick), deadline)
+
+    def report(groups: list[Group]) -> None:
+        if args.report is not None:
+            _report(results, args.report, groups)
+
+    return series.compete(agenda, results, path, measure.plan_for(device, args.quick), deadline, after=report)
+
+
+def _show(source: Path, report: Path | None) -> int:
+    """What is in a results file, as if it had just been measured."""
+    from . import series, table
+    from .groups import groups_of
+    from .results import Results
+
+    try:
+        results = Results.load(source)
+    except (OSError, ValueError) as error:
+        return _refuse(f"--from: {error}")
+    found = groups_of(results)
+    print(", ".join(f"{key} {value}" for key, value in vars(results.environment).items() if value is not None))
+    for group in found:
+        print("\n".join(table.lines(group)))
+    series.conclude(found, source)
+    if report is not None:
+        _report(results, report, found)
+    return 0
+
+
+def _report(results: Results, path: Path, groups: list[Group]) -> None:
+    from . import report
+
+    wrong = {f"{group.title}: {name}": why for group in groups for name, why in group.red.items()}
+    for file in report.write(results, path, wrong):
+        print(f"written: {file}")
 
 
 def _refuse(why: str) -> int:

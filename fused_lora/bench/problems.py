@@ -76,9 +76,11 @@ class LayerProblem:
         return PEERS[name].why_not(self.weights)
 
     def candidate(self, name: str) -> Candidate:
-        module = PEERS[name].build(self.weights)
+        return self._of_module(PEERS[name].build(self.weights), trained=name != FROZEN)
+
+    def _of_module(self, module: nn.Module, trained: bool) -> Candidate:
         leaves = {"dx": self.x}
-        if name != FROZEN:
+        if trained:
             leaves |= {"dA": self.weights.lora_A, "dB": self.weights.lora_B}
 
         @torch.no_grad()

@@ -24,10 +24,12 @@ def compete(
     plan: measure.Plan,
     deadline: float = math.inf,
     dry: bool = False,
+    after: Callable[[list[Group]], None] | None = None,
 ) -> int:
     """0 when every candidate was right, 1 when one was not, 130 when interrupted.
 
     deadline: no group is started after it, by ``time.monotonic``. The file says that it is not complete until it is.
+    after: called with what was measured, at the end.
     """
     groups: list[Group] = []
     environment, interrupted = results.environment, False
@@ -49,13 +51,16 @@ def compete(
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted", file=sys.stderr)
-    _conclude(groups, path)
+    conclude(groups, path)
+    if after is not None:
+        after(groups)
     if len(groups) < len(agenda):
         print(f"INCOMPLETE: {len(agenda) - len(groups)} of {len(agenda)} groups were not measured")
     return 130 if interrupted else 1 if any(group.red for group in groups) else 0
 
 
-def _conclude(groups: list[Group], path: Path | None) -> None:
+def conclude(groups: list[Group], path: Path | None) -> None:
+    """Who was ahead, what was not timed, and where it is saved."""
     standings = [place for place in map(table.standing, groups) if place is not None]
     ahead = sum(place.clear and place.lead > 0 for place in standings)
     behind = [place for place in standings if place.clear and place.lead < 0]

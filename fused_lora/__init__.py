@@ -1,19 +1,18 @@
 """A LoRA layer in one kernel: ``FusedLoRALinear`` and what goes around it. Importing this imports no Triton."""
 
-from .adapters import load_adapter, save_adapter
+from .adapters import hotswap_adapter, load_adapter, save_adapter
 from .config import LoRAConfig
 from .functional import lora_linear
 from .layer import FusedLoRALinear
+from .merging import merge, merge_and_unload, unmerge
 from .model import (
     add_adapter,
+    add_weighted_adapter,
     apply_lora,
     delete_adapter,
     disable_adapters,
     lora_parameters,
-    merge,
-    merge_and_unload,
     set_adapter,
-    unmerge,
 )
 from .overview import summary
 
@@ -23,9 +22,11 @@ __all__ = [
     "FusedLoRALinear",
     "LoRAConfig",
     "add_adapter",
+    "add_weighted_adapter",
     "apply_lora",
     "delete_adapter",
     "disable_adapters",
+    "hotswap_adapter",
     "load_adapter",
     "lora_linear",
     "lora_parameters",

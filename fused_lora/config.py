@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from . import validation
 
 ALL_LINEAR = "all-linear"
+
+Selector = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class LoRAConfig:
         init: "kaiming" or "gaussian"; see :class:`fused_lora.layer.LoRAAdapter`.
         adapter_dtype: dtype of A and B; None means the weight's, and float32 over a 16-bit weight, as PEFT does: small
             steps would be lost in 16 bits.
-        modules_to_save, bias: PEFT's names. Only the adapters are trained so far: () and "none".
+        modules_to_save: modules to be trained whole beside the adapters, without A and B, a classification head for
+            instance; whole paths or their last parts. The adapter trains a copy, the base keeps its own.
+        bias: "none", or biases to be trained, as copies too: "lora_only", those of the adapted layers, or "all".
 
     Raises:
         TypeError, ValueError: naming the field, the rule and the value.
@@ -57,16 +62,21 @@ class LoRAConfig:
         _check_selection("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             _check_selection("exclude_modules", self.exclude_modules)
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if not isinstance(patterns, Mapping):
+                raise TypeError(f"{name} must be a mapping of regular expressions, got {patterns!r}")
         for pattern, rank in self.rank_pattern.items():
             _check_regex("rank_pattern", pattern)
             validation.check_rank(rank, f"rank_pattern[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():
             _check_regex("alpha_pattern", pattern)
             validation.check_alpha(alpha, f"alpha_pattern[{pattern!r}]")
-        if tuple(self.modules_to_save):
-            raise ValueError(f"modules_to_save must be empty: only adapters are trained, got {self.modules_to_save!r}")
-        if self.bias != "none":
-            raise ValueError(f"bias must be 'none': only adapters are trained, got {self.bias!r}")
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
+        if self.modules_to_save:
+            _check_selection("modules_to_save", self.modules_to_save)
+        if self.bias not in ("none", "lora_only", "all"):
+            raise ValueError(f"bias must be 'none', 'lora_only' or 'all', got {self.bias!r}")
         dtype = self.adapter_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"adapter_dtype must be a floating point torch.dtype or None, got {dtype!r}")
@@ -80,32 +90,56 @@ class LoRAConfig:
 
     def targets(self, path: str) -> bool:
         """Whether a linear layer at this path is chosen, as far as its path tells."""
-        if self.exclude_modules is not None and selects(self.exclude_modules, path):
-            return False
-        return self.target_modules == ALL_LINEAR or selects(self.target_modules, path)
+        return not self._excludes(path) and self._includes(path)
+
+    @functools.cached_property
+    def _includes(self) -> Selector:
+        return selector(".*" if self.target_modules == ALL_LINEAR else self.target_modules)
+
+    @functools.cached_property
+    def _excludes(self) -> Selector:
+        return selector(self.exclude_modules or ())
 
     def rank_of(self, path: str) -> int:
-        return next((rank for pattern, rank in self.rank_pattern.items() if ends_with(pattern, path)), self.rank)
+        return next((rank for matches, rank in self._ranks if matches(path)), self.rank)
 
     def alpha_of(self, path: str) -> float:
         default = self.rank_of(path) if self.alpha is None else self.alpha
-        return next((alpha for pattern, alpha in self.alpha_pattern.items() if ends_with(pattern, path)), default)
+        return next((alpha for matches, alpha in self._alphas if matches(path)), default)
+
+    @functools.cached_property
+    def _ranks(self) -> list[tuple[Selector, int]]:
+        return [(_ends_with(pattern), rank) for pattern, rank in self.rank_pattern.items()]
+
+    @functools.cached_property
+    def _alphas(self) -> list[tuple[Selector, float]]:
+        return [(_ends_with(pattern), alpha) for pattern, alpha in self.alpha_pattern.items()]
 
     def dtype_over(self, weight_dtype: torch.dtype) -> torch.dtype:
         """The dtype of A and B beside a weight of weight_dtype."""
         return self.adapter_dtype or torch.promote_types(weight_dtype, torch.float32)
 
 
-def selects(selection: str | Sequence[str], path: str) -> bool:
-    """A regular expression for the whole path, or names that are the path or its last parts: PEFT's rule."""
+def selector(selection: str | Sequence[str]) -> Selector:
+    """PEFT's test of paths: a regular expression for the whole path, or names that are the path or its last parts."""
     if isinstance(selection, str):
-        return re.fullmatch(selection, path) is not None
-    return any(path == name or path.endswith("." + name) for name in selection)
+        pattern = re.compile(selection, re.DOTALL)
+        return lambda path: pattern.fullmatch(path) is not None
+    names = frozenset(selection)
+    return lambda path: any(end in names for end in ends_of(path))
 
 
-def ends_with(pattern: str, path: str) -> bool:
+def ends_of(path: str) -> Iterator[str]:
+    """The path and each of its ends: "a.b.c", "b.c", "c"."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
+
+
+def _ends_with(pattern: str) -> Selector:
     """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    compiled = re.compile(rf"(.*\.)?({pattern})$")
+    return lambda path: compiled.match(path) is not None
 
 
 def _check_regex(name: str, pattern: Any) -> None:

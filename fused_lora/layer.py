@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
-from .functional import lora_linear
+from .functional import concatenate_adapters, lora_linear
+from .switching import Adapted
 
 
 class LoRAAdapter(nn.Module):
@@ -19,7 +21,10 @@ class LoRAAdapter(nn.Module):
     Args:
         init: "kaiming" draws A as ``nn.Linear`` draws its weight (Kaiming-uniform, a = sqrt(5), as PEFT and loralib
             do); "gaussian" draws it from N(0, 1). B is zero, so a fresh adapter changes nothing.
+        bias: (N,), of which the adapter trains a copy instead of the layer's own; None where it trains none.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -33,6 +38,7 @@ class LoRAAdapter(nn.Module):
         init: str,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        bias: Tensor | None = None,
     ) -> None:
         rank = validation.check_rank(rank)
         alpha = float(rank) if alpha is None else validation.check_alpha(alpha)
@@ -42,8 +48,16 @@ class LoRAAdapter(nn.Module):
         self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, dropout, bool(use_rslora)
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
+        self.trains_bias = bias is not None
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.init = init
         self.reset_parameters()
+
+    @classmethod
+    def beside(cls, linear: nn.Linear, *, trains_bias: bool = False, **options: Any) -> LoRAAdapter:
+        """A fresh one for this layer, on its device; with trains_bias, of its bias too where it has one."""
+        bias = linear.bias if trains_bias else None
+        return cls(linear.in_features, linear.out_features, device=linear.weight.device, bias=bias, **options)
 
     def reset_parameters(self) -> None:
         if self.init == "gaussian":
@@ -69,11 +83,21 @@ class LoRAAdapter(nn.Module):
         )
 
 
-class FusedLoRALinear(nn.Linear):
+# what a plain nn.Linear has not
+_STATE = (
+    "adapters", "impl", "_active", "_computing", "_switch", "_merged", "_unmerged_weight", "_unmerged_bias",
+)  # fmt: skip
+
+
+class FusedLoRALinear(Adapted, nn.Linear):
     """``y = x Wᵀ + scale · (D(x) Aᵀ) Bᵀ + bias`` with W and bias frozen, in one kernel where Triton runs.
 
     A drop-in ``nn.Linear``: ``weight`` and ``bias`` keep their names, so plain checkpoints load; adapters add
     ``adapters.<name>.lora_A`` and ``.lora_B``. A new layer holds one adapter, "default", and it is active.
+
+    Several adapters may be active: their products are summed, in one kernel too, their ranks put together. In training
+    with dropout, adapters of the same dropout share one mask, as one adapter of all their ranks would; for each further
+    dropout rate two thin products are added by plain PyTorch. Adapters that are not active cost nothing.
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
@@ -88,13 +112,10 @@ class FusedLoRALinear(nn.Linear):
     LoRA: https://arxiv.org/abs/2106.09685. Initialisation: see :class:`LoRAAdapter`.
     """
 
-    adapters: nn.ModuleDict
     impl: str
-    disabled: bool
-    _active: str | None
-    _computing: tuple[LoRAAdapter, ...]
-    _merged: str | None
+    _merged: bool
     _unmerged_weight: Tensor | None
+    _unmerged_bias: Tensor | None
 
     def __init__(
         self,
@@ -130,17 +151,16 @@ class FusedLoRALinear(nn.Linear):
         impl: str = "auto",
     ) -> FusedLoRALinear:
         """A layer of ``linear``'s own weight and bias (the same Parameters, now frozen), with one fresh adapter."""
-        adapter = LoRAAdapter(
-            linear.in_features, linear.out_features, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
-            init=init, device=linear.weight.device, dtype=linear.weight.dtype,
-        )  # fmt: skip
+        adapter = LoRAAdapter.beside(
+            linear, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, init=init, dtype=linear.weight.dtype
+        )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.training = linear.training
         layer._become_fused(impl)
-        layer.adapters["default"] = adapter
+        layer.install("default", adapter)
         layer.set_adapter("default")
         return layer
 
@@ -155,13 +175,11 @@ class FusedLoRALinear(nn.Linear):
 
     def _become_fused(self, impl: str) -> None:
         self.impl = validation.check_impl(impl)
-        self.adapters = nn.ModuleDict()
-        # within disable_adapters
-        self.disabled = False
-        self._activate(None)
-        self._merged = None
-        # W before a merge; a buffer, so that .to() moves it along
+        self._adapt()
+        self._merged = False
+        # W and bias before a merge; buffers, so that .to() moves them along
         self.register_buffer("_unmerged_weight", None, persistent=False)
+        self.register_buffer("_unmerged_bias", None, persistent=False)
         self.requires_grad_(False)
 
     # ---------------------------------------------------------------- adapters
@@ -180,123 +198,165 @@ class FusedLoRALinear(nn.Linear):
         """Add a fresh adapter, of the weight's dtype unless told; it is not active, and not trainable before it is."""
         validation.check_new_adapter(validation.check_adapter_name(name), self.adapters)
         validation.check_whole(self.weight)
-        adapter = LoRAAdapter(
-            self.in_features, self.out_features, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
-            init=init, device=self.weight.device, dtype=dtype or self.weight.dtype,
+        adapter = LoRAAdapter.beside(
+            self, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, init=init,
+            dtype=dtype or self.weight.dtype,
         )  # fmt: skip
+        return self.install(name, adapter)
+
+    def install(self, name: str, adapter: LoRAAdapter) -> LoRAAdapter:
+        """Put a finished adapter here, not active."""
         self.adapters[name] = adapter.requires_grad_(False).train(self.training)
         return adapter
 
-    def delete_adapter(self, name: str) -> None:
-        validation.check_known_adapter(name, self.adapters)
-        if self._merged == name:
-            self.unmerge()
-        if self._active == name:
-            self._activate(None)
-        del self.adapters[name]
+    def trained_parameters(self, name: str) -> list[nn.Parameter]:
+        return list(self.adapter(name).parameters())
 
-    def set_adapter(self, name: str | None) -> None:
-        """Make one adapter active and trainable, and the others not; None leaves the bare linear. Unmerges first."""
-        if name is not None:
-            validation.check_known_adapter(name, self.adapters)
-        if name == self._active:
-            return
-        self.unmerge()
-        for other, adapter in self.adapters.items():
-            adapter.requires_grad_(other == name)
-        self._activate(name)
-
-    def _activate(self, name: str | None) -> None:
-        self._active = name
-        # what forward reads: a compiled call guards the shapes that it finds there, and not the name
-        self._computing = () if name is None else (self.adapters._modules[name],)  # type: ignore[assignment]
+    def check_together(self, names: Sequence[str]) -> None:
+        with_bias = [name for name in names if self.adapter(name).trains_bias]
+        if len(with_bias) > 1:
+            raise ValueError(f"only one active adapter may train modules_to_save or biases, got {with_bias}")
 
     @property
     def active_adapter(self) -> str | None:
-        return self._active
+        """The one that is active; None without one.
+
+        Raises:
+            RuntimeError: several are; ``active_adapters`` has them.
+        """
+        if len(self._active) > 1:
+            raise RuntimeError(f"one adapter must be active to speak of it alone, got {list(self._active)}")
+        return self._active[0] if self._active else None
 
     def adapter(self, name: str) -> LoRAAdapter:
         """The adapter of this name."""
         validation.check_known_adapter(name, self.adapters)
         return self.adapters[name]  # type: ignore[return-value]
 
-    def _active_module(self) -> LoRAAdapter | None:
-        return None if self._active is None else self.adapters._modules[self._active]  # type: ignore[return-value]
+    def _the_active(self) -> LoRAAdapter | None:
+        name = self.active_adapter
+        return None if name is None else self._computing[0]  # type: ignore[return-value]
 
     @property
     def lora_A(self) -> nn.Parameter | None:
-        """(R, K) of the active adapter; None without one."""
-        adapter = self._active_module()
+        """(R, K) of the one active adapter; None without one."""
+        adapter = self._the_active()
         return None if adapter is None else adapter.lora_A
 
     @property
     def lora_B(self) -> nn.Parameter | None:
-        """(N, R) of the active adapter; None without one."""
-        adapter = self._active_module()
+        """(N, R) of the one active adapter; None without one."""
+        adapter = self._the_active()
         return None if adapter is None else adapter.lora_B
 
     @property
     def scale(self) -> float:
-        """Of the active adapter; 0.0 without one."""
-        adapter = self._active_module()
+        """Of the one active adapter; 0.0 without one."""
+        adapter = self._the_active()
         return 0.0 if adapter is None else adapter.scale
 
     # ---------------------------------------------------------------- computing
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.disabled:
-            return F.linear(x, self.weight if self._unmerged_weight is None else self._unmerged_weight, self.bias)
-        if not self._computing or self._merged is not None:
+        if self._switch.used and self._switch.off():
+            return F.linear(x, *self._base())
+        computing: tuple[Any, ...] = self._computing
+        if not computing or self._merged:
             return F.linear(x, self.weight, self.bias)
-        (adapter,) = self._computing
+        if len(computing) > 1:
+            return self._forward_several(x)
+        (adapter,) = computing
         return lora_linear(
-            x, self.weight, adapter.lora_A, adapter.lora_B, adapter.scale, self.bias,
+            x, self.weight, adapter.lora_A, adapter.lora_B, adapter.scale,
+            adapter.bias if adapter.trains_bias else self.bias,
             dropout_p=adapter.dropout, training=self.training, impl=self.impl,
         )  # fmt: skip
+
+    def _forward_several(self, x: Tensor) -> Tensor:
+        adapters = self.active_modules()
+        bias = next((adapter.bias for adapter in adapters if adapter.trains_bias), self.bias)
+        groups: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
+        for adapter in adapters:
+            group = groups.setdefault(adapter.dropout if self.training else 0.0, [])
+            group.append((adapter.lora_A, adapter.lora_B, adapter.scale))
+        (dropout, first), *others = groups.items()
+        y = lora_linear(
+            x, self.weight, *concatenate_adapters(first), bias,
+            dropout_p=dropout, training=self.training, impl=self.impl,
+        )  # fmt: skip
+        for dropout, group in others:
+            lora_A, lora_B, scale = concatenate_adapters(group)
+            h = F.linear(F.dropout(x, dropout), lora_A.to(x.dtype))
+            y = y + F.linear(h, lora_B.to(h.dtype)) * scale
+        return y
+
+    def active_modules(self) -> list[LoRAAdapter]:
+        """The active adapters, in order."""
+        return list(self._computing)  # type: ignore[arg-type]
+
+    def _base(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias of the base, merged or not."""
+        weight = self.weight if self._unmerged_weight is None else self._unmerged_weight
+        return weight, self.bias if self._unmerged_bias is None else self._unmerged_bias
 
     # ---------------------------------------------------------------- merging
 
     @property
     def merged(self) -> bool:
-        return self._merged is not None
+        return self._merged
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the active adapter into W: ``W + scale · B A``, summed in float32, rounded once.
+        """Fold the active adapters into W: ``W + Σ scale · B A``, summed in float32, rounded once; their bias as well.
 
-        W before the merge is kept beside it (a second (N, K) tensor), so ``unmerge`` restores it bit for bit.
-        Merging again, or without an active adapter, does nothing.
+        What was there before is kept beside it (a second (N, K) tensor), so ``unmerge`` restores it bit for bit.
+        Merging again, or without an active adapter, does nothing. A layer doesn't know whether its weight is another
+        layer's too; :func:`fused_lora.merge` does.
 
         Raises:
-            ValueError: the sum has a NaN or an infinity; W is left as it was.
+            ValueError: the sum has a NaN or an infinity; the layer is left as it was.
         """
-        adapter = self._active_module()
-        if adapter is None or self.merged:
+        if not self._active or self._merged:
             return
-        self._unmerged_weight = _exchange(self.weight, self._sum(adapter))
-        self._merged = self._active
+        weight, bias = self._sum()
+        self._unmerged_weight = _exchange(self.weight, weight)
+        if bias is not None:
+            self._unmerged_bias = _exchange(self.bias, bias)
+        self._merged = True
 
-    def _sum(self, adapter: LoRAAdapter) -> Tensor:
-        delta = adapter.delta()
-        total = delta.add_(self.weight).to(self.weight.dtype)
-        if not bool(whole(torch.isfinite(total).all())):
-            raise ValueError(
-                f"adapter {self._active!r} must merge to a finite weight, got NaN or infinity in W + scale · B A"
-            )
-        return total
+    def merged_parameters(self) -> list[tuple[str, Tensor]]:
+        """(name, tensor) of what :meth:`merge` gives other values."""
+        trains_bias = any(adapter.trains_bias for adapter in self.active_modules())
+        return [("weight", self.weight), *([("bias", self.bias)] if trains_bias else [])]
+
+    def _sum(self) -> tuple[Tensor, Tensor | None]:
+        """What W becomes, and the bias where an adapter has one: new tensors."""
+        first, *others = self.active_modules()
+        total = first.delta()
+        for adapter in others:
+            total.add_(adapter.delta())
+        weight = total.add_(self.weight).to(self.weight.dtype)
+        bias = next((a.bias.detach().clone() for a in (first, *others) if a.bias is not None), None)
+        for name, tensor in (("W + scale · B A", weight), ("its bias", bias)):
+            if tensor is not None and not bool(whole(torch.isfinite(tensor).all())):
+                names = ", ".join(map(repr, self._active))
+                raise ValueError(f"adapter {names} must merge to a finite weight, got NaN or infinity in {name}")
+        return weight, bias
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put back the very W that ``merge`` set aside. Does nothing on a layer that is not merged."""
-        if self.merged:
+        if self._merged:
             assert self._unmerged_weight is not None
             _exchange(self.weight, self._unmerged_weight)
-            self._unmerged_weight = None
-            self._merged = None
+            if self._unmerged_bias is not None:
+                _exchange(self.bias, self._unmerged_bias)
+            self._unmerged_weight = self._unmerged_bias = None
+            self._merged = False
 
     def unload(self) -> nn.Linear:
         """Turn this layer itself into a plain ``nn.Linear`` with the weight it has now; adapters are dropped."""
-        for name in ("adapters", "impl", "disabled", "_active", "_computing", "_merged", "_unmerged_weight"):
+        for name in _STATE:
             delattr(self, name)
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
@@ -305,16 +365,19 @@ class FusedLoRALinear(nn.Linear):
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` that computes what this layer computes now, with a weight of its own."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        adapter = self._active_module()
-        weight = self.weight.data.clone() if adapter is None or self.merged else self._sum(adapter)
+        weight, bias = self.weight.data.clone(), None if self.bias is None else self.bias.data.clone()
+        if self._active and not self._merged:
+            weight, trained_bias = self._sum()
+            bias = bias if trained_bias is None else trained_bias
         linear.weight = nn.Parameter(weight)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.data.clone())
+        if bias is not None:
+            linear.bias = nn.Parameter(bias)
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, active_adapter={self._active!r}, impl={self.impl!r}" + (
-            ", merged" if self.merged else ""
+        active = repr(self._active[0] if len(self._active) == 1 else list(self._active) or None)
+        return f"{super().extra_repr()}, active_adapter={active}, impl={self.impl!r}" + (
+            ", merged" if self._merged else ""
         )
 
 

@@ -1,19 +1,23 @@
-"""Whole models: put adapters into their linear layers, switch, disable, merge, and tell what is where."""
+"""Whole models: put adapters into them, switch, combine, disable, and find what is trained."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import warnings
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import validation
-from .config import ALL_LINEAR, LoRAConfig, selects
-from .layer import FusedLoRALinear
+from .config import LoRAConfig
+from .functional import concatenate_adapters
+from .layer import FusedLoRALinear, LoRAAdapter
+from .selection import Plan, plan
+from .switching import adapted_modules, base_modules
+from .trained import Part, adopt, copy_of
 
 
 def apply_lora(
@@ -22,7 +26,8 @@ def apply_lora(
     """Freeze ``model``, add one adapter to the linear layers that the config names, make it active; returns ``model``.
 
     Layers are changed in place: they keep their identity, their hooks and their parameters' names, and a layer that
-    has other adapters keeps those. A fresh adapter changes no output.
+    has other adapters keeps those. A fresh adapter changes no output. A weight that is another module's too is warned
+    of: the adapter acts on the one layer alone.
 
     Args:
         config: or its fields as keywords (``rank=8, target_modules=["q_proj"]``), or both: the keywords win.
@@ -34,9 +39,9 @@ def apply_lora(
     """
     LoRAConfig.check_field_names(fields)
     config = dataclasses.replace(config or LoRAConfig(), **fields)
-    layers = _plan(model, adapter, config, impl)
+    installation = _prepare(model, adapter, config, impl)
     model.requires_grad_(False)
-    _add(model, layers, adapter, config, impl)
+    install(model, adapter, installation, impl)
     set_adapter(model, adapter)
     return model
 
@@ -47,184 +52,194 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None, *
     Raises:
         TypeError, ValueError: naming argument, rule and value (``name`` is taken, nothing matches); nothing is changed.
     """
-    config = config or LoRAConfig()
-    _add(model, _plan(model, name, config, impl), name, config, impl)
+    install(model, name, _prepare(model, name, config or LoRAConfig(), impl), impl)
     return model
 
 
-def set_adapter(model: nn.Module, name: str | None) -> None:
+def set_adapter(model: nn.Module, name: str | Sequence[str] | None) -> None:
     """Make adapter ``name`` active wherever it is, and trainable, and no other; None leaves the base model.
 
+    Several names are active at once: their changes add up, in one kernel call a layer. Allocates nothing.
+
     Raises:
-        ValueError: no layer has that adapter; nothing is changed.
+        ValueError: no layer has that adapter, or two of them train the same ``modules_to_save`` or bias; nothing is
+            changed.
     """
-    if name is not None:
-        validation.check_known_adapter(name, adapter_names(model))
-    for _, layer in lora_layers(model):
-        layer.set_adapter(name if name is not None and name in layer.adapters else None)
+    names, known = validation.check_adapter_names(name), adapter_names(model)
+    for each in names:
+        validation.check_known_adapter(each, known)
+    modules = [module for _, module in adapted_modules(model)]
+    chosen = [[each for each in names if each in module.adapters] for module in modules]
+    for module, here in zip(modules, chosen, strict=True):
+        module.check_together(here)
+    for module, here in zip(modules, chosen, strict=True):
+        module.set_adapter(here)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove adapter ``name`` from every layer; where it was active, no adapter is."""
+    """Remove adapter ``name`` from every layer; where it was active, the others that were stay so."""
     validation.check_known_adapter(name, adapter_names(model))
-    for _, layer in lora_layers(model):
-        if name in layer.adapters:
-            layer.delete_adapter(name)
+    for _, module in adapted_modules(model):
+        if name in module.adapters:
+            module.delete_adapter(name)
+
+
+def add_weighted_adapter(
+    model: nn.Module, name: str, adapters: Sequence[str], weights: Sequence[float], combination_type: str = "cat"
+) -> nn.Module:
+    """Add an adapter made of others, without making it active; returns ``model``. PEFT's names and results.
+
+    Args:
+        adapters: names; a layer combines those that it has.
+        weights: one finite number for each.
+        combination_type: "cat" puts the ranks together: exactly ``Σ weight · scale · B A``, of all their ranks.
+            "linear" sums the A and the B, each by ``sqrt(|weight · scale|)``: an approximation, of the same rank, which
+            all must have.
+
+    Raises:
+        TypeError, ValueError: naming argument, rule and value; nothing is changed.
+    """
+    validation.check_adapter_name(name)
+    known, chosen = adapter_names(model), validation.check_adapter_names(adapters)
+    validation.check_new_adapter(name, known)
+    for each in chosen:
+        validation.check_known_adapter(each, known)
+    if combination_type not in ("cat", "linear"):
+        raise ValueError(f"combination_type must be 'cat' or 'linear', got {combination_type!r}")
+    if not chosen or len(chosen) != len(weights):
+        raise ValueError(f"weights must be one for each of at least one adapter, got {weights!r} for {list(chosen)}")
+    factors = {each: validation.check_weight(weight) for each, weight in zip(chosen, weights, strict=True)}
+    built = {}
+    for path, module in adapted_modules(model):
+        here = [each for each in chosen if each in module.adapters]
+        if not here:
+            continue
+        if not isinstance(module, FusedLoRALinear) or any(module.adapter(each).trains_bias for each in here):
+            raise ValueError(f"adapters to combine must train A and B alone, got {here}, which train more in {path!r}")
+        built[path] = _combine(path, module, {each: factors[each] for each in here}, combination_type)
+    install(model, name, Installation(built, {}), "auto")
+    return model
+
+
+def _combine(path: str, layer: FusedLoRALinear, weights: Mapping[str, float], combination_type: str) -> LoRAAdapter:
+    parts = [(layer.adapter(name), weight) for name, weight in weights.items()]
+    with torch.no_grad():
+        if combination_type == "cat":
+            A, B, scale = concatenate_adapters([(a.lora_A, a.lora_B, weight * a.scale) for a, weight in parts])
+            B = B * scale
+        else:
+            ranks = [adapter.rank for adapter, _ in parts]
+            if len(set(ranks)) > 1:
+                raise ValueError(f"combination_type 'linear' needs one rank, got {ranks} in {path!r}; take 'cat'")
+            factors = [(math.sqrt(abs(weight * a.scale)), math.copysign(1.0, weight * a.scale)) for a, weight in parts]
+            As = [root * sign * a.lora_A for (a, _), (root, sign) in zip(parts, factors, strict=True)]
+            Bs = [root * a.lora_B for (a, _), (root, _) in zip(parts, factors, strict=True)]
+            A, B = torch.stack(As).sum(0), torch.stack(Bs).sum(0)
+    combined = LoRAAdapter(
+        layer.in_features, layer.out_features, rank=A.shape[0], alpha=None, dropout=parts[0][0].dropout,
+        use_rslora=False, init="kaiming", device="meta", dtype=A.dtype,
+    )  # fmt: skip
+    combined.lora_A, combined.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
+    return combined
 
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within it ``model`` is exactly its base, merged layers included. May be nested; an exception restores too."""
-    layers = [layer for _, layer in lora_layers(model)]
-    before = [layer.disabled for layer in layers]
+    """Within it ``model`` is exactly its base, merged layers included. May be nested; an exception restores too.
+
+    In this thread alone: others that compute with ``model`` keep its adapters, and so do threads that this one starts.
+    """
+    switches = [module._switch for _, module in adapted_modules(model)]
+    for switch in switches:
+        switch.turn(off=True)
     try:
-        for layer in layers:
-            layer.disabled = True
         yield
     finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer.disabled = disabled
-
-
-def merge(model: nn.Module) -> None:
-    """Fold every layer's active adapter into its weight; see :meth:`FusedLoRALinear.merge`. All layers or none."""
-    merged: list[FusedLoRALinear] = []
-    try:
-        for path, layer in lora_layers(model):
-            if not layer.merged:
-                merged.append(layer)
-                _merge_layer(path, layer)
-    except BaseException:
-        for layer in merged:
-            layer.unmerge()
-        raise
-
-
-def _merge_layer(path: str, layer: FusedLoRALinear) -> None:
-    try:
-        layer.merge()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def unmerge(model: nn.Module) -> None:
-    """Restore every weight bit for bit."""
-    for _, layer in lora_layers(model):
-        layer.unmerge()
-
-
-def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Merge, then turn every layer back into a plain ``nn.Linear`` without adapters; returns ``model``."""
-    merge(model)
-    for _, layer in lora_layers(model):
-        layer.unload()
-    return model
+        for switch in switches:
+            switch.turn(off=False)
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, FusedLoRALinear]]:
     """(path, layer) of every FusedLoRALinear in ``model``."""
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, FusedLoRALinear)]
+    return [(path, module) for path, module in base_modules(model) if isinstance(module, FusedLoRALinear)]
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    return sorted({name for _, layer in lora_layers(model) for name in layer.adapters})
+    return sorted({name for _, module in adapted_modules(model) for name in module.adapters})
 
 
 def lora_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
-    """A and B of the active adapter of every layer, or of ``adapter``: what an optimizer wants.
+    """What the active adapters train, or ``adapter`` does: what an optimizer wants.
+
+    A and B of every layer, and the adapter's own copies of biases and of ``modules_to_save``.
 
     Raises:
         ValueError: there are none, or no layer has that adapter.
     """
     if adapter is not None:
         validation.check_known_adapter(adapter, adapter_names(model))
-    found: list[nn.Parameter] = []
-    for _, layer in lora_layers(model):
-        name = layer.active_adapter if adapter is None else adapter
-        if name is not None and name in layer.adapters:
-            found += layer.adapters[name].parameters()
+    # a parameter that two modules share is trained once
+    found = {
+        parameter: None
+        for _, module in adapted_modules(model)
+        for name in (module.active_adapters if adapter is None else (adapter,))
+        if name in module.adapters
+        for parameter in module.trained_parameters(name)
+    }
     if not found:
         raise ValueError("model must have an active adapter, got none; call apply_lora or set_adapter first")
-    return found
+    return list(found)
 
 
 # --------------------------------------------------------------------------------------------------
-# Choosing layers, and changing them once everything is known to be right
+# Everything is made before the model is touched
 # --------------------------------------------------------------------------------------------------
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """path -> layer that can take an adapter: exactly ``nn.Linear``, or fused already.
+@dataclasses.dataclass(frozen=True)
+class Installation:
+    """adapters: path -> A and B for that layer.  copies: path -> what of that module is trained, and its copy."""
 
-    Subclasses are left alone: their weight is not what ``F.linear`` expects (quantized), or is read past their forward
-    (``nn.MultiheadAttention``'s out_proj), and an adapter would silently not be trained.
-    """
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if type(module) is nn.Linear or isinstance(module, FusedLoRALinear)
-    }
+    adapters: Mapping[str, LoRAAdapter]
+    copies: Mapping[str, tuple[Part, nn.Module]]
 
 
-def _plan(model: nn.Module, adapter: str, config: LoRAConfig, impl: str) -> dict[str, nn.Linear]:
-    """The layers that get the adapter; every rule is checked here, before anything changes."""
-    validation.check_adapter_name(adapter)
+def _prepare(model: nn.Module, adapter: str, config: LoRAConfig, impl: str) -> Installation:
     validation.check_impl(impl)
-    candidates = linear_layers(model)
-    head = _output_head(model) if config.target_modules == ALL_LINEAR else None
-    chosen = {path: layer for path, layer in candidates.items() if layer is not head and config.targets(path)}
-    if not chosen:
-        raise ValueError(_nothing_matches(model, config, list(candidates)))
-    if not isinstance(config.target_modules, str):
-        idle = [name for name in config.target_modules if not any(selects([name], path) for path in chosen)]
-        if idle:
-            warnings.warn(f"target_modules: no linear layer is called {', '.join(map(repr, idle))}", stacklevel=4)
-    for path, layer in chosen.items():
-        validation.check_whole(layer.weight, f"{path}.weight")
-        if isinstance(layer, FusedLoRALinear) and adapter in layer.adapters:
-            raise ValueError(f"adapter {adapter!r} is in {path!r} already; delete it first or choose another name")
-        if not layer.weight.is_floating_point() or layer.weight.dtype.itemsize < 2:
-            raise TypeError(f"{path}.weight must be float16, bfloat16, float32 or float64, got {layer.weight.dtype}")
-    return chosen
-
-
-def _add(model: nn.Module, layers: dict[str, nn.Linear], adapter: str, config: LoRAConfig, impl: str) -> None:
-    for path, linear in layers.items():
-        layer = linear if isinstance(linear, FusedLoRALinear) else FusedLoRALinear.adopt(linear, impl=impl)
-        layer.add_adapter(
-            adapter,
+    chosen = plan(model, adapter, config)
+    built = {
+        path: LoRAAdapter.beside(
+            linear,
             rank=config.rank_of(path),
             alpha=config.alpha_of(path),
             dropout=config.dropout,
             use_rslora=config.use_rslora,
             init=config.init,
-            dtype=config.dtype_over(layer.weight.dtype),
+            dtype=config.dtype_over(linear.weight.dtype),
+            trains_bias=config.bias != "none",
         )
-    for module in model.modules():
-        # its inference fast path reads the weights of its linears past their forward
-        if isinstance(module, nn.TransformerEncoderLayer) and lora_layers(module):
-            module.activation_relu_or_gelu = 0
+        for path, linear in chosen.linears.items()
+    }
+    return Installation(built, copies_for(chosen))
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """A Transformers model's output embedding: usual practice leaves it out of "all-linear"."""
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+def copies_for(chosen: Plan) -> dict[str, tuple[Part, nn.Module]]:
+    shared: dict[int, nn.Parameter] = {}
+    return {path: (part, copy_of(module, part, shared)) for path, (module, part) in chosen.parts.items()}
 
 
-def _nothing_matches(model: nn.Module, config: LoRAConfig, candidates: list[str]) -> str:
-    message = f"target_modules must match a plain nn.Linear, got {config.target_modules!r}"
-    others = [
-        f"{p} ({type(m).__name__})" for p, m in model.named_modules() if p and config.targets(p) and p not in candidates
-    ]
-    if others and config.target_modules != ALL_LINEAR:
-        message += f"; it matches {', '.join(others[:5])}, which can't take an adapter"
-    if config.exclude_modules is not None:
-        message += f" without {config.exclude_modules!r}"
-    wanted = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
-    tails = sorted({path.rpartition(".")[2] for path in candidates})
-    near = [name for want in wanted for name in difflib.get_close_matches(want, tails + candidates, n=3, cutoff=0.4)]
-    listed = near or tails[:10]
-    return message + (
-        f"; linear layers here: {', '.join(map(repr, listed))}" if listed else "; the model has no linear layer"
-    )
+def install(model: nn.Module, adapter: str, installation: Installation, impl: str) -> None:
+    """Put what is made into the model's modules, which have no adapter of this name, without making it active."""
+    modules = dict(base_modules(model))
+    for path, built in installation.adapters.items():
+        linear: Any = modules[path]
+        layer = linear if isinstance(linear, FusedLoRALinear) else FusedLoRALinear.adopt(linear, impl=impl)
+        layer.install(adapter, built)
+    for path, (part, clone) in installation.copies.items():
+        adopt(modules[path]).install(adapter, part, clone)
+    for path in (*installation.adapters, *installation.copies):
+        while path:
+            path = path.rpartition(".")[0]
+            if isinstance(modules[path], nn.TransformerEncoderLayer):
+                # its inference fast path reads the weights of its modules past their forward
+                modules[path].activation_relu_or_gelu = 0  # type: ignore[assignment]

@@ -8,12 +8,17 @@ from torch import nn
 
 from . import ops
 from .layer import FusedLoRALinear
-from .model import linear_layers
+from .selection import linear_layers
+from .switching import adapted_modules
+from .trained import Trained
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One adapted layer. why: the reason it does not run the fused kernel, or None where it does."""
+    """One adapted layer. why: the reason it does not run the fused kernel, or None where it does.
+
+    adapter, rank and alpha are the active adapter's; of several, the names joined, the sum of the ranks and no alpha.
+    """
 
     path: str
     out_features: int
@@ -28,9 +33,13 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts are of parameters, bytes of their storage; ``str()`` is the table."""
+    """Counts are of parameters, bytes of their storage; ``str()`` is the table.
+
+    trained: names of what the active adapters train beside A and B: ``modules_to_save`` and biases.
+    """
 
     layers: tuple[LayerRow, ...]
+    trained: tuple[str, ...]
     not_adapted: tuple[str, ...]
     base: int
     adapters: int
@@ -56,9 +65,10 @@ class Summary:
         lines = ["  ".join(row).rstrip() for row in table]
         for why in sorted({row.why for row in self.layers if row.why is not None}):
             lines.append(f"not the fused kernel: {why}")
+        if self.trained:
+            lines.append(f"trained beside A and B: {_listed(self.trained)}")
         if self.not_adapted:
-            more = f" and {len(self.not_adapted) - 5} more" if len(self.not_adapted) > 5 else ""
-            lines.append(f"linear layers without an adapter: {', '.join(self.not_adapted[:5])}{more}")
+            lines.append(f"linear layers without an adapter: {_listed(self.not_adapted)}")
         lines.append(
             f"base {self.base:,} parameters ({_size(self.base_bytes)}), adapters {self.adapters:,} "
             f"({self.added_percent:.3f} %), trainable {self.trainable:,} ({_size(self.trainable_bytes)})"
@@ -71,11 +81,13 @@ def summary(model: nn.Module) -> Summary:
     linears = linear_layers(model)
     layers = {path: layer for path, layer in linears.items() if isinstance(layer, FusedLoRALinear)}
     parameters = list(model.parameters())
-    in_adapters = {id(p) for layer in layers.values() for p in layer.adapters.parameters()}
+    adapted = adapted_modules(model)
+    in_adapters = {id(p) for _, m in adapted for name in m.adapters for p in m.trained_parameters(name)}
     base = [p for p in parameters if id(p) not in in_adapters]
     trainable = [p for p in parameters if p.requires_grad]
     return Summary(
         layers=tuple(_row(path, layer) for path, layer in layers.items()),
+        trained=tuple(name for path, module in adapted for name in _trained(path, module)),
         not_adapted=tuple(path or "(model)" for path in linears if path not in layers),
         base=sum(p.numel() for p in base),
         adapters=sum(p.numel() for p in parameters if id(p) in in_adapters),
@@ -86,25 +98,47 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _row(path: str, layer: FusedLoRALinear) -> LayerRow:
-    name = layer.active_adapter
-    adapter = None if name is None else layer.adapter(name)
-    device, dtype = layer.weight.device, layer.weight.dtype
-    implementation, why = "linear", None
-    if layer.disabled:
-        why = "adapters are disabled"
-    elif layer.merged:
-        why = "the adapter is merged into the weight"
-    elif adapter is None:
-        why = "no adapter is active"
-    else:
-        implementation = ops.choose_impl(layer.impl, device, dtype)
-        if implementation == "eager":
-            why = ops.why_unavailable("triton", device, dtype) or "impl='eager' was asked for"
+    adapters = layer.active_modules()
+    implementation, why = _implementation(layer)
     return LayerRow(
-        path, layer.out_features, layer.in_features, name,
-        None if adapter is None else adapter.rank, None if adapter is None else adapter.alpha,
+        path, layer.out_features, layer.in_features, "+".join(layer.active_adapters) or None,
+        sum(adapter.rank for adapter in adapters) or None, adapters[0].alpha if len(adapters) == 1 else None,
         sum(p.numel() for p in layer.adapters.parameters()), implementation, why,
     )  # fmt: skip
+
+
+def _implementation(layer: FusedLoRALinear) -> tuple[str, str | None]:
+    """What a forward runs now, and why it is not the fused kernel."""
+    if layer.disabled:
+        return "linear", "adapters are disabled"
+    if layer.merged:
+        return "linear", "the adapter is merged into the weight"
+    if not layer.active_adapters:
+        return "linear", "no adapter is active"
+    device, dtype = layer.weight.device, layer.weight.dtype
+    unavailable = ops.why_unavailable(layer.impl, device, dtype) if layer.impl != "auto" else None
+    if unavailable is not None:
+        return "nothing", f"impl={layer.impl!r} was asked for, which raises: {unavailable}"
+    implementation = ops.choose_impl(layer.impl, device, dtype)
+    if implementation == "triton":
+        return implementation, None
+    if layer.impl != "auto":
+        return implementation, f"impl={layer.impl!r} was asked for"
+    return implementation, ops.why_unavailable("triton", device, dtype) or "on a CPU 'auto' takes 'eager'"
+
+
+def _trained(path: str, module: object) -> list[str]:
+    """Names of what the active adapters train here beside A and B."""
+    if isinstance(module, FusedLoRALinear):
+        names = ["bias"] if any(adapter.trains_bias for adapter in module.active_modules()) else []
+    else:
+        assert isinstance(module, Trained)
+        names = list(module.replaced())
+    return [f"{path}.{name}" if path else name for name in names]
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _size(count: float) -> str:

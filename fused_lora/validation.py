@@ -28,9 +28,16 @@ def _finite(value: Any, name: str) -> float:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a finite number, got {value!r}")
     # a compiled call may have a symbolic number, which has no such test
-    if not torch.compiler.is_compiling() and not math.isfinite(value):
+    if not torch.compiler.is_compiling() and not _is_finite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
     return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_alpha(alpha: Any, name: str = "alpha") -> float:
@@ -39,6 +46,10 @@ def check_alpha(alpha: Any, name: str = "alpha") -> float:
 
 def check_scale(scale: Any) -> float:
     return _finite(scale, "scale")
+
+
+def check_weight(weight: Any) -> float:
+    return _finite(weight, "weights")
 
 
 def check_dropout(dropout: Any, name: str = "dropout") -> float:
@@ -69,6 +80,19 @@ def check_adapter_name(name: Any) -> str:
     if hasattr(nn.ModuleDict, name) or name == "training":
         raise ValueError(f"adapter name must not be an attribute of torch.nn.ModuleDict, got {name!r}")
     return name
+
+
+def check_adapter_names(names: Any) -> tuple[str, ...]:
+    """One name, several, or None for none, as a tuple."""
+    if names is None:
+        return ()
+    if isinstance(names, str):
+        return (names,)
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"adapter names must be a str, a list of them, or None, got {names!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"adapter names must differ, got {names!r}")
+    return tuple(names)
 
 
 def check_known_adapter(name: Any, known: Any) -> None:

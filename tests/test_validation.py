@@ -82,8 +82,11 @@ BAD_CONFIGS = [
     ({"exclude_modules": [""]}, TypeError, "exclude_modules must be"),
     ({"rank_pattern": {"a": 0}}, ValueError, r"rank_pattern\['a'\] must be at least 1, got 0"),
     ({"alpha_pattern": {"a": float("inf")}}, ValueError, r"alpha_pattern\['a'\] must be a finite number"),
-    ({"modules_to_save": ["head"]}, ValueError, "modules_to_save must be empty"),
-    ({"bias": "all"}, ValueError, "bias must be 'none'"),
+    ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of names, got 'head'"),
+    ({"modules_to_save": [3]}, TypeError, "modules_to_save must be a regular expression or a list of names"),
+    ({"bias": "some"}, ValueError, "bias must be 'none', 'lora_only' or 'all', got 'some'"),
+    ({"rank_pattern": [1]}, TypeError, r"rank_pattern must be a mapping of regular expressions, got \[1\]"),
+    ({"alpha": 10**400}, ValueError, "alpha must be a finite number"),
     ({"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be a floating point"),
 ]
 

@@ -1,0 +1,447 @@
+"""Several adapters at once, switched off by one thread alone, and nothing paid for those that are not active."""
+
+import contextlib
+import copy
+import math
+import pickle
+import threading
+
+import oracle
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from fused_lora import (
+    FusedLoRALinear,
+    LoRAConfig,
+    add_adapter,
+    add_weighted_adapter,
+    apply_lora,
+    delete_adapter,
+    disable_adapters,
+    lora_parameters,
+    merge,
+    merge_and_unload,
+    set_adapter,
+    summary,
+    unmerge,
+)
+
+X = torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
+
+
+def net():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5))
+
+
+def trained(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model
+
+
+def two(**second):
+    """A model with "cats" (rank 2) and "dogs" (rank 3, another scale), both trained, "cats" active."""
+    model = apply_lora(net(), rank=2, adapter="cats")
+    add_adapter(model, "dogs", LoRAConfig(rank=3, alpha=5, **second))
+    return trained(model)
+
+
+def by_hand(layer, x, names):
+    """The sum of what the adapters add, one by one, in float64."""
+    y = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    for adapter in map(layer.adapter, names):
+        y = y + adapter.scale * (x.double() @ adapter.lora_A.double().t()) @ adapter.lora_B.double().t()
+    return y
+
+
+# ---------------------------------------------------------------- several at once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_active_adapters_add_up_within_the_budget_of_one_of_all_their_ranks(dtype):
+    layer = trained(FusedLoRALinear(40, 30, rank=2, alpha=3, dtype=dtype))
+    layer.add_adapter("other", rank=5, alpha=-1)
+    trained(layer)
+    layer.set_adapter(["default", "other"])
+    x = torch.randn(64, 40).to(dtype)
+    exact = by_hand(layer, x, ["default", "other"])
+    eager = nn.functional.linear(x, layer.weight, layer.bias)
+    for adapter in layer.active_modules():
+        eager = eager + (x @ adapter.lora_A.t()) @ adapter.lora_B.t() * adapter.scale
+    oracle.within("y", layer(x).detach(), eager.detach(), exact.detach())
+
+
+def test_each_active_adapter_gets_the_gradients_of_its_own():
+    model = two()
+    set_adapter(model, ["cats", "dogs"])
+    model(X).sin().sum().backward()
+    exact = copy.deepcopy(model).double()
+    exact.zero_grad()
+    y = by_hand(exact[0], X, ["cats", "dogs"]).tanh()
+    by_hand(exact[2], y, ["cats", "dogs"]).sin().sum().backward()
+    for ours, truth in zip(lora_parameters(model), lora_parameters(exact), strict=True):
+        torch.testing.assert_close(ours.grad.double(), truth.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_several_are_one_call_and_idle_ones_none(monkeypatch):
+    from fused_lora import layer
+
+    calls = []
+    real = layer.lora_linear
+    monkeypatch.setattr(layer, "lora_linear", lambda *a, **k: calls.append(a[2].shape[0]) or real(*a, **k))
+    model = two()
+    model(X)
+    assert calls == [2, 2]
+    set_adapter(model, ["dogs", "cats"])
+    model(X)
+    assert calls == [2, 2, 5, 5]
+    assert [row.rank for row in summary(model).layers] == [5, 5]
+    assert "dogs+cats" in str(summary(model))
+    set_adapter(model, None)
+    model(X)
+    assert calls == [2, 2, 5, 5]
+
+
+def test_peft_computes_the_same_with_both_active():
+    torch.manual_seed(0)
+    peft = get_peft_model(net(), LoraConfig(r=2, lora_alpha=2, target_modules=["0", "2"]), "cats")
+    peft.add_adapter("dogs", LoraConfig(r=3, lora_alpha=5, target_modules=["0"]))
+    trained(peft).eval()
+    model = two(target_modules=["0"]).eval()
+    with torch.no_grad():
+        for place, name in (("0", "cats"), ("2", "cats"), ("0", "dogs")):
+            theirs, ours = peft.base_model.model.get_submodule(place), model.get_submodule(place).adapter(name)
+            ours.lora_A.copy_(theirs.lora_A[name].weight)
+            ours.lora_B.copy_(theirs.lora_B[name].weight)
+    peft.base_model.set_adapter(["cats", "dogs"])
+    set_adapter(model, ["cats", "dogs"])
+    torch.testing.assert_close(model(X), peft(X), rtol=1e-5, atol=1e-5)
+    assert model[2].active_adapters == ("cats",)
+
+
+def test_one_that_is_deleted_leaves_the_others_active():
+    model = two()
+    set_adapter(model, ["cats", "dogs"])
+    delete_adapter(model, "cats")
+    assert model[0].active_adapters == ("dogs",)
+    torch.testing.assert_close(model[0](X).double(), by_hand(model[0], X, ["dogs"]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_one_active_adapter_cannot_be_spoken_of_where_several_are():
+    model = two()
+    set_adapter(model, ["cats", "dogs"])
+    for attribute in ("active_adapter", "lora_A", "lora_B", "scale"):
+        with pytest.raises(RuntimeError, match=r"one adapter must be active .*, got \['cats', 'dogs'\]"):
+            getattr(model[0], attribute)
+    assert "active_adapter=['cats', 'dogs']" in repr(model[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (["cats", "cats"], ValueError, r"adapter names must differ, got \['cats', 'cats'\]"),
+        (["cats", "birds"], ValueError, "adapter 'birds' is not here; adapters: 'cats', 'dogs'"),
+        (3, TypeError, "adapter names must be a str, a list of them, or None, got 3"),
+        ([3], TypeError, "adapter names must be a str"),
+    ],
+)
+def test_names_that_are_wrong_change_nothing(names, error, message):
+    model = two()
+    grads = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=message):
+        set_adapter(model, names)
+    assert model[0].active_adapters == ("cats",)
+    assert [p.requires_grad for p in model.parameters()] == grads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_merge_as_their_sum_rounded_once_and_unmerge_bit_for_bit(dtype):
+    model = two().to(dtype)
+    set_adapter(model, ["cats", "dogs"])
+    layer = model[0]
+    before = layer.weight.clone()
+    exact = before.double() + sum(
+        adapter.scale * adapter.lora_B.double() @ adapter.lora_A.double() for adapter in layer.active_modules()
+    )
+    merge(model)
+    torch.testing.assert_close(layer.weight.double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-5)
+    merge(model)
+    unmerge(model)
+    assert torch.equal(layer.weight, before)
+    plain = layer.to_linear()
+    assert torch.equal(plain.weight, merge_and_unload(model)[0].weight)
+
+
+def test_extending_an_adapter_to_more_layers_keeps_the_first_ones_training():
+    model = apply_lora(net(), rank=2, target_modules=["0"])
+    apply_lora(model, rank=3, target_modules=["2"])
+    assert [p.requires_grad for p in lora_parameters(model)] == [True] * 4
+
+
+# ---------------------------------------------------------------- dropout of several
+
+
+def test_adapters_of_one_dropout_share_a_mask_and_others_have_their_own():
+    p = 0.5
+    layer = FusedLoRALinear(2000, 2, bias=False, rank=1, dropout=p)
+    layer.add_adapter("same", rank=1, dropout=p)
+    layer.add_adapter("other", rank=1, dropout=0.25)
+    with torch.no_grad():
+        layer.weight.zero_()
+        for index, adapter in enumerate(layer.adapters.values()):
+            # each writes the kept elements of x, as a number in a base of its own
+            adapter.lora_A.fill_(1.0)
+            adapter.lora_B.zero_()
+            adapter.lora_B[index % 2, 0] = 1.0
+    eye = torch.eye(2000)
+    layer.set_adapter(["default", "same"])
+    y = layer(eye)
+    assert torch.equal(y[:, 0], y[:, 1])
+    assert set(y[:, 0].tolist()) == {0.0, 2.0}
+    layer.set_adapter(["same", "other"])
+    y = layer(eye)
+    same, other = y[:, 1] > 0, y[:, 0] > 0
+    # rates and independence, each within five standard deviations of a binomial count
+    for kept, rate in ((same, 1 - p), (other, 0.75), (same & other, (1 - p) * 0.75)):
+        assert abs(kept.sum().item() - 2000 * rate) < 5 * math.sqrt(2000 * rate * (1 - rate))
+    assert y[other, 0].mean().item() == pytest.approx(1 / 0.75)
+    layer.eval()
+    assert torch.equal(layer(eye), torch.ones(2000, 2))
+
+
+def test_gradients_through_several_dropouts_are_those_of_the_masks_drawn():
+    layer = FusedLoRALinear(12, 5, rank=2, dropout=0.5, dtype=torch.float64)
+    layer.add_adapter("other", rank=3, dropout=0.25)
+    trained(layer)
+    layer.set_adapter(["default", "other"])
+    x = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
+
+    def compute(x, *_):
+        torch.manual_seed(7)
+        return layer(x)
+
+    parameters = [p for adapter in layer.active_modules() for p in adapter.parameters()]
+    assert torch.autograd.gradcheck(compute, (x, *parameters))
+
+
+# ---------------------------------------------------------------- weighted combinations
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (2.0, -1.5), (0.0, 1.0)])
+def test_cat_is_exactly_the_weighted_sum(weights):
+    model = two()
+    add_weighted_adapter(model, "both", ["cats", "dogs"], weights)
+    assert model[0].active_adapters == ("cats",)
+    set_adapter(model, "both")
+    layer = model[0]
+    expected = sum(w * layer.adapter(n).delta() for n, w in zip(("cats", "dogs"), weights, strict=True))
+    torch.testing.assert_close(layer.adapter("both").delta(), expected)
+    assert (layer.adapter("both").rank, layer.scale) == (5, 1.0)
+    assert layer.lora_A.requires_grad
+    delete_adapter(model, "both")
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear"])
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [2.0, -1.5]])
+def test_peft_combines_the_same(kind, weights):
+    peft = get_peft_model(net(), LoraConfig(r=3, lora_alpha=6, target_modules=["0", "2"]), "cats")
+    peft.add_adapter("dogs", LoraConfig(r=3, lora_alpha=5, target_modules=["0", "2"]))
+    trained(peft).eval()
+    model = apply_lora(net(), rank=3, alpha=6, adapter="cats")
+    add_adapter(model, "dogs", LoRAConfig(rank=3, alpha=5))
+    for place in ("0", "2"):
+        for name in ("cats", "dogs"):
+            theirs, ours = peft.base_model.model.get_submodule(place), model.get_submodule(place).adapter(name)
+            ours.load_state_dict({"lora_A": theirs.lora_A[name].weight, "lora_B": theirs.lora_B[name].weight})
+    peft.add_weighted_adapter(["cats", "dogs"], weights, "both", combination_type=kind)
+    peft.set_adapter("both")
+    add_weighted_adapter(model, "both", ["cats", "dogs"], weights, kind)
+    set_adapter(model, "both")
+    torch.testing.assert_close(model.eval()(X), peft(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("cats", ["cats"], [1]), ValueError, "adapter 'cats' is here already"),
+        (("both", ["cats", "birds"], [1, 1]), ValueError, "adapter 'birds' is not here"),
+        (("both", ["cats", "dogs"], [1]), ValueError, "weights must be one for each of at least one adapter"),
+        (("both", [], []), ValueError, "weights must be one for each of at least one adapter"),
+        (("both", ["cats"], [float("nan")]), ValueError, "weights must be a finite number, got nan"),
+        (("both", ["cats"], [1], "svd"), ValueError, "combination_type must be 'cat' or 'linear', got 'svd'"),
+        (("both", ["cats", "dogs"], [1, 1], "linear"), ValueError, r"'linear' needs one rank, got \[2, 3\] in '0'"),
+        (("saved", ["head"], [1]), ValueError, "adapters to combine must train A and B alone"),
+    ],
+)
+def test_combinations_that_cannot_be_made_change_nothing(arguments, error, message):
+    model = two()
+    add_adapter(model, "head", LoRAConfig(target_modules=["0"], bias="lora_only"))
+    names = list(model.state_dict())
+    with pytest.raises(error, match=message):
+        add_weighted_adapter(model, *arguments)
+    assert list(model.state_dict()) == names
+
+
+# ---------------------------------------------------------------- disabled, by one thread alone
+
+
+def in_thread(action):
+    result = []
+    thread = threading.Thread(target=lambda: result.append(action()))
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+def test_a_thread_that_disables_adapters_leaves_them_to_the_others():
+    model, expected = two(), net()(X)
+    tuned = model(X)
+    entered, leave, seen = threading.Event(), threading.Event(), {}
+
+    def disable():
+        with disable_adapters(model), disable_adapters(model[0]):
+            entered.set()
+            leave.wait(30)
+            seen["within"] = model(X)
+        seen["after"] = model(X)
+
+    thread = threading.Thread(target=disable)
+    thread.start()
+    assert entered.wait(30)
+    assert torch.equal(model(X), tuned)
+    with disable_adapters(model):
+        assert torch.equal(model(X), expected)
+        assert torch.equal(in_thread(lambda: model(X)), tuned)
+    leave.set()
+    thread.join(30)
+    assert torch.equal(seen["within"], expected)
+    assert torch.equal(seen["after"], tuned)
+    assert not any(m._switch.used for m in model.modules() if isinstance(m, FusedLoRALinear))
+
+
+def test_many_threads_disable_and_compute_at_once_and_each_sees_its_own():
+    model, base = two(), net()(X)
+    tuned, wrong = model(X), []
+
+    def work(off):
+        context = disable_adapters(model) if off else contextlib.nullcontext()
+        for _ in range(50):
+            with context if not off else disable_adapters(model):
+                if not torch.equal(model(X), base if off else tuned):
+                    wrong.append(off)
+
+    threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+
+
+def test_disabling_survives_nesting_exceptions_and_copies():
+    model, expected = two(), net()(X)
+    tuned = model(X)
+    with contextlib.suppress(KeyError), disable_adapters(model):
+        with disable_adapters(model[2]):
+            assert torch.equal(model(X), expected)
+        assert torch.equal(model(X), expected)
+        assert "adapters are disabled" in str(summary(model))
+        for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(duplicate(X), tuned)
+        raise KeyError
+    assert torch.equal(model(X), tuned)
+
+
+def test_recomputing_in_a_backward_on_autograds_own_thread_sees_what_the_forward_saw():
+    """A device's backward runs on a thread of autograd's; here a new thread runs the backward, as that one would."""
+    model = two()
+    x = X.clone().requires_grad_()
+    with disable_adapters(model):
+        (expected,) = torch.autograd.grad(model(x).sin().sum(), x)
+        y = checkpoint(model, x, use_reentrant=False).sin().sum()
+        (got,) = in_thread(lambda: torch.autograd.grad(y, x))
+    assert torch.equal(got, expected)
+
+
+def test_compiled_models_follow_the_thread_and_compile_once_for_each_state():
+    torch._dynamo.reset()
+    model, expected = two(), net()(X)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        tuned = model(X)
+        for _ in range(4):
+            torch.testing.assert_close(compiled(X), tuned)
+            with disable_adapters(model):
+                assert torch.equal(compiled(X), expected)
+                torch.testing.assert_close(in_thread(lambda: compiled(X)), tuned)
+    # on, off, and on while another thread has them off; a thread of its own guards its grad mode too
+    assert counter.frame_count <= 4
+    torch._dynamo.reset()
+
+
+def test_switching_allocates_no_tensor_and_keeps_every_parameter():
+    model = two()
+    before = [id(p) for p in model.parameters()]
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            raise AssertionError(f"{func} was called")
+
+    with Spy():
+        set_adapter(model, "dogs")
+        set_adapter(model, ["dogs", "cats"])
+        with disable_adapters(model):
+            pass
+        set_adapter(model, None)
+    assert [id(p) for p in model.parameters()] == before
+
+
+# ---------------------------------------------------------------- weights of two modules
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mid, self.head = nn.Embedding(10, 12), nn.Linear(12, 12), nn.Linear(12, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.mid(self.embed(x)))
+
+
+def test_a_shared_weight_is_said_and_not_merged():
+    model, tokens = Tied(), torch.arange(10)
+    with pytest.warns(UserWarning, match=r"embed.weight and head.weight are one tensor: the adapter acts on head"):
+        apply_lora(model, rank=2)
+    trained(model)
+    tuned, weight = model(tokens), model.embed.weight.clone()
+    for action in (merge, merge_and_unload):
+        with pytest.raises(ValueError, match=r"head.weight must be its own to be merged into, and embed.weight"):
+            action(model)
+    assert torch.equal(model.embed.weight, weight)
+    assert not model.mid.merged
+    # as the message says
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone(), requires_grad=False)
+    merge_and_unload(model)
+    torch.testing.assert_close(model(tokens), tuned)
+    assert torch.equal(model.embed.weight, weight)
+
+
+def test_a_shared_weight_trained_whole_is_not_put_into_the_other_module():
+    model, tokens = Tied(), torch.arange(10)
+    with pytest.warns(UserWarning, match=r"are one tensor: the adapter trains a copy for head alone"):
+        apply_lora(model, rank=2, target_modules=["mid"], modules_to_save=["head"])
+    with torch.no_grad():
+        model.head.adapters["default"].weight.add_(1.0)
+    with pytest.raises(ValueError, match=r"head.weight must be its own to be merged into"):
+        merge_and_unload(model)
+    with disable_adapters(model):
+        assert torch.equal(model(tokens), model.mid(model.embed(tokens)) @ model.embed.weight.t())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from fused_lora.bench.runner import Group, run_group
 from fused_lora.bench.shapes import TRAIN, Shape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--peft-results", type=Path, help="JSON file that test_peft.py writes what it measured to")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from fused_lora.bench.peers import PEERS
 from fused_lora.bench.shapes import FORWARD, STEP, select
 
 ON_GPU = torch.cuda.is_available()
-SHAPES = select("cuda" if ON_GPU else "cpu", quick=ON_GPU)
+SHAPES = select("gpu" if ON_GPU else "cpu", quick=ON_GPU)
 LAYERS = [shape for shape in SHAPES if STEP in shape.works]
 DECODE = [shape for shape in SHAPES if STEP not in shape.works]
 DTYPES = ["bfloat16", "float16"] if ON_GPU else ["float32"]

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from collections import Counter
 from typing import Any
 
 
@@ -20,11 +21,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Versions, devices, and implementation -> device -> reason it can't run there, or None where it can."""
+    """Versions, devices, implementation -> device -> reason it can't run there, or None where it can; tuned choices."""
     import torch
 
     from . import ops
+    from .kernels import tuned
 
+    table = tuned.current()
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     names = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
     for device in devices[1:]:
@@ -39,6 +42,10 @@ def collect() -> dict[str, Any]:
         "implementations": {
             impl: {device: ops.why_unavailable(impl, torch.device(device), torch.float32) for device in devices}
             for impl in ("triton", "native", "eager")
+        },
+        "tuned": {
+            "file": None if table.path is None else str(table.path),
+            "entries": dict(Counter(entry.device for entry in table.entries.values())),
         },
         "auto": {device: ops.choose_impl("auto", torch.device(device), torch.float32) for device in devices},
     }
@@ -61,4 +68,6 @@ def _text(facts: dict[str, Any]) -> str:
         for impl, reasons in facts["implementations"].items():
             why = reasons[device]
             lines.append(f"  {impl:<13} {'can run' if why is None else f'cannot run: {why}'}")
+    lines.append(f"Tuned choices in {facts['tuned']['file'] or 'no file'}")
+    lines += [f"  {count:<13} for {device}" for device, count in facts["tuned"]["entries"].items()] or ["  none"]
     return "\n".join(lines)

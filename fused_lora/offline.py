@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from .kernels.shipped import Case, Found
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 RANKS = (8, 16, 32, 64, 128)
-HEAD = ("GPU", "work", "dtype", "R", "M", "tile, warps, stages", "form", "registers", "spills", "shared KB",
+TOKENS = (8192, 256, 16)
+HEAD = ("GPU", "work", "dtype", "R", "M", "tile, warps, stages", "form", "loads", "registers", "spills", "shared KB",
         "instruction", "loop", "plain", "waits")  # fmt: skip
 
 
@@ -27,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when nothing spills and ptxas warns of nothing, 1 otherwise, 2 when nothing could be compiled."""
+    """0 when all is as it must be (``shipped.Found.faults``), 1 otherwise, 2 when nothing could be compiled."""
     from . import ops
 
     try:
@@ -38,20 +44,32 @@ def run(args: argparse.Namespace) -> int:
         return _refuse("TRITON_INTERPRET=1 interprets the kernels: unset it to compile them")
     if not ops.triton_installed():
         return _refuse("Triton is not installed")
-    found = [row for case in _progress(_cases(archs, ranks)) for row in _compile(case)]
+    found = _compile_all(_cases(archs, ranks))
     table = "\n".join(_table(found))
     print(table)
     if args.markdown is not None:
         args.markdown.write_text(f"{_INTRODUCTION}\n{table}\n")
     if args.json is not None:
         args.json.write_text(json.dumps([asdict(row) for row in found], default=str, indent=1) + "\n")
-    return 1 if any(row.resources.spill_bytes or row.resources.warnings for row in found) else 0
+    faults = [f"{_name(row)}: {fault}" for row in found for fault in row.faults()]
+    for fault in faults:
+        print(f"fused-lora codegen: {fault}", file=sys.stderr)
+    return 1 if faults else 0
 
 
-def _compile(case: Case) -> Iterable[Found]:
+def _compile_all(cases: list[Case]) -> list[Found]:
+    """In as many processes as there are cores, none of them forked from this one's threads. In the order of cases.
+
+    Neighbours share what they have in common, the bare GEMM among it, so a process takes several at a time.
+    """
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+        return [row for rows in _progress(pool.map(_compile, cases, chunksize=5), len(cases)) for row in rows]
+
+
+def _compile(case: Case) -> list[Found]:
     from .kernels.shipped import compile_case
 
-    return compile_case(case)
+    return list(compile_case(case))
 
 
 def _cases(archs: list[int], ranks: list[int]) -> list[Case]:
@@ -63,8 +81,8 @@ def _cases(archs: list[int], ranks: list[int]) -> list[Case]:
         Case(arch, M, 4096, 4096, rank, dtype, dtype)
         for arch in archs
         for dtype in (torch.bfloat16, torch.float16)
+        for M in TOKENS
         for rank in ranks
-        for M in (8192, 256)
     ]
 
 
@@ -72,22 +90,33 @@ def _table(found: list[Found]) -> list[str]:
     rows = [HEAD, ("---",) * len(HEAD)]
     for row in found:
         case, got = row.case, row.resources
-        plain = row.plain.loops[0] if row.plain is not None and row.plain.loops else "–"
         rows.append(
-            (f"sm_{case.arch}", row.work, str(case.dtype).removeprefix("torch."), str(case.R), str(case.M),
-             "×".join(map(str, row.tile[:3])) + f", {row.tile[3]}, {row.tile[4]}", row.form, str(got.registers),
-             str(got.spill_bytes), f"{got.shared_bytes / 1024:.0f}", ", ".join(got.matrix_instructions),
-             str(row.loop or "–"), str(plain), str(got.loop_waits))
+            (f"sm_{case.arch}", row.work, _plain_name(case.dtype), str(case.R), str(case.M),
+             "×".join(map(str, row.tile[:3])) + f", {row.tile[3]}, {row.tile[4]}", row.form, row.loads,
+             str(got.registers), str(got.spill_bytes), f"{got.shared_bytes / 1024:.0f}",
+             ", ".join(got.matrix_instructions), str(row.loop or "–"), str(row.plain_loop or "–"), str(got.loop_waits))
         )  # fmt: skip
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _name(row: Found) -> str:
+    case = row.case
+    return f"sm_{case.arch}, {row.work}, {_plain_name(case.dtype)}, R {case.R}, M {case.M}, {row.form}"
+
+
+def _plain_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _INTRODUCTION = """# What the compiler makes of the kernels
 
 Written by `fused-lora codegen --markdown docs/codegen.md`; no GPU was used. Every launch that a layer of 4096 × 4096
-makes, with the tile and the form that the rules choose for M tokens. *loop* counts the machine instructions in the main
-loop of the tiles that wait for `h`, *plain* those of the bare GEMM of the same tile. ptxas warnings and spills fail
-the command.
+makes, with the tile, the form and the kind of loads that the rules choose for M tokens; 16 tokens take the few-token
+kernel, whose tile is BLOCK_P×BLOCK_Q×BLOCK_R. *loop* counts the machine instructions in the main loop of the tiles that
+wait for `h`, *plain* those of the bare GEMM of the same tile, *waits* those of the loop that wait for memory or for
+matrix instructions. Spills, ptxas warnings, another matrix instruction than the GPU's, and a loop over 1.05 × plain
+fail the command; the loop of a tile that recomputes `h` is exempt, and so are adapter gradients and few tokens, which
+have no bare GEMM to be compared with.
 """
 
 
@@ -100,12 +129,12 @@ def _numbers(text: str, known: tuple[int, ...] | None, name: str) -> list[int]:
     return numbers
 
 
-def _progress(cases: list[Any]) -> Iterable[Any]:
+def _progress(results: Iterable[Any], count: int) -> Iterable[Any]:
     try:
         from tqdm import tqdm
     except ImportError:
-        return cases
-    return tqdm(cases, unit="case", leave=False)  # type: ignore[no-any-return]
+        return results
+    return tqdm(results, total=count, unit="case", leave=False)  # type: ignore[no-any-return]
 
 
 def _refuse(why: str) -> int:

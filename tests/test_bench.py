@@ -1,8 +1,9 @@
-"""The plumbing of ``fused-lora bench`` and ``make gpu``; what they measure is not tested here."""
+"""The plumbing of ``fused-lora bench``; what they measure is not tested here."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import types
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from fused_lora import bench
-from fused_lora.bench import gpu, measure, peers, runner, shapes, table
+from fused_lora.bench import measure, peers, roofline, runner, series, shapes, table
 from fused_lora.bench.problems import LayerProblem, NetProblem
 from fused_lora.bench.results import Environment, Results, Row
 from fused_lora.bench.shapes import FORWARD, STEP, Shape
@@ -257,7 +258,7 @@ def test_the_file_is_named_after_device_and_date():
 def hasty(monkeypatch):
     """One small shape, a few rounds."""
     monkeypatch.setattr(measure, "plan_for", lambda device, quick: HASTY)
-    monkeypatch.setattr(runner, "select", lambda device_type, quick: [SMALL])
+    monkeypatch.setattr(runner, "select", lambda place, quick: [SMALL])
 
 
 def test_a_run_prints_ratios_and_writes_its_file(tmp_path, hasty, capsys):
@@ -276,7 +277,7 @@ def test_a_run_prints_ratios_and_writes_its_file(tmp_path, hasty, capsys):
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):
     made = []
 
-    def run_group(problem, plan):
+    def run_group(problem, plan, peak, dry):
         if made:
             raise KeyboardInterrupt
         made.append(problem)
@@ -290,7 +291,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):
 
 def test_a_red_check_fails_the_run(monkeypatch, capsys):
     group = runner.Group("title", "ours-eager", [], {"ours-eager": "dx is off"}, {})
-    monkeypatch.setattr(runner, "run_group", lambda problem, plan: group)
+    monkeypatch.setattr(runner, "run_group", lambda problem, plan, peak, dry: group)
     assert bench.run(arguments("--device", "cpu", "--quick", "--work", "forward")) == 1
     assert "RED, so without a time: title: ours-eager: dx is off" in capsys.readouterr().out
 
@@ -327,46 +328,68 @@ def test_unknown_names_are_refused_by_the_parser(capsys):
 def test_shapes_have_names_of_their_own_and_the_most_valuable_comes_first():
     names = [shape.name for shape in shapes.SHAPES]
     assert len(set(names)) == len(names)
-    assert all({"cpu", "gpu"} & set(shape.tags) for shape in shapes.SHAPES)
-    headline = shapes.select("cuda", quick=True)[0]
+    assert all({"cpu", "gpu", "dry"} & set(shape.tags) for shape in shapes.SHAPES)
+    headline = shapes.select("gpu", quick=True)[0]
     assert (headline.M, headline.K, headline.N, headline.R) == (8192, 4096, 4096, 16)
 
 
-# ---------------------------------------------------------------- make gpu
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys):
-    assert gpu.main([]) == 2
-    assert "finds no CUDA device" in capsys.readouterr().err
-    assert bench.run(arguments("--device", "cuda")) == 2
-
-
-def _checkout(folder, body):
-    tests = folder / "tests" / "kernels"
-    tests.mkdir(parents=True)
-    (tests / "test_it.py").write_text(f"import os\ndef test_it():\n    {body}\n")
-    return folder
-
-
-def test_red_kernel_tests_stop_it_with_their_exit_code(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "run_speed", lambda *args: pytest.fail("timed over red tests"))
-    assert gpu.main(["--device", "cpu"], _checkout(tmp_path, "assert False")) == 1
-    assert "the kernel tests are red" in capsys.readouterr().err
-
-
-def test_without_a_gpu_the_kernels_are_interpreted_and_then_it_times(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(
-        gpu, "run_speed", lambda device, quick, out: 0 if (device, quick, out) == ("cpu", True, None) else 9
-    )
-    checkout = _checkout(tmp_path, "assert os.environ['TRITON_INTERPRET'] == '1'")
-    assert gpu.main(["--device", "cpu", "--quick"], checkout) == 0
-
-
-def test_its_speed_half_writes_both_works(tmp_path, hasty):
+def test_a_run_out_of_time_starts_nothing_more_and_says_so(tmp_path, hasty, monkeypatch, capsys):
     path = tmp_path / "results.json"
-    assert gpu.main(["--device", "cpu", "--quick", "--only", "speed", "--out", str(path)]) == 0
-    rows = Results.load(path).rows
-    assert {row.work for row in rows} == {"forward", "step"}
-    assert {row.candidate for row in rows} >= {"ours-eager", "frozen", "eager", "addmm", "parametrize"}
+    options = ("--device", "cpu", "--quick", "--work", "forward,step", "--dtype", "float32", "--minutes", "1e-9")
+    assert bench.run(arguments(*options, "--out", str(path))) == 0
+    assert "INCOMPLETE: 2 of 2 groups were not measured" in capsys.readouterr().out
+    assert not path.exists()
+    now = iter([0.0, 100.0])
+    monkeypatch.setattr(series, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    agenda = runner.agenda(CPU, ["float32"], [FORWARD, STEP], quick=True)
+    assert series.compete(agenda, Results(ENVIRONMENT), path, HASTY, deadline=50.0) == 0
+    assert "INCOMPLETE: 1 of 2" in capsys.readouterr().out
+    assert not Results.load(path).complete
+    assert {row.work for row in Results.load(path).rows} == {"forward"}
+
+
+# ---------------------------------------------------------------- what a GPU's table adds
+
+
+def test_interpreted_kernels_compete_in_a_dry_run_alone():
+    problem = LayerProblem(FORWARD, Shape("s", 17, 128, 40, 3, ("dry",)), "float32", CPU)
+    group = runner.run_group(problem, HASTY, dry=True)
+    assert group.red == {}
+    assert {"ours-triton", "ours-publish", "ours-produce", "ours-recompute"} <= {row.candidate for row in group.rows}
+    assert runner.run_group(problem, HASTY).absent["ours-publish"] == "interpreted kernels say nothing about time"
+
+
+def test_the_compiled_peer_is_right_and_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    monkeypatch.setitem(peers.PEERS, "compiled", peers.Peer(peers._compiled, first=True))
+    monkeypatch.setattr(peers, "PEERS", peers.PEERS)
+    first = Shape("small", 6, 20, 12, 3, ("cpu", "first"), bias=True)
+    group = runner.run_group(LayerProblem(STEP, first, "float32", CPU), HASTY)
+    assert group.red == {}
+    assert "compiled" in {row.candidate for row in group.rows}
+    assert "first shapes alone" in runner.run_group(LayerProblem(STEP, SMALL, "float32", CPU), HASTY).absent["compiled"]
+
+
+def test_the_share_of_the_roofline_is_the_larger_floor_over_the_time():
+    peak = roofline.Peak(tflops=1000.0, gb_per_s=2000.0)
+    assert peak.share(flops=2 * 10**12, moved_bytes=10**9, ms=4.0) == pytest.approx(0.5)
+    assert peak.share(flops=10**9, moved_bytes=4 * 10**9, ms=4.0) == pytest.approx(0.5)
+    group = runner.run_group(LayerProblem(FORWARD, SMALL, "bfloat16", CPU), HASTY, peak)
+    row = next(row for row in group.rows if row.candidate == "eager")
+    assert row.roofline == pytest.approx(max(row.tflops / 1000.0, row.gb_per_s / 2000.0))
+    assert roofline.peak_of("NVIDIA H100 80GB HBM3", "bfloat16+float32") is roofline.PEAKS["NVIDIA H100 80GB HBM3"]
+    assert roofline.peak_of("NVIDIA H100 80GB HBM3", "float32") is None
+    assert roofline.peak_of("Some GPU", "bfloat16") is None
+
+
+def test_on_a_gpu_the_targets_come_first_in_every_dtype_and_llama_covers_tokens_and_ranks(monkeypatch):
+    monkeypatch.setattr(runner, "LayerProblem", lambda *args: args)
+    made = [make() for make in runner.agenda(CPU, ["bfloat16", "float16"], [FORWARD, STEP], quick=False, place="gpu")]
+    first = [(shape.name, dtype) for _, shape, dtype, _ in made[:10]]
+    assert first[0] == ("headline", "bfloat16")
+    assert {name for name, _ in first} == {f"decode-4096-m{m}" for m in (1, 4, 16)} | {"headline"}
+    assert {dtype for _, dtype in first} == {"bfloat16", "float16"}
+    assert {shape.M for _, shape, _, _ in made} >= {1, 16, 64, 128, 512, 2048, 4096, 8192, 16384}
+    assert {shape.R for _, shape, _, _ in made} >= {8, 16, 32, 64, 128}
+    for name in ("llama-7b", "llama-8b", "llama-70b"):
+        assert any(shape.name.startswith(name) for _, shape, _, _ in made)

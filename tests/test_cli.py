@@ -33,5 +33,5 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
 def test_the_command_is_installed():
     command = [sys.executable, "-m", "fused_lora.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for name in ("demo", "info", "bench", "codegen"):
+    for name in ("demo", "info", "bench", "tune", "codegen"):
         assert name in done.stdout

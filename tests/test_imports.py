@@ -23,8 +23,9 @@ LAYERS = [
     {"reading"},
     {"adapters"},
     {"__init__"},
-    {"demo", "info", "offline"},
+    {"demo", "info", "integrations", "offline"},
     {"bench"},
+    {"tune"},
     {"cli"},
 ]
 # ops.py reaches up to the kernels when an implementation is asked for, never at import; extension.py to what it builds

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fused_lora import FusedLoRALinear, LoRAConfig, add_adapter, apply_lora, delete_adapter, lora_linear, set_adapter
 
@@ -38,6 +39,15 @@ BAD_CALLS = [
     ({"scale": float("inf")}, ValueError, "scale must be a finite number, got inf"),
     ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
     ({"dropout_p": -0.1}, ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
+    ({"weight": torch.quantize_per_tensor(torch.ones(5, 6), 0.1, 0, torch.qint8)}, TypeError,
+     r"weight must be float16.* got torch\.qint8; a quantized weight must be dequantized"),
+    ({"weight": TwoTensor(torch.ones(5, 6), torch.ones(5, 6))}, TypeError,
+     "weight must be a Tensor or a DTensor, got TwoTensor.* dequantize it to a plain Tensor"),
+    ({"weight": torch.ones(5, 6).to_sparse()}, TypeError,
+     r"weight must be a dense Tensor, got layout torch\.sparse_coo; call to_dense\(\) on it"),
+    ({"lora_B": torch.ones(5, 2).to_sparse_csr()}, TypeError, r"lora_B must be a dense Tensor.* to_dense\(\)"),
+    ({"x": torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)], layout=torch.jagged)}, TypeError,
+     r"x must be a dense Tensor, got layout torch\.jagged; pass x\.values\(\)"),
     ({"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'triton', 'native', 'eager', got 'cuda'"),
 ]  # fmt: skip
 

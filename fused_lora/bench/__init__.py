@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .shapes import WORKS
 
 if TYPE_CHECKING:
-    from .problems import Problem
+    from .results import Results
     from .runner import Group
-
-    Make = Callable[[], Problem]
 
 # the first dtype alone in a quick run
 DTYPES = {"cpu": "float32,bfloat16,bfloat16+float32", "cuda": "bfloat16,float16"}
 KNOWN_DTYPES = ("float32", "bfloat16", "float16", "bfloat16+float32", "float16+float32")
 
 
-def _list_of(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+def list_of(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         names = text.split(",")
         for name in names:
@@ -32,27 +32,44 @@ def _list_of(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     return parse
 
 
+def minutes_of(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, got {text!r}")
+    return minutes
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds; not saved without --out")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument(
         "--dtype",
-        type=_list_of(KNOWN_DTYPES),
+        type=list_of(KNOWN_DTYPES),
         help=f"of the base, then of the adapters where they differ; any of {', '.join(KNOWN_DTYPES)}; "
         f"default on cpu {DTYPES['cpu']}, on cuda {DTYPES['cuda']}",
     )
-    parser.add_argument("--work", type=_list_of(WORKS), default=list(WORKS), help=f"default: {','.join(WORKS)}")
+    parser.add_argument("--work", type=list_of(WORKS), default=list(WORKS), help=f"default: {','.join(WORKS)}")
     parser.add_argument("--threads", type=int, metavar="N", help="PyTorch's on the CPU; 1 for a machine that is busy")
+    parser.add_argument("--minutes", type=minutes_of, metavar="N", help="start nothing after them; most valuable first")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/ of the checkout")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="also write a page, and FILE.png beside it")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="measure nothing: show a results file")
 
 
 def run(args: argparse.Namespace) -> int:
     """0 when every candidate was right, 1 when one was not, 2 when nothing could be run, 130 when interrupted."""
     import torch
 
-    from . import measure, runner, table
+    from . import measure, runner, series
     from .results import Environment, Results, default_path
 
+    if args.report is not None and args.report.suffix != ".html":
+        return _refuse(f"--report must end in .html, got {str(args.report)!r}")
+    if args.source is not None:
+        return _show(args.source, args.report)
     device_type = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device_type == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: PyTorch finds no CUDA device here")
@@ -72,54 +89,43 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         return _refuse(str(error))
 
-    plan = measure.plan_for(device, args.quick)
-    groups: list[Group] = []
-    print(", ".join(f"{key} {value}" for key, value in vars(environment).items() if value is not None))
-    steps, write = _progress(agenda)
+    deadline = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+
+    def report(groups: list[Group]) -> None:
+        if args.report is not None:
+            _report(results, args.report, groups)
+
+    return series.compete(agenda, results, path, measure.plan_for(device, args.quick), deadline, after=report)
+
+
+def _show(source: Path, report: Path | None) -> int:
+    """What is in a results file, as if it had just been measured."""
+    from . import series, table
+    from .groups import groups_of
+    from .results import Results
+
     try:
-        for make in steps:
-            group = runner.run_group(make(), plan)
-            groups.append(group)
-            results.add(group.rows)
-            if path is not None:
-                results.save(path)
-            write("\n".join(table.lines(group)))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-    _conclude(groups, path)
-    if len(groups) < len(agenda):
-        return 130
-    return 1 if any(group.red for group in groups) else 0
+        results = Results.load(source)
+    except (OSError, ValueError) as error:
+        return _refuse(f"--from: {error}")
+    found = groups_of(results)
+    print(", ".join(f"{key} {value}" for key, value in vars(results.environment).items() if value is not None))
+    for group in found:
+        print("\n".join(table.lines(group)))
+    series.conclude(found, source)
+    if report is not None:
+        _report(results, report, found)
+    return 0
 
 
-def _conclude(groups: list[Group], path: Path | None) -> None:
-    from . import table
+def _report(results: Results, path: Path, groups: list[Group]) -> None:
+    from . import report
 
-    standings = [place for place in map(table.standing, groups) if place is not None]
-    ahead = sum(place.clear and place.lead > 0 for place in standings)
-    behind = [place for place in standings if place.clear and place.lead < 0]
-    level = len(standings) - ahead - len(behind)
-    counts = f"{ahead} faster, {level} level, {len(behind)} SLOWER"
-    print(f"\nours against the fastest peer, in {len(standings)} groups: {counts}")
-    for place in behind:
-        print(f"  {place.group}: {place}")
-    for name, why in dict.fromkeys(pair for group in groups for pair in group.absent.items()):
-        print(f"not timed: {name}: {why}")
-    for group in groups:
-        for name, why in group.red.items():
-            print(f"RED, so without a time: {group.title}: {name}: {why}")
-    print("not saved: --out FILE saves" if path is None else f"saved: {path}")
+    wrong = {f"{group.title}: {name}": why for group in groups for name, why in group.red.items()}
+    for file in report.write(results, path, wrong):
+        print(f"written: {file}")
 
 
 def _refuse(why: str) -> int:
     print(f"fused-lora bench: {why}", file=sys.stderr)
     return 2
-
-
-def _progress(agenda: list[Make]) -> tuple[Iterable[Make], Callable[[str], None]]:
-    """The agenda with a bar on stderr, and how to print beside it; neither where tqdm is not installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return agenda, print
-    return tqdm(agenda, unit="group", leave=False), tqdm.write

@@ -11,27 +11,29 @@ from .peers import EAGER, FROZEN
 from .problems import Candidate, Problem, parse_dtype
 
 
-class Judge:
-    """The float64 truth of a problem, and how far a candidate may be from it.
+def allowance(plain: Tensor, truth: Tensor, dtype: torch.dtype, longest_sum: int) -> float:
+    """How far a result may be from its float64 truth, given what plain PyTorch computes in the same dtype.
 
-    A result's error may be at most twice the error of plain PyTorch in the same dtype, plus one rounding of the
-    largest |truth|, plus the random walk of its longest sum: candidates add the same terms in other orders, in float32
-    or better. The frozen linear is held to its own truth, which knows no adapter.
+    At most twice as far as that is, plus one rounding of the largest |truth|, plus the random walk of the longest sum,
+    in terms: candidates add the same terms in other orders, in float32 or better.
     """
+    # finfo.eps is two roundings
+    rounding = (torch.finfo(dtype).eps + math.sqrt(longest_sum) * torch.finfo(torch.float32).eps) / 2
+    return 2 * error(plain, truth) + rounding * float(truth.abs().max())
+
+
+class Judge:
+    """The float64 truth of a problem. The frozen linear is held to its own, which knows no adapter."""
 
     def __init__(self, problem: Problem) -> None:
         self._truth: dict[str, dict[str, Tensor]] = {}
         self._budget: dict[str, dict[str, float]] = {}
         dtype = parse_dtype(problem.dtype)[0]
-        # finfo.eps is two roundings
-        rounding = (torch.finfo(dtype).eps + math.sqrt(problem.longest_sum) * torch.finfo(torch.float32).eps) / 2
         exact = problem.exact()
         for name in (FROZEN, EAGER):
             truth, plain = _all(exact.candidate(name).call()), _all(problem.candidate(name).call())
             self._truth[name] = truth
-            self._budget[name] = {
-                key: 2 * _error(plain[key], truth[key]) + rounding * float(truth[key].abs().max()) for key in truth
-            }
+            self._budget[name] = {key: allowance(plain[key], truth[key], dtype, problem.longest_sum) for key in truth}
 
     def verdict(self, name: str, candidate: Candidate) -> str | None:
         """None for a right candidate; else which of its results is how wrong."""
@@ -41,10 +43,10 @@ class Judge:
             result, budget = results[key], self._budget[held_to][key]
             if result is None:
                 return f"{key} is missing"
-            error = _error(result, truth)
-            # not `error > budget`, which NaN would pass
-            if not error <= budget:
-                return f"{key} is off by {error:.3g}, and may be by {budget:.3g}"
+            off = error(result, truth)
+            # not `off > budget`, which NaN would pass
+            if not off <= budget:
+                return f"{key} is off by {off:.3g}, and may be by {budget:.3g}"
         return None
 
 
@@ -53,7 +55,8 @@ def _all(results: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return {key: result for key, result in results.items() if result is not None}
 
 
-def _error(actual: Tensor, truth: Tensor) -> float:
+def error(actual: Tensor, truth: Tensor) -> float:
+    """The largest, infinite for another shape."""
     if actual.shape != truth.shape:
         return math.inf
     return float((actual.double() - truth).abs().max())

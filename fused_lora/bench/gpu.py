@@ -1,67 +1,187 @@
-"""``make gpu``, from a checkout on a machine with a GPU: the kernel tests on the device, then a timing table.
+"""``make gpu``, from a checkout on a machine with a GPU: what only a GPU can show, most valuable first.
 
-    python -m fused_lora.bench.gpu [--only tests|speed] [--quick] [--device cpu] [--out FILE]
+    python -m fused_lora.bench.gpu [--only PART,…] [--skip PART,…] [--minutes N] [--quick] [--device cpu] [--out FILE]
 
-Needs PyTorch with its Triton, and pytest; nothing is installed and nothing fetched.
+    tests      the kernel tests, on the device
+    races      a thousand launches with the same bits, streams side by side, captured graphs
+    sanitizer  every kernel once under compute-sanitizer's memcheck, racecheck and synccheck
+    speed      the timing table, each candidate checked first; withheld where tests or races are red
+
+Needs PyTorch with its Triton, and pytest; nothing is installed and nothing fetched. ``--device cpu`` walks the same way
+with interpreted kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
-import subprocess
+import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import list_of, minutes_of
+from .commands import Ended, run
+
+if TYPE_CHECKING:
+    from .results import Results
 
 CHECKOUT = Path(__file__).parents[2]
-SPEED_DTYPES = {"cuda": "bfloat16,float16", "cpu": "float32"}
+PARTS = TESTS, RACES, SANITIZER, SPEED = ("tests", "races", "sanitizer", "speed")
+# of all the time, at most; speed has what is left
+SHARE = {TESTS: 0.4, RACES: 0.15, SANITIZER: 0.15}
+MINUTES = {"cuda": 12.0, "cpu": 60.0}
+WORKERS = 8
+TOOLS = ("memcheck", "racecheck", "synccheck")
+KERNELS = ("_lora_matmul_kernel", "_decode_kernel", "_adapter_grad_kernel")
+SPEED_DTYPES = {"cuda": ["bfloat16", "float16"], "cpu": ["float32", "bfloat16+float32"]}
+GREEN, RED, UNFINISHED, ABSENT = "green", "RED", "unfinished", "absent"
 
 
 def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
-    """The exit code: of the tests if they are red, else of the timing; 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="make gpu", description="Kernel tests on the device, then a timing table.")
-    parser.add_argument("--only", choices=("tests", "speed"), help="one half")
-    parser.add_argument("--quick", action="store_true", help="time few shapes; not saved without --out")
+    """0 when all is green and in time or absent, 1 when a part is red or unfinished, 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="make gpu", description="Tests on the device, then a timing table.")
+    parser.add_argument("--only", type=list_of(PARTS), metavar="PART,…", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--skip", type=list_of(PARTS), default=[], metavar="PART,…")
+    parser.add_argument(
+        "--minutes", type=minutes_of, metavar="N", help=f"for everything; default: {MINUTES['cuda']:.0f}"
+    )
+    parser.add_argument("--quick", action="store_true", help="one dtype, few shapes; not saved without --out")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu interprets the kernels, slowly")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/<device>-<date>.json")
-    args = parser.parse_args(argv)
+    args, started = parser.parse_args(argv), time.monotonic()
+    parts = [part for part in args.only or PARTS if part not in args.skip]
 
-    # here, not at the top: --help needs no PyTorch
+    # before Triton is first imported, here or by the tests
+    if args.device == "cuda":
+        os.environ.pop("TRITON_INTERPRET", None)
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "make gpu: PyTorch finds no CUDA device here; --device cpu interprets the kernels instead", file=sys.stderr
-        )
-        return 2
-    if args.device == "cuda":
-        # before Triton is first imported, here or by the tests
-        os.environ.pop("TRITON_INTERPRET", None)
-    if args.only != "speed":
-        code = run_tests(checkout, interpret=args.device == "cpu")
-        if code != 0:
-            print(f"make gpu: the kernel tests are red (pytest exit code {code}), so nothing is timed", file=sys.stderr)
-            return code
-    return 0 if args.only == "tests" else run_speed(args.device, args.quick, args.out)
+    from .results import Environment, Results, default_path
+
+    dry = args.device == "cpu"
+    if not dry and not torch.cuda.is_available():
+        return _refuse("PyTorch finds no CUDA device here; --device cpu interprets the kernels instead")
+    environment = Environment.here(torch.device(args.device), dry)
+    path = args.out or (None if dry or args.quick else default_path(environment))
+    try:
+        results = Results.open(path, environment)
+    except ValueError as error:
+        return _refuse(str(error))
+
+    if SPEED in parts:
+        results.complete = False
+    limit_s = 60 * (args.minutes or MINUTES[args.device])
+    outcomes: dict[str, str] = {}
+    try:
+        for part in parts:
+            print(f"\n==== {part}", flush=True)
+            outcomes[part] = UNFINISHED
+            outcomes[part] = _part(part, outcomes, results, path, limit_s, started + limit_s, checkout, args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    print("\n==== make gpu")
+    for part, outcome in outcomes.items():
+        print(f"{part:<10} {outcome}")
+    print("not saved: --out FILE saves" if path is None else f"saved: {path}")
+    return 1 if any(outcome.startswith((RED, UNFINISHED)) for outcome in outcomes.values()) else 0
 
 
-def run_tests(checkout: Path, interpret: bool) -> int:
-    """pytest's exit code. The tests choose the device themselves: the GPU, unless Triton interprets."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"} if interpret else None
+def _part(
+    part: str, outcomes: dict[str, str], results: Results, path: Path | None, limit_s: float, deadline: float,
+    checkout: Path, args: argparse.Namespace,
+) -> str:  # fmt: skip
+    if part == SPEED:
+        red = [name for name in (TESTS, RACES) if outcomes.get(name, "").startswith(RED)]
+        if red:
+            return f"{ABSENT}: nothing is timed while {' and '.join(red)} are red"
+        return _speed(results, path, deadline, args.device == "cpu", args.quick)
+    left = max(min(SHARE[part] * limit_s, deadline - time.monotonic()), 1.0)
+    check = {TESTS: _tests, RACES: _races, SANITIZER: _sanitizer}[part]
+    results.checks[part] = check(checkout, left, args.device, args.quick)
+    if path is not None:
+        results.save(path)
+    return results.checks[part]
+
+
+def _tests(checkout: Path, limit_s: float, device: str, quick: bool) -> str:
+    """pytest on everything that needs the device, on several cores where pytest-xdist is installed."""
     command = [sys.executable, "-m", "pytest", "tests/kernels", "-q"]
-    return subprocess.run(command, cwd=checkout, env=environment, check=False).returncode
+    # the one has a part of its own, the other compiles for GPUs that are not here
+    command += [f"--ignore=tests/kernels/test_{name}.py" for name in ("device", "codegen")]
+    if quick:
+        command += ["-k", "not float32 and not bfloat16"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+    return _outcome(run(command, checkout, limit_s))
 
 
-def run_speed(device: str, quick: bool, out: Path | None) -> int:
-    from . import add_arguments, run
+def _races(checkout: Path, limit_s: float, device: str, quick: bool) -> str:
+    return _outcome(run([sys.executable, "-m", "pytest", "tests/kernels/test_device.py", "-q"], checkout, limit_s))
 
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    options = ["--device", device, "--dtype", SPEED_DTYPES[device], "--work", "forward,step"]
-    options += ["--quick"] if quick else []
-    options += [] if out is None else ["--out", str(out)]
-    return run(parser.parse_args(options))
+
+def _sanitizer(checkout: Path, limit_s: float, device: str, quick: bool) -> str:
+    script = [sys.executable, "-m", "fused_lora.bench.sanitized", "--device", device]
+    if device == "cpu":
+        return f"{_outcome(run(script, checkout, limit_s))}; the script alone: there is no GPU to watch"
+    tool = sanitizer_path()
+    if tool is None:
+        return f"{ABSENT}: compute-sanitizer is neither on the PATH nor in the CUDA toolkit"
+    # compiled before, so that no tool watches the compiler; no cache, so that every operand ends where its memory does
+    outcomes, start = {"script": _outcome(run(script, checkout, limit_s))}, time.monotonic()
+    for name in TOOLS:
+        left = limit_s - (time.monotonic() - start)
+        if left <= 0:
+            outcomes[name] = UNFINISHED
+            continue
+        command = [tool, "--tool", name, "--error-exitcode", "9", "--report-api-errors", "no"]
+        for kernel in KERNELS:
+            command += ["--kernel-name", f"kns={kernel}"]
+        outcomes[name] = _outcome(run(command + script, checkout, left, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    worst = next((word for word in (RED, UNFINISHED) if any(o.startswith(word) for o in outcomes.values())), GREEN)
+    return f"{worst}: " + "; ".join(f"{name} {outcome}" for name, outcome in outcomes.items())
+
+
+def sanitizer_path() -> str | None:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    folders = [] if CUDA_HOME is None else [Path(CUDA_HOME) / "bin", Path(CUDA_HOME) / "compute-sanitizer"]
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=os.pathsep.join(map(str, folders))
+    )
+
+
+def _speed(results: Results, path: Path | None, deadline: float, dry: bool, quick: bool) -> str:
+    import torch
+
+    from . import measure, runner, series
+    from .shapes import FORWARD, STEP
+
+    device = torch.device("cpu" if dry else "cuda")
+    dtypes = SPEED_DTYPES[device.type][: 1 if quick else None]
+    agenda = runner.agenda(device, dtypes, [FORWARD, STEP], quick and not dry, "dry" if dry else "gpu")
+    plan = measure.Plan(0.0, 2, 2, 0.0) if dry else measure.plan_for(device, quick)
+    code = series.compete(agenda, results, path, plan, deadline, dry)
+    if code == 130:
+        raise KeyboardInterrupt
+    if code != 0:
+        return f"{RED}: a candidate is wrong; the others are timed"
+    return GREEN if results.complete else f"{GREEN}, as far as time allowed: INCOMPLETE"
+
+
+def _outcome(ended: Ended) -> str:
+    words = UNFINISHED if ended.timed_out else GREEN if ended.code == 0 else f"{RED} (exit code {ended.code})"
+    return f"{words} after {ended.seconds:.0f} s: {ended.last}"
+
+
+def _refuse(why: str) -> int:
+    print(f"make gpu: {why}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -20,7 +20,10 @@ from ..layer import FusedLoRALinear
 FROZEN = "frozen"
 EAGER = "eager"
 PARAMETRIZE = "parametrize"
+COMPILED = "compiled"
 OURS = "ours-"
+# programs that make the thin product of a row of tiles, where that form is imposed
+PRODUCERS = 4
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,46 @@ class _InPlaceAddmm(torch.autograd.Function):
         return dx, None, dA, dB, None, None
 
 
+class FormLoRA(nn.Module):
+    """Our kernels with one way of sharing ``h`` imposed, in the rule's tile, few tokens too; ours-triton chooses."""
+
+    def __init__(self, form: str, weights: Weights) -> None:
+        super().__init__()
+        # here, not at the top: Triton may be missing, and must be told to interpret before it is imported
+        from ..kernels.configs import Form, Schedule
+
+        self.weights, self.schedule = weights, Schedule(Form[form], PRODUCERS if form == "PRODUCE" else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weights
+        y: Tensor = _InOneForm.apply(x, w.weight, w.lora_A, w.lora_B, w.bias, w.scale, self.schedule)
+        return y
+
+
+class _InOneForm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scale: float,
+        schedule: Any,
+    ) -> Tensor:  # fmt: skip
+        from ..kernels import launch
+
+        operands = (x, weight.t(), lora_A.t(), lora_B.t(), bias)
+        y, h = launch.lora_matmul(*operands, scale, None, 0.0, False, schedule=schedule)
+        ctx.save_for_backward(x, h, weight, lora_A, lora_B)
+        ctx.scale, ctx.schedule = scale, schedule
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        from ..kernels import launch
+
+        x, h, weight, lora_A, lora_B = ctx.saved_tensors
+        dx, g = launch.lora_matmul(dy, weight, lora_B, lora_A, None, ctx.scale, None, 0.0, True, schedule=ctx.schedule)
+        dA, dB = launch.adapter_grad(x, g, dy, h, ctx.scale, None, 0.0, lora_A.dtype, lora_B.dtype)
+        return dx, None, dA, dB, None, None, None
+
+
 def _frozen(weights: Weights) -> nn.Module:
     return weights.linear()
 
@@ -145,6 +188,13 @@ def _parametrize(weights: Weights) -> nn.Module:
     lora = reference.parametrize_linear(linear, weights.rank, weights.scale * weights.rank)
     lora.lora_A, lora.lora_B = weights.lora_A, weights.lora_B
     return linear
+
+
+def _compiled(weights: Weights) -> nn.Module:
+    """``torch.compile`` of the eager form, for these sizes alone."""
+    # or the ninth shape would run eagerly
+    torch.compiler.reset()
+    return cast(nn.Module, torch.compile(EagerLoRA(weights), dynamic=False))
 
 
 def _peft(weights: Weights) -> nn.Module:
@@ -176,10 +226,11 @@ def _always(weights: Weights) -> None:
 
 
 def _why_no_impl(impl: str, weights: Weights) -> str | None:
-    device = weights.weight.device
-    if impl == "triton" and device.type == "cpu" and ops.interpreting():
-        return "interpreted kernels say nothing about time"
-    return ops.why_unavailable(impl, device, weights.weight.dtype)
+    return ops.why_unavailable(impl, weights.weight.device, weights.weight.dtype)
+
+
+def _why_no_compiler(weights: Weights) -> str | None:
+    return None if weights.weight.device.type == "cuda" else "compiled for GPUs alone: it takes long"
 
 
 def _why_no_peft(weights: Weights) -> str | None:
@@ -197,20 +248,31 @@ def _why_no_parametrize(weights: Weights) -> str | None:
 
 @dataclass(frozen=True)
 class Peer:
-    """build: the module over these weights.  why_not: why it can't be timed on them, or None."""
+    """build: the module over these weights.  why_not: why it can't be timed on them, or None.
+
+    kernels: made of Triton kernels, which say nothing about time where they are interpreted.
+    first: timed in the shapes of the tag "first" alone, to keep the run short.
+    """
 
     build: Callable[[Weights], nn.Module]
     why_not: Callable[[Weights], str | None] = _always
+    kernels: bool = False
+    first: bool = False
 
 
 PEERS = {
     FROZEN: Peer(_frozen),
     **{
-        f"{OURS}{impl}": Peer(partial(_ours, impl), partial(_why_no_impl, impl))
+        f"{OURS}{impl}": Peer(partial(_ours, impl), partial(_why_no_impl, impl), kernels=impl == "triton")
         for impl in ("triton", "native", "eager")
+    },
+    **{
+        f"{OURS}{form.lower()}": Peer(partial(FormLoRA, form), partial(_why_no_impl, "triton"), kernels=True)
+        for form in ("PUBLISH", "PRODUCE", "RECOMPUTE")
     },
     "addmm": Peer(AddmmLoRA),
     EAGER: Peer(EagerLoRA),
+    COMPILED: Peer(_compiled, _why_no_compiler, first=True),
     "peft": Peer(_peft, _why_no_peft),
     PARAMETRIZE: Peer(_parametrize, _why_no_parametrize),
 }

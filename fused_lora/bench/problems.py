@@ -32,6 +32,7 @@ class Problem(Protocol):
     dtype: str
     device: torch.device
     longest_sum: int  # terms of the longest sum in it
+    first: bool  # whether it comes before the others
 
     def ours(self) -> str:
         """The candidate that a user of ours gets by default."""
@@ -44,8 +45,8 @@ class Problem(Protocol):
     def exact(self) -> Problem:
         """The same problem in float64."""
 
-    def rates(self, name: str, ms: float) -> tuple[float | None, float | None]:
-        """TFLOP/s and GB/s of useful work, where that is defined."""
+    def useful(self, name: str) -> tuple[int, int] | None:
+        """Floating-point operations and bytes that the peer's formula asks for, where that is defined."""
 
 
 def parse_dtype(label: str) -> tuple[torch.dtype, torch.dtype]:
@@ -60,6 +61,7 @@ class LayerProblem:
     def __init__(self, work: str, shape: Shape, dtype: str, device: torch.device) -> None:
         self.work, self.shape, self.dtype, self.device = work, shape, dtype, device
         self.label, self.longest_sum = str(shape), max(shape.M, shape.K, shape.N)
+        self.first = "first" in shape.tags
         base, adapter = parse_dtype(dtype)
         generator = torch.Generator(device).manual_seed(0)
         self.weights = Weights.random(shape.K, shape.N, shape.R, shape.bias, base, adapter, generator)
@@ -74,9 +76,11 @@ class LayerProblem:
         return PEERS[name].why_not(self.weights)
 
     def candidate(self, name: str) -> Candidate:
-        module = PEERS[name].build(self.weights)
+        return self._of_module(PEERS[name].build(self.weights), trained=name != FROZEN)
+
+    def _of_module(self, module: nn.Module, trained: bool) -> Candidate:
         leaves = {"dx": self.x}
-        if name != FROZEN:
+        if trained:
             leaves |= {"dA": self.weights.lora_A, "dB": self.weights.lora_B}
 
         @torch.no_grad()
@@ -100,11 +104,10 @@ class LayerProblem:
         exact.x, exact.dy = self.x.detach().double().requires_grad_(), self.dy.double()
         return exact
 
-    def rates(self, name: str, ms: float) -> tuple[float | None, float | None]:
+    def useful(self, name: str) -> tuple[int, int] | None:
         lora = name != FROZEN
-        flops = self.shape.flops(self.work, lora)
         moved = self.shape.bytes(self.work, self.weights.weight.itemsize, lora)
-        return flops / ms * 1e-9, moved / ms * 1e-6
+        return self.shape.flops(self.work, lora), moved
 
 
 class NetProblem:
@@ -112,6 +115,7 @@ class NetProblem:
 
     work = TRAIN
     label = "RichBoyNet (M=10, 784→1000→2000→10, R=1)"
+    first = False
 
     def __init__(self, dtype: str, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
@@ -174,5 +178,5 @@ class NetProblem:
         exact.images = self.images.double()
         return exact
 
-    def rates(self, name: str, ms: float) -> tuple[float | None, float | None]:
-        return None, None
+    def useful(self, name: str) -> tuple[int, int] | None:
+        return None

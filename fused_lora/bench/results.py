@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+DRY = ", kernels interpreted"
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -27,10 +29,11 @@ class Environment:
     date: str
 
     @classmethod
-    def here(cls, device: torch.device) -> Environment:
+    def here(cls, device: torch.device, dry: bool = False) -> Environment:
+        """dry: kernels are interpreted, and times mean nothing."""
         on_gpu = device.type == "cuda"
         return cls(
-            device=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+            device=torch.cuda.get_device_name(device) if on_gpu else _cpu_name() + (DRY if dry else ""),
             torch_version=torch.__version__,
             triton_version=_version("triton"),
             cuda_version=torch.version.cuda if on_gpu else None,
@@ -49,7 +52,8 @@ class Row:
     """Times in milliseconds with their 20th and 80th percentiles; ratios are medians over rounds.
 
     tflops and gb_per_s count useful work, as ``shapes.Shape`` does. saved_bytes: kept for the backward, without
-    parameters. peak_bytes: device memory that the work takes on top of what was there. None: not defined here.
+    parameters. peak_bytes: device memory that the work takes on top of what was there. roofline: the share of what the
+    GPU can do at most (``roofline.py``). None: not defined here.
     """
 
     work: str
@@ -68,6 +72,7 @@ class Row:
     gb_per_s: float | None
     saved_bytes: int | None
     peak_bytes: int | None
+    roofline: float | None = None
 
     @property
     def group(self) -> tuple[str, str, str]:
@@ -76,8 +81,12 @@ class Row:
 
 @dataclass
 class Results:
+    """complete: whether the last run measured all that it set out to.  checks: what ``make gpu`` found, by part."""
+
     environment: Environment
     rows: list[Row] = field(default_factory=list)
+    complete: bool = True
+    checks: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path | None, environment: Environment) -> Results:
@@ -97,7 +106,8 @@ class Results:
         """Raises ValueError for a file that holds something else."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            return cls(Environment(**data["environment"]), [Row(**row) for row in data["rows"]])
+            rows = [Row(**row) for row in data["rows"]]
+            return cls(Environment(**data["environment"]), rows, data.get("complete", True), data.get("checks", {}))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} must be a results file of this program, got something else: {error!r}") from error
 
@@ -107,18 +117,22 @@ class Results:
         self.rows = [row for row in self.rows if row.group not in new] + rows
 
     def save(self, path: Path) -> None:
-        """All or nothing: a reader, or an interrupted run, never sees half a file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(dataclasses.asdict(self), file, indent=1)
-                file.write("\n")
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_json(path, dataclasses.asdict(self))
+
+
+def write_json(path: Path, data: object) -> None:
+    """All or nothing: a reader, or an interrupted run, never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def default_path(environment: Environment) -> Path | None:

@@ -8,11 +8,13 @@ from functools import partial
 
 import torch
 
+from .. import ops
 from . import measure
 from .check import Judge
 from .peers import FROZEN, PARAMETRIZE, PEERS
 from .problems import Candidate, LayerProblem, NetProblem, Problem
 from .results import Row
+from .roofline import Peak
 from .shapes import TRAIN, select
 
 
@@ -30,11 +32,21 @@ class Group:
     absent: dict[str, str]
 
 
-def run_group(problem: Problem, plan: measure.Plan) -> Group:
-    absent = {name: why for name in PEERS if (why := problem.why_not(name)) is not None}
+def run_group(problem: Problem, plan: measure.Plan, peak: Peak | None = None, dry: bool = False) -> Group:
+    """peak: the GPU's.  dry: take interpreted kernels too, whose times mean nothing."""
+    absent = {name: why for name in PEERS if (why := _why_absent(problem, name, dry)) is not None}
     candidates, red = _check(problem, [name for name in PEERS if name not in absent])
     title = f"{problem.work}  {problem.label}  {problem.dtype}"
-    return Group(title, problem.ours(), _time(problem, candidates, plan), red, absent)
+    return Group(title, problem.ours(), _time(problem, candidates, plan, peak), red, absent)
+
+
+def _why_absent(problem: Problem, name: str, dry: bool) -> str | None:
+    peer = PEERS[name]
+    if peer.kernels and problem.device.type == "cpu" and ops.interpreting() and not dry:
+        return "interpreted kernels say nothing about time"
+    if peer.first and not problem.first:
+        return "timed in the first shapes alone, to keep the run short"
+    return problem.why_not(name)
 
 
 def _check(problem: Problem, names: list[str]) -> tuple[dict[str, Candidate], dict[str, str]]:
@@ -55,7 +67,7 @@ def _check(problem: Problem, names: list[str]) -> tuple[dict[str, Candidate], di
     return right, red
 
 
-def _time(problem: Problem, candidates: dict[str, Candidate], plan: measure.Plan) -> list[Row]:
+def _time(problem: Problem, candidates: dict[str, Candidate], plan: measure.Plan, peak: Peak | None) -> list[Row]:
     if not candidates:
         return []
     calls = {name: candidate.call for name, candidate in candidates.items()}
@@ -64,7 +76,7 @@ def _time(problem: Problem, candidates: dict[str, Candidate], plan: measure.Plan
     for name, candidate in candidates.items():
         time = measured.time(name)
         ratio = measured.ratio(name, FROZEN) if FROZEN in calls else None
-        tflops, gb_per_s = problem.rates(name, time.median)
+        useful = problem.useful(name)
         rows.append(
             Row(
                 work=problem.work,
@@ -79,8 +91,9 @@ def _time(problem: Problem, candidates: dict[str, Candidate], plan: measure.Plan
                 ratio_p20=None if ratio is None else ratio.p20,
                 ratio_p80=None if ratio is None else ratio.p80,
                 ratio_to_parametrize=measured.ratio(name, PARAMETRIZE).median if PARAMETRIZE in calls else None,
-                tflops=tflops,
-                gb_per_s=gb_per_s,
+                tflops=None if useful is None else useful[0] / time.median * 1e-9,
+                gb_per_s=None if useful is None else useful[1] / time.median * 1e-6,
+                roofline=None if useful is None or peak is None else peak.share(*useful, time.median),
                 saved_bytes=measure.saved_bytes(candidate.call, candidate.parameters),
                 peak_bytes=measure.peak_bytes(candidate.call, problem.device),
             )
@@ -88,13 +101,23 @@ def _time(problem: Problem, candidates: dict[str, Candidate], plan: measure.Plan
     return rows
 
 
-def agenda(device: torch.device, dtypes: list[str], works: list[str], quick: bool) -> list[Callable[[], Problem]]:
-    """All that was asked for, most valuable first, yet to be made: tensors exist while their problem is measured."""
+def agenda(
+    device: torch.device, dtypes: list[str], works: list[str], quick: bool, place: str | None = None
+) -> list[Callable[[], Problem]]:
+    """All that was asked for, most valuable first, yet to be made: tensors exist while their problem is measured.
+
+    place: whose shapes to take, as ``shapes.select`` knows it; the device's own by default.
+    """
     wanted: list[Callable[[], Problem]] = []
-    for dtype in dtypes:
-        # RichBoyNet trains in float32, as in the demo
-        if TRAIN in works and dtype == "float32":
-            wanted.append(partial(NetProblem, dtype, device))
-        for shape in select(device.type, quick):
-            wanted += [partial(LayerProblem, work, shape, dtype, device) for work in shape.works if work in works]
+    shapes = select(place or ("gpu" if device.type == "cuda" else "cpu"), quick)
+    for first in (True, False):
+        for dtype in dtypes:
+            # RichBoyNet trains in float32, as in the demo
+            if TRAIN in works and dtype == "float32" and not first:
+                wanted.append(partial(NetProblem, dtype, device))
+            for shape in shapes:
+                if ("first" in shape.tags) == first:
+                    wanted += [
+                        partial(LayerProblem, work, shape, dtype, device) for work in shape.works if work in works
+                    ]
     return wanted

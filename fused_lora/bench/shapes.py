@@ -14,7 +14,8 @@ WORKS = (FORWARD, STEP, TRAIN)
 class Shape:
     """A layer at work: x (M, K), weight (N, K), rank R.
 
-    tags: "cpu" and "gpu" say where it is timed, "quick" that a quick run takes it too.
+    tags: "cpu", "gpu" and "dry" (kernels interpreted) say where it is timed, "first" that it comes before the others
+    in every dtype, "quick" that a quick run takes it too.
     """
 
     name: str
@@ -46,42 +47,64 @@ class Shape:
         return (2 * base + (3 * thin + self.M * self.K if lora else 0)) * itemsize
 
 
-_CPU, _GPU = ("cpu",), ("gpu",)
-_CPU_QUICK, _GPU_QUICK = ("cpu", "quick"), ("gpu", "quick")
+# in_features, out_features of the linear layers of a block
+MODELS = {
+    "llama-7b": {"qkvo": (4096, 4096), "up": (4096, 11008), "down": (11008, 4096)},
+    "llama-8b": {"qo": (4096, 4096), "kv": (4096, 1024), "up": (4096, 14336), "down": (14336, 4096)},
+    "llama-70b": {"qo": (8192, 8192), "kv": (8192, 1024), "up": (8192, 28672), "down": (28672, 8192)},
+}
+
+_CPU, _GPU, _DRY = ("cpu",), ("gpu",), ("dry",)
+_CPU_QUICK = ("cpu", "quick")
+_FIRST, _FIRST_QUICK = ("gpu", "first"), ("gpu", "first", "quick")
 _DECODE = (FORWARD,)
 
+
+def _layer(model: str, layer: str, M: int, R: int) -> Shape:
+    """Up to 16 tokens are decoded, without gradients."""
+    K, N = MODELS[model][layer]
+    works = _DECODE if M <= 16 else (FORWARD, STEP)
+    return Shape(f"{model}-{layer}-m{M}-r{R}", M, K, N, R, _GPU, works)
+
+
 SHAPES = (
-    Shape("headline", 8192, 4096, 4096, 16, _GPU_QUICK),
+    Shape("headline", 8192, 4096, 4096, 16, _FIRST_QUICK),
     Shape("square-2048", 512, 2048, 2048, 16, _CPU),
-    Shape("decode-4096-m1", 1, 4096, 4096, 16, _GPU_QUICK, _DECODE),
+    Shape("decode-4096-m1", 1, 4096, 4096, 16, _FIRST_QUICK, _DECODE),
     Shape("decode-2048-m1", 1, 2048, 2048, 16, _CPU_QUICK, _DECODE),
     Shape("richboynet-1", 10, 784, 1000, 1, _CPU_QUICK, bias=True),
     Shape("richboynet-2", 10, 1000, 2000, 1, _CPU_QUICK, bias=True),
     Shape("richboynet-3", 10, 2000, 10, 1, _CPU_QUICK, bias=True),
-    Shape("decode-4096-m16", 16, 4096, 4096, 16, _GPU, _DECODE),
-    Shape("decode-4096-m4", 4, 4096, 4096, 16, _GPU, _DECODE),
-    Shape("llama-8b-up", 8192, 4096, 14336, 16, _GPU),
-    Shape("llama-8b-down", 8192, 14336, 4096, 16, _GPU),
-    Shape("llama-8b-kv", 8192, 4096, 1024, 16, _GPU),
-    Shape("square-4096-r8", 8192, 4096, 4096, 8, _GPU),
-    Shape("square-4096-r32", 8192, 4096, 4096, 32, _GPU),
-    Shape("square-4096-r64", 8192, 4096, 4096, 64, _GPU),
-    Shape("square-4096-r128", 8192, 4096, 4096, 128, _GPU),
-    Shape("square-4096-m512", 512, 4096, 4096, 16, _GPU),
-    Shape("square-4096-m2048", 2048, 4096, 4096, 16, _GPU),
-    Shape("square-4096-m16384", 16384, 4096, 4096, 16, _GPU),
-    Shape("llama-7b-up", 4096, 4096, 11008, 16, _GPU),
-    Shape("llama-7b-down", 4096, 11008, 4096, 16, _GPU),
-    Shape("llama-70b-qo", 4096, 8192, 8192, 16, _GPU),
-    Shape("llama-70b-kv", 4096, 8192, 1024, 16, _GPU),
-    Shape("llama-70b-up", 4096, 8192, 28672, 64, _GPU),
-    Shape("llama-70b-down", 4096, 28672, 8192, 64, _GPU),
-    Shape("decode-70b-up-m1", 1, 8192, 28672, 16, _GPU, _DECODE),
-    Shape("decode-70b-up-m16", 16, 8192, 28672, 16, _GPU, _DECODE),
+    Shape("decode-4096-m16", 16, 4096, 4096, 16, _FIRST, _DECODE),
+    Shape("decode-4096-m4", 4, 4096, 4096, 16, _FIRST, _DECODE),
+    _layer("llama-8b", "up", 8192, 16),
+    _layer("llama-8b", "down", 8192, 16),
+    _layer("llama-8b", "kv", 8192, 16),
+    _layer("llama-8b", "qo", 512, 16),
+    _layer("llama-8b", "qo", 2048, 16),
+    _layer("llama-8b", "qo", 8192, 64),
+    _layer("llama-8b", "up", 1, 16),
+    _layer("llama-70b", "up", 4096, 64),
+    _layer("llama-8b", "qo", 8192, 8),
+    _layer("llama-8b", "qo", 8192, 32),
+    _layer("llama-8b", "qo", 8192, 128),
+    _layer("llama-8b", "qo", 16384, 16),
+    _layer("llama-70b", "qo", 4096, 16),
+    _layer("llama-70b", "kv", 4096, 16),
+    _layer("llama-70b", "down", 4096, 64),
+    _layer("llama-70b", "up", 16, 16),
+    _layer("llama-70b", "up", 1, 16),
+    _layer("llama-8b", "down", 1, 16),
+    _layer("llama-8b", "kv", 64, 16),
+    _layer("llama-8b", "up", 128, 16),
+    _layer("llama-7b", "up", 4096, 16),
+    _layer("llama-7b", "down", 4096, 16),
+    # where kernels are interpreted: they are timed to see that the whole way to a GPU's table can be walked
+    Shape("dry", 20, 128, 136, 4, _DRY, bias=True),
+    Shape("dry-decode", 3, 128, 136, 4, _DRY, _DECODE),
 )
 
 
-def select(device_type: str, quick: bool = False) -> list[Shape]:
-    """What is timed on "cpu" or "cuda", in the table's order."""
-    place = "gpu" if device_type == "cuda" else "cpu"
+def select(place: str, quick: bool = False) -> list[Shape]:
+    """What is timed at a place, "cpu", "gpu" or "dry", in the table's order."""
     return [shape for shape in SHAPES if place in shape.tags and (not quick or "quick" in shape.tags)]

@@ -9,8 +9,8 @@ from .results import Row
 from .runner import Group
 
 HEAD = (
-    f"{'÷ frozen':>8}  {'p20-p80':>11}  {'candidate':<12} {'ms':>9}  {'p20-p80':>19} "
-    f"{'TFLOP/s':>8} {'GB/s':>7} {'saved':>8} {'peak':>8}"
+    f"{'÷ frozen':>8}  {'p20-p80':>11}  {'candidate':<14} {'ms':>9}  {'p20-p80':>19} "
+    f"{'TFLOP/s':>8} {'GB/s':>7} {'roofline':>8} {'saved':>8} {'peak':>8}"
 )
 
 
@@ -40,22 +40,22 @@ def standing(group: Group) -> Standing | None:
     peers = [row for row in group.rows if row.candidate != FROZEN and not row.candidate.startswith(OURS)]
     if ours is None or not peers:
         return None
-    best = min(peers, key=_pace)
-    (_, low, high), (_, peer_low, peer_high) = _pace(ours), _pace(best)
-    lead = 1 - _pace(ours)[0] / _pace(best)[0]
+    best = min(peers, key=pace)
+    (_, low, high), (_, peer_low, peer_high) = pace(ours), pace(best)
+    lead = 1 - pace(ours)[0] / pace(best)[0]
     return Standing(group.title, ours.candidate, best.candidate, lead, high < peer_low or peer_high < low)
 
 
 def lines(group: Group) -> list[str]:
     """A heading, a line for each candidate, fastest first, and our standing."""
     text = ["", group.title, HEAD]
-    text += [_line(row) for row in sorted(group.rows, key=_pace)]
-    text += [f"{'RED':>8}  {'':>11}  {name:<12} {why}" for name, why in group.red.items()]
+    text += [_line(row) for row in sorted(group.rows, key=pace)]
+    text += [f"{'RED':>8}  {'':>11}  {name:<14} {why}" for name, why in group.red.items()]
     place = standing(group)
     return text if place is None else [*text, f"          {place}"]
 
 
-def _pace(row: Row) -> tuple[float, float, float]:
+def pace(row: Row) -> tuple[float, float, float]:
     """Median, p20, p80 of the ratio, because it was measured side by side; without a baseline, of the time."""
     if row.ratio_to_frozen is None or row.ratio_p20 is None or row.ratio_p80 is None:
         return row.median_ms, row.p20_ms, row.p80_ms
@@ -65,9 +65,9 @@ def _pace(row: Row) -> tuple[float, float, float]:
 def _line(row: Row) -> str:
     return (
         f"{_number(row.ratio_to_frozen, '.3f'):>8}  {_range(row.ratio_p20, row.ratio_p80, '.3f'):>11}  "
-        f"{row.candidate:<12} {row.median_ms:9.4f}  {_range(row.p20_ms, row.p80_ms, '.4f'):>19} "
+        f"{row.candidate:<14} {row.median_ms:9.4f}  {_range(row.p20_ms, row.p80_ms, '.4f'):>19} "
         f"{_number(row.tflops, '.3g'):>8} {_number(row.gb_per_s, '.1f'):>7} "
-        f"{_size(row.saved_bytes):>8} {_size(row.peak_bytes):>8}"
+        f"{_number(row.roofline, '.1%'):>8} {size(row.saved_bytes):>8} {size(row.peak_bytes):>8}"
     )
 
 
@@ -79,7 +79,7 @@ def _range(low: float | None, high: float | None, form: str) -> str:
     return "-" if low is None or high is None else f"{low:{form}}-{high:{form}}"
 
 
-def _size(count: float | None) -> str:
+def size(count: float | None) -> str:
     if count is None:
         return "-"
     for unit in ("B", "KB", "MB"):

@@ -70,6 +70,7 @@ def _reduce(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    step = tl.full((), BLOCK_M, tl.int64)
     for m in range(0, tl.maximum(rows, BLOCK_M), BLOCK_M):
         mask_m = tl.arange(0, BLOCK_M) < rows - m
         wide = tl.load(wide_ptrs, mask=mask_m[None, :], other=0.0)
@@ -77,8 +78,8 @@ def _reduce(
         if DROPOUT:
             wide = tl.where(tl.trans(keep_mask(seed, offs_m + m, offs_c, C, threshold)), wide, 0.0)
         acc = dot(wide, thin, acc, PRECISION)
-        wide_ptrs += BLOCK_M * stride_wm
-        thin_ptrs += BLOCK_M * stride_tm
+        wide_ptrs += step * stride_wm
+        thin_ptrs += step * stride_tm
     return acc
 
 

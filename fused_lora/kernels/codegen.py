@@ -6,6 +6,7 @@ Works on any machine with Triton, whose wheel brings ptxas, but not while Triton
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Device
 from .launch import Call
@@ -33,6 +35,15 @@ DEVICES = {
     120: Device((12, 0), 99 * 1024, 188),
 }
 
+MATRIX_INSTRUCTION = {
+    80: "mma.sync",
+    86: "mma.sync",
+    89: "mma.sync",
+    90: "wgmma.mma_async",
+    100: "tcgen05.mma",
+    120: "mma.sync",
+}
+
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -42,7 +53,8 @@ class Resources:
     """Of one program: registers per thread, bytes spilled, bytes of shared memory.
 
     warnings: ptxas's, by code.  matrix_instructions: PTX's names.  loops: machine instructions in each innermost loop
-    that has matrix instructions, fewest first; loop_waits: how many of the first one's wait for memory or for them.
+    that has matrix instructions, fewest first; matrix_counts: how many of each are those; loop_waits: how many of the
+    first one's wait for memory or for them.
     """
 
     registers: int
@@ -51,6 +63,7 @@ class Resources:
     warnings: tuple[str, ...]
     matrix_instructions: tuple[str, ...]
     loops: tuple[int, ...]
+    matrix_counts: tuple[int, ...]
     loop_waits: int
 
 
@@ -84,11 +97,14 @@ def compile_call(call: Call, arch: int) -> Resources:
 def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+@functools.lru_cache(maxsize=256)
 def _read(ptx: str, cubin: bytes, shared: int) -> Resources:
     target = re.search(r"\.target sm_(\w+)", ptx)
     assert target is not None
@@ -112,6 +128,7 @@ def _read(ptx: str, cubin: bytes, shared: int) -> Resources:
         warnings=tuple(sorted(set(re.findall(r"\((C\d+)\)", done.stderr)))),
         matrix_instructions=tuple(sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", ptx)))),
         loops=tuple(len(loop) for loop in loops),
+        matrix_counts=tuple(sum(bool(_MATRIX.search(text)) for text in loop) for loop in loops),
         loop_waits=waits,
     )
 

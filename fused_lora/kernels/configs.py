@@ -20,11 +20,15 @@ class Form(IntEnum):
 
 @dataclass(frozen=True)
 class Device:
-    """What a rule may know of a GPU: compute capability, bytes of shared memory for a program, multiprocessors."""
+    """What a rule may know of a GPU: compute capability, bytes of shared memory for a program, multiprocessors.
+
+    name: the driver's; only a file of tuned choices (``tuned.py``) asks for it.
+    """
 
     capability: tuple[int, int]
     shared_memory: int
     multiprocessors: int = 108
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Problem:
     """Sizes of ``out[M,P] = a[M,Q] w[Q,P] + scale · (a[M,Q] u[Q,R]) v[R,P]``, bytes of an element of a and of u.
 
     tensor_cores: False for float32 at full precision, which is multiplied in ordinary registers.
+    aligned: a and w are such that tensor descriptors can describe them.
+    along_p: w is contiguous along P, as the input gradient reads it, not along Q. Only tuned choices ask.
     """
 
     M: int
@@ -42,9 +48,23 @@ class Problem:
     adapter_itemsize: int
     dropout: bool = False
     tensor_cores: bool = True
+    aligned: bool = False
+    along_p: bool = False
 
     def __post_init__(self) -> None:
         assert self.tensor_cores or self.itemsize == 4, "only float32 is ever multiplied without tensor cores"
+
+
+@dataclass(frozen=True)
+class ReductionProblem:
+    """Rows M and columns, K for dA and N for dB together, of what the adapter gradients reduce. Else as Problem."""
+
+    M: int
+    columns: int
+    R: int
+    itemsize: int
+    dropout: bool = False
+    tensor_cores: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,10 +80,14 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """split: programs that share the thin product of a row of tiles, for PRODUCE; 1 otherwise."""
+    """split: programs that share the thin product of a row of tiles, for PRODUCE; 1 otherwise.
+
+    descriptors: tensor descriptors load a and w (``Problem.aligned``), not pointers.
+    """
 
     form: Form
     split: int = 1
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +118,7 @@ MIN_DOT = 16
 DECODE_ROWS = MIN_DOT
 # widest rank block that leaves the accumulators in registers beside a tile of the output
 MAX_BLOCK_R = 128
+MAX_BLOCK_R_CROWDED = 64
 MAX_BLOCK_R_FLOAT = 64
 MAX_BLOCK_R_EXACT = 32
 
@@ -144,6 +169,7 @@ def fits(config: TileConfig, problem: Problem, device: Device) -> bool:
 _Tiles = tuple[tuple[int, int, int, int, int], ...]
 _WGMMA: _Tiles = ((128, 256, 64, 8, 3),)
 _DEEP: _Tiles = ((128, 128, 64, 8, 3),)
+_TCGEN05: _Tiles = ((128, 128, 64, 4, 3), *_DEEP)
 _HALF: _Tiles = ((128, 128, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 2))
 _FLOAT: _Tiles = ((128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 8, 2), (32, 32, 32, 4, 2))
 _EXACT: _Tiles = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
@@ -153,33 +179,56 @@ def default_config(problem: Problem, device: Device) -> TileConfig:
     """The largest tile that fits; the last candidate fits every GPU.
 
     Steps of 64 along Q are for wgmma and tcgen05, which take them from shared memory. Tiles of 128 x 256 are for wgmma
-    alone, where they come near cuBLAS's own pace, if there is one for every multiprocessor.
+    alone, where they come near cuBLAS's own pace, if there is one for every multiprocessor. Blocks of 128 ranks are for
+    tcgen05, and for wgmma with descriptors: elsewhere they spill, or lengthen the main loop of those who wait, or leave
+    registers for half the tile only, as compiling showed.
     """
+    candidates = candidate_tiles(problem, device)
+    smallest = replace(candidates[-1], num_stages=1, BLOCK_R=MIN_DOT)
+    return next((config for config in candidates if fits(config, problem, device)), smallest)
+
+
+def candidate_tiles(problem: Problem, device: Device) -> list[TileConfig]:
+    """Largest first, whether they fit or not."""
     generation = device.capability[0]
     if not problem.tensor_cores:
         candidates, widest_rank = _EXACT, MAX_BLOCK_R_EXACT
     elif problem.itemsize == 4:
         candidates, widest_rank = _FLOAT, MAX_BLOCK_R_FLOAT
     else:
-        candidates, widest_rank = _HALF, MAX_BLOCK_R
-        if generation == 9 or (generation == 10 and problem.adapter_itemsize == 2):
+        roomy = generation == 10 or takes_descriptors(problem, _tiles(problem, 128, 128), device)
+        candidates, widest_rank = _HALF, MAX_BLOCK_R if roomy else MAX_BLOCK_R_CROWDED
+        if generation == 9:
             candidates = _DEEP + candidates
+        elif generation == 10 and problem.adapter_itemsize == 2:
+            candidates = _TCGEN05 + candidates
         if generation == 9 and _tiles(problem, 128, 256) >= device.multiprocessors:
             candidates = _WGMMA + candidates
     rank = block_r(problem.R, widest_rank)
     rows = max(next_power_of_2(max(problem.M, 1)), MIN_DOT)
-    for block_m, block_p, block_q, warps, stages in candidates:
-        config = TileConfig(min(block_m, rows), block_p, block_q, rank, 8, warps, stages)
-        if rows < block_m:
-            # fewer accumulators than eight warps can share
-            config = replace(config, num_warps=4)
-        if fits(config, problem, device):
-            return config
-    return replace(config, num_stages=1, BLOCK_R=MIN_DOT)
+    return [
+        # a low tile has fewer accumulators than eight warps can share
+        TileConfig(min(block_m, rows), block_p, block_q, rank, 8, 4 if rows < block_m else warps, stages)
+        for block_m, block_p, block_q, warps, stages in candidates
+    ]
 
 
 def _tiles(problem: Problem, block_m: int, block_p: int) -> int:
     return -(-problem.M // block_m) * -(-problem.P // block_p)
+
+
+def can_describe(problem: Problem, device: Device) -> bool:
+    """Whether tensor descriptors can load a and w: where wgmma or tcgen05 multiply."""
+    return problem.aligned and device.capability[0] in (9, 10)
+
+
+def takes_descriptors(problem: Problem, tiles: int, device: Device) -> bool:
+    """Whether tensor descriptors load a and w: where they can and tiles are a wave or more.
+
+    The kernel then outlasts the encoding of two descriptors on the host, and its main loop has about a fifth fewer
+    instructions than with pointers.
+    """
+    return can_describe(problem, device) and tiles >= device.multiprocessors
 
 
 MAX_PRODUCERS = 8
@@ -197,23 +246,39 @@ def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Sc
         8192        1.14, 1.29   1.05, 1.07   1.08, 1.08   producers cost time of their own
     """
     rows, tiles = -(-problem.M // config.BLOCK_M), _tiles(problem, config.BLOCK_M, config.BLOCK_P)
+    descriptors = takes_descriptors(problem, tiles, device)
     if tiles <= 2 * rows:
-        return Schedule(Form.RECOMPUTE)
+        return Schedule(Form.RECOMPUTE, descriptors=descriptors)
     idle = (device.multiprocessors - tiles) // rows
     if idle >= 1:
         return Schedule(Form.PRODUCE, min(idle, MAX_PRODUCERS, -(-problem.Q // config.BLOCK_Q)))
-    return Schedule(Form.PUBLISH)
+    return Schedule(Form.PUBLISH, descriptors=descriptors)
 
 
 def default_reduction(rank: int, itemsize: int, device: Device) -> ReductionConfig:
     """Steps of 8 KB: 64 columns, so that every row gives whole cache lines and a thread holds few accumulators.
 
     Three steps are on their way at once where matrix instructions read their operands from shared memory, else two.
-    As many ranks share one reading of the columns as never spill.
+    As many ranks share one reading of the columns as never spill; for 128, compiling showed, tcgen05 needs eight
+    warps.
     """
     from_shared_memory = device.capability[0] in (9, 10)
     ranks = block_r(rank, 128 if itemsize == 2 else 64)
-    return ReductionConfig(128 // itemsize, 64, ranks, 4, 4 if from_shared_memory else 3)
+    warps = 8 if device.capability[0] == 10 and ranks == 128 else 4
+    config = ReductionConfig(128 // itemsize, 64, ranks, warps, 4 if from_shared_memory else 3)
+    while _reduction_buffers(config, itemsize) > device.shared_memory and config.num_stages > 1:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
+def fits_reduction(config: ReductionConfig, problem: ReductionProblem, device: Device) -> bool:
+    """As :func:`fits`, for ``adapter_grad.py``."""
+    accumulators = config.BLOCK_C * config.BLOCK_R // (config.num_warps * 32)
+    return _reduction_buffers(config, problem.itemsize) <= device.shared_memory and accumulators <= 128
+
+
+def _reduction_buffers(config: ReductionConfig, itemsize: int) -> int:
+    return config.num_stages * config.BLOCK_M * (config.BLOCK_C + config.BLOCK_R) * itemsize
 
 
 # programs that keep enough loads on their way for a multiprocessor, the fewest rows worth a program's start, and the
@@ -229,8 +294,8 @@ def reduction_parts(config: ReductionConfig, rows: int, tiles: int, itemsize: in
     A thin reduction is as fast as its loads are many. A multiprocessor gets up to PROGRAMS programs, fewer where their
     buffers fill its shared memory, and at least half as many unless the rows run out.
     """
-    buffers = config.num_stages * config.BLOCK_M * (config.BLOCK_C + config.BLOCK_R) * itemsize
-    at_once = min(PROGRAMS, max(device.shared_memory // buffers, 1)) * device.multiprocessors
+    places = max(device.shared_memory // _reduction_buffers(config, itemsize), 1)
+    at_once = min(PROGRAMS, places) * device.multiprocessors
     return max(min(at_once // max(tiles, 1), rows // LEAST_ROWS, MOST_PARTS), 1)
 
 
@@ -259,15 +324,30 @@ def decode_programs(config: DecodeConfig, problem: Problem, device: Device) -> i
     return (device.shared_memory + _RESERVED) // (pipeline + _RESERVED)
 
 
+def fits_decode(config: DecodeConfig, problem: Problem, device: Device) -> bool:
+    """As :func:`fits`, for ``decode.py``."""
+    return takes_decode(problem) and decode_programs(config, problem, device) >= 1
+
+
 def default_decode(problem: Problem, device: Device) -> DecodeConfig:
     """The longest loads of which two programs share a multiprocessor, and as many parts as run at once.
 
     More parts would wait for a place, and then read with the GPU half empty; fewer would leave multiprocessors idle.
     The thin product is cut into no fewer, and shorter where there is room: the other programs wait for it at their end.
     """
-    rank = block_r(problem.R, _DECODE_RANK_BYTES // problem.adapter_itemsize)
-    candidates = [DecodeConfig(p, row // problem.itemsize, rank, 1, 1, 4, stages) for p, row, stages in _DECODE]
+    candidates = candidate_decodes(problem)
     config = next((c for c in candidates if decode_programs(c, problem, device) >= 2), candidates[-1])
+    return split_decode(config, problem, device)
+
+
+def candidate_decodes(problem: Problem) -> list[DecodeConfig]:
+    """Longest loads first, not split yet."""
+    rank = block_r(problem.R, _DECODE_RANK_BYTES // problem.adapter_itemsize)
+    return [DecodeConfig(p, row // problem.itemsize, rank, 1, 1, 4, stages) for p, row, stages in _DECODE]
+
+
+def split_decode(config: DecodeConfig, problem: Problem, device: Device) -> DecodeConfig:
+    """config with as many parts as run at once."""
     steps = -(-problem.Q // config.BLOCK_Q)
     tiles, thin_tiles = -(-problem.P // config.BLOCK_P), -(-problem.R // config.BLOCK_R)
     places = decode_programs(config, problem, device) * device.multiprocessors
@@ -279,7 +359,7 @@ def default_decode(problem: Problem, device: Device) -> DecodeConfig:
 
 
 # Triton's interpreter runs a program at a time: small tiles, so that small cases still have several of them, and tails
-INTERPRETER = Device((0, 0), 0, multiprocessors=8)
+INTERPRETER = Device((0, 0), shared_memory=1 << 20, multiprocessors=8, name="Triton's interpreter")
 INTERPRETER_TILE = TileConfig(BLOCK_M=32, BLOCK_P=32, BLOCK_Q=32, BLOCK_R=16, GROUP_M=2, num_warps=4, num_stages=1)
 INTERPRETER_DECODE = DecodeConfig(32, 32, BLOCK_R=16, SPLIT=3, SPLIT_THIN=2, num_warps=4, num_stages=1)
 INTERPRETER_REDUCTION = ReductionConfig(BLOCK_M=32, BLOCK_C=32, BLOCK_R=16, num_warps=4, num_stages=1)

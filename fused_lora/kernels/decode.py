@@ -107,6 +107,7 @@ def _part_of_product(
     # columns past the end wrap around: what they give is never stored
     w_ptrs = w_ptr + (offs_c % C)[:, None] * stride_wc + offs_q[None, :] * stride_wq
     acc = tl.zeros((BLOCK_C, ROWS), tl.float32)
+    step = tl.full((), BLOCK_Q, tl.int64)
     # at least one trip, stated, as in lora_matmul.py
     for _ in range(first, tl.maximum(last, first + 1)):
         if EVEN_Q:
@@ -118,8 +119,8 @@ def _part_of_product(
             w = tl.load(w_ptrs, mask=mask_q[None, :], other=0.0, eviction_policy="evict_first")
             offs_q += BLOCK_Q
         acc = dot(round_to(w, dtype), a, acc, PRECISION)
-        a_ptrs += BLOCK_Q * stride_aq
-        w_ptrs += BLOCK_Q * stride_wq
+        a_ptrs += step * stride_aq
+        w_ptrs += step * stride_wq
     return acc
 
 

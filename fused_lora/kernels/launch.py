@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import dropout_threshold, keep_scale
+from . import tuned
 from .adapter_grad import _adapter_grad_kernel
 from .configs import (
     DECODE_ROWS,
@@ -26,6 +28,7 @@ from .configs import (
     Form,
     Problem,
     ReductionConfig,
+    ReductionProblem,
     Schedule,
     TileConfig,
     default_config,
@@ -36,6 +39,7 @@ from .configs import (
     takes_decode,
 )
 from .decode import _decode_kernel
+from .entries import Reduced, Tiled
 from .lora_matmul import HEADER, _lora_matmul_kernel
 from .workspace import counters
 
@@ -76,16 +80,16 @@ def lora_matmul(
     if out.numel() > 0:
         exact = a.dtype == torch.float32 and _precision() == "ieee"
         sizes = (rows, w.shape[1], a.shape[-1], u.shape[1], a.dtype.itemsize, u.dtype.itemsize)
-        problem = Problem(*sizes, dropout=seed is not None, tensor_cores=not exact)
+        problem = Problem(*sizes, seed is not None, not exact, aligned(_rows(a), w), along_p=w.stride(0) != 1)
+        if config is None and schedule is None:
+            config, schedule = _choice(problem, a.device)
         decode = config if isinstance(config, DecodeConfig) else None
-        if config is None and schedule is None and takes_decode(problem):
-            decode = _decode_config(problem, a.device)
         zeros = None if decode is None else counters(a.device, decode_counters(problem.P, problem.R, decode))
         if decode is not None and zeros is not None:
             decode_call(a, w, u, v, bias, scale, out, thin, zeros, decode).launch(a.device)
         else:
             tile = config if isinstance(config, TileConfig) else _tile_config(problem, a.device)
-            schedule = schedule or default_schedule(problem, tile, _device(a.device))
+            schedule = schedule or default_schedule(problem, tile, known_device(a.device))
             sync = None
             if schedule.form in (Form.PUBLISH, Form.PRODUCE):
                 sync = counters(a.device, HEADER.value + _cdiv(rows, tile.BLOCK_M))
@@ -105,6 +109,7 @@ def lora_matmul_call(
     a2 = _rows(a)
     (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
     rows, columns = _cdiv(M, config.BLOCK_M), _cdiv(P, config.BLOCK_P)
+    a_read, w_read = _descriptors(a2, w, config) if schedule.descriptors else (a2, w)
     parts = None
     if schedule.form == Form.PRODUCE:
         assert schedule.split <= _cdiv(Q, config.BLOCK_Q), "every producer must have a part of Q"
@@ -113,22 +118,61 @@ def lora_matmul_call(
         kernel=_lora_matmul_kernel,
         grid=(rows * columns + (rows * schedule.split if schedule.form == Form.PRODUCE else 0),),
         args=(
-            a2, w, u, v, bias, seed, out, thin, parts, sync, M, P, Q, R,
+            a_read, w_read, u, v, bias, seed, out, thin, parts, sync, M, P, Q, R,
             *a2.stride(), *w.stride(), *u.stride(), *v.stride(),
             float(scale), keep_scale(dropout_p), dropout_threshold(dropout_p),
         ),
         flags={
             "FORM": int(schedule.form),
             "SPLIT": schedule.split,
+            "U_MULTIPLE": math.gcd(R, u.stride(0), 8) if u.stride(1) == 1 != u.stride(0) else 1,
+            "V_MULTIPLE": math.gcd(R, v.stride(1), 8) if v.stride(0) == 1 != v.stride(1) else 1,
             "HAS_BIAS": bias is not None,
             "DROP_INPUT": seed is not None and not dropout_on_output,
             "DROP_OUTPUT": seed is not None and dropout_on_output,
             "EVEN_Q": Q > 0 and Q % config.BLOCK_Q == 0,
+            "FAR": _far(a2, w, u, config),
+            "DESCRIPTORS": schedule.descriptors,
+            "W_ALONG_Q": w.stride(0) == 1,
             "MANY_RANKS": config.BLOCK_R < R,
             "PRECISION": _precision(),
         },
         config=config,
     )  # fmt: skip
+
+
+def aligned(a: Tensor, w: Tensor) -> bool:
+    """Whether tensor descriptors can describe a (M, Q) and w (Q, P).
+
+    16-bit elements, one dimension contiguous, of a the second, and bases and other strides multiples of 16 bytes.
+    """
+    if a.dtype.itemsize != 2 or a.stride(1) != 1 or 1 not in w.stride():
+        return False
+    row, column = a.stride(0), max(w.stride())
+    # no dimension of stride 0, as expand makes
+    apart = row >= a.shape[1] and column >= w.shape[0 if w.stride(0) == 1 else 1]
+    return apart and row % 8 == column % 8 == 0 and a.data_ptr() % 16 == w.data_ptr() % 16 == 0
+
+
+def _descriptors(a: Tensor, w: Tensor, config: TileConfig) -> tuple[TensorDescriptor, TensorDescriptor]:
+    block = [config.BLOCK_Q, config.BLOCK_P]
+    if w.stride(0) == 1:
+        w, block = w.t(), block[::-1]
+    return (
+        TensorDescriptor(a, [*a.shape], [*a.stride()], [config.BLOCK_M, config.BLOCK_Q]),
+        TensorDescriptor(w, [*w.shape], [*w.stride()], block),
+    )
+
+
+def _far(a: Tensor, w: Tensor, u: Tensor, config: TileConfig) -> bool:
+    """Whether offsets within a tile's rows of a (M, Q), within w (Q, P) or u (Q, R), overflow int32."""
+    columns = a.shape[1] + config.BLOCK_Q
+    reaches = (
+        config.BLOCK_M * a.stride(0) + columns * a.stride(1),
+        columns * w.stride(0) + (w.shape[1] + config.BLOCK_P) * w.stride(1),
+        columns * u.stride(0) + (u.shape[1] + config.BLOCK_R) * u.stride(1),
+    )
+    return max(reaches) >= 2**31
 
 
 def decode_call(
@@ -192,6 +236,11 @@ def adapter_grad(
     rank = g2.shape[1]
     dA = x2.new_empty((rank, x2.shape[1]), dtype=dtype_A) if x is not None and g is not None else None
     dB = dy2.new_empty((dy2.shape[1], rank), dtype=dtype_B) if dy is not None and h is not None else None
+    if config is None and parts is None:
+        columns = (0 if dA is None else dA.shape[1]) + (0 if dB is None else dB.shape[0])
+        exact = x2.dtype == torch.float32 and _precision() == "ieee"
+        problem = ReductionProblem(x2.shape[0], columns, rank, x2.dtype.itemsize, seed is not None, not exact)
+        config, parts = _tuned_reduction(problem, x2.device)
     if config is None:
         config = _reduction_config(rank, x2.dtype.itemsize, x2.device)
     tiles = _reduction_tiles(dA, dB, config)
@@ -257,33 +306,63 @@ def _as_dict(config: TileConfig | DecodeConfig | ReductionConfig) -> dict[str, i
 
 
 @functools.cache
-def _device(device: torch.device) -> Device:
+def known_device(device: torch.device) -> Device:
+    """What the rules know of it."""
     if device.type != "cuda":
         return INTERPRETER
     limits = driver.active.utils.get_device_properties(device.index)
     capability = torch.cuda.get_device_capability(device)
-    return Device(capability, limits["max_shared_mem"], limits["multiprocessor_count"])
+    name = torch.cuda.get_device_name(device)
+    return Device(capability, limits["max_shared_mem"], limits["multiprocessor_count"], name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choice(problem: Problem, device: torch.device) -> tuple[TileConfig | DecodeConfig, Schedule | None]:
+    """The tuned one, else the rules'."""
+    choice = tuned.current().choice(problem, known_device(device)) or rule(problem, device)
+    return (choice.tile, choice.schedule) if isinstance(choice, Tiled) else (choice, None)  # type: ignore[return-value]
+
+
+def rule(problem: Problem, device: torch.device) -> Tiled | DecodeConfig:
+    """What the rules of ``configs.py`` choose on this device, whatever is tuned."""
+    if takes_decode(problem):
+        return _decode_config(problem, device)
+    tile = _tile_config(problem, device)
+    return Tiled(tile, default_schedule(problem, tile, known_device(device)))
+
+
+def rule_reduction(problem: ReductionProblem, device: torch.device) -> Reduced:
+    config = _reduction_config(problem.R, problem.itemsize, device)
+    tiles = _cdiv(problem.columns, config.BLOCK_C) * _cdiv(problem.R, config.BLOCK_R)
+    return Reduced(config, _reduction_parts(config, problem.M, tiles, problem.itemsize, device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tuned_reduction(problem: ReductionProblem, device: torch.device) -> tuple[ReductionConfig | None, int | None]:
+    """Neither, where none is tuned."""
+    found = tuned.current().choice(problem, known_device(device))
+    return (found.config, found.parts) if isinstance(found, Reduced) else (None, None)
 
 
 @functools.lru_cache(maxsize=4096)
 def _tile_config(problem: Problem, device: torch.device) -> TileConfig:
-    return default_config(problem, _device(device)) if device.type == "cuda" else INTERPRETER_TILE
+    return default_config(problem, known_device(device)) if device.type == "cuda" else INTERPRETER_TILE
 
 
 @functools.lru_cache(maxsize=4096)
 def _decode_config(problem: Problem, device: torch.device) -> DecodeConfig:
-    return default_decode(problem, _device(device)) if device.type == "cuda" else INTERPRETER_DECODE
+    return default_decode(problem, known_device(device)) if device.type == "cuda" else INTERPRETER_DECODE
 
 
 @functools.cache
 def _reduction_config(rank: int, itemsize: int, device: torch.device) -> ReductionConfig:
     if device.type != "cuda":
         return INTERPRETER_REDUCTION
-    return default_reduction(rank, itemsize, _device(device))
+    return default_reduction(rank, itemsize, known_device(device))
 
 
 @functools.lru_cache(maxsize=4096)
 def _reduction_parts(config: ReductionConfig, rows: int, tiles: int, itemsize: int, device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETER_PARTS
-    return reduction_parts(config, rows, tiles, itemsize, _device(device))
+    return reduction_parts(config, rows, tiles, itemsize, known_device(device))

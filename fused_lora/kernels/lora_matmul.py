@@ -33,16 +33,25 @@ def _lora_matmul_kernel(
     M, P, Q, R,
     stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, stride_vr, stride_vp,
     scale, keep_scale, threshold,
-    FORM: tl.constexpr, SPLIT: tl.constexpr,
+    FORM: tl.constexpr, SPLIT: tl.constexpr, U_MULTIPLE: tl.constexpr, V_MULTIPLE: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROP_INPUT: tl.constexpr, DROP_OUTPUT: tl.constexpr,
-    EVEN_Q: tl.constexpr, MANY_RANKS: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_Q: tl.constexpr, FAR: tl.constexpr, DESCRIPTORS: tl.constexpr, W_ALONG_Q: tl.constexpr,
+    MANY_RANKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (M, P) and thin (M, R) are contiguous, in a's dtype. MANY_RANKS: R is greater than BLOCK_R.
-
+    U_MULTIPLE, V_MULTIPLE: a power of two that divides R and the other stride of u or v, where its ranks are adjacent.
+    DESCRIPTORS: a_ptr and w_ptr are tensor descriptors, of blocks (BLOCK_M, BLOCK_Q) and (BLOCK_Q, BLOCK_P), the latter
+    of wᵀ if W_ALONG_Q: contiguous dimensions come last.
+    FAR: offsets within a tile's rows of a, within w or within u may not fit int32.
     parts: (SPLIT, M, R) of float32, for PRODUCE.  sync: HEADER + rows of tiles, of int32, all zero, for PUBLISH and
     PRODUCE.  SPLIT is 1 for the other forms, and at most the number of BLOCK_Q in Q.
     """
+    # for the compiler: how wide a load of u or v may be whose ranks are adjacent
+    if U_MULTIPLE > 1:
+        R, stride_uq = R // U_MULTIPLE * U_MULTIPLE, stride_uq // U_MULTIPLE * U_MULTIPLE
+    if V_MULTIPLE > 1:
+        R, stride_vp = R // V_MULTIPLE * V_MULTIPLE, stride_vp // V_MULTIPLE * V_MULTIPLE
     HANDS_OVER: tl.constexpr = FORM == PUBLISH or FORM == PRODUCE
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     seed = tl.full((), 0, tl.int64)
@@ -67,7 +76,8 @@ def _lora_matmul_kernel(
                 _, thin = _products(
                     a_ptr, w_ptr, u_ptr, seed, pid_m, 0, first_r, first_q, last_q, M, P, Q, R,
                     stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype,
-                    False, True, DROP_INPUT, EVEN_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                    False, True, DROP_INPUT,
+                    EVEN_Q, FAR, DESCRIPTORS, W_ALONG_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
                 )  # fmt: skip
                 _store_thin(parts_ptr + part.to(tl.int64) * M * R, thin, pid_m, first_r, M, R, BLOCK_M, BLOCK_R)
             _raise_flag(sync_ptr + HEADER + pid_m)
@@ -78,14 +88,16 @@ def _lora_matmul_kernel(
                 acc, thin = _products(
                     a_ptr, w_ptr, u_ptr, seed, pid_m, 0, 0, 0, Q, M, P, Q, R,
                     stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype,
-                    True, True, DROP_INPUT, EVEN_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                    True, True, DROP_INPUT,
+                    EVEN_Q, FAR, DESCRIPTORS, W_ALONG_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
                 )  # fmt: skip
                 _store_thin(thin_ptr, round_to(thin * thin_scale, dtype), pid_m, 0, M, R, BLOCK_M, BLOCK_R)
                 for first_r in range(BLOCK_R, end_r, BLOCK_R):
                     _, thin = _products(
                         a_ptr, w_ptr, u_ptr, seed, pid_m, 0, first_r, 0, Q, M, P, Q, R,
                         stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype,
-                        False, True, DROP_INPUT, EVEN_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                        False, True, DROP_INPUT,
+                        EVEN_Q, FAR, DESCRIPTORS, W_ALONG_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
                     )  # fmt: skip
                     _store_thin(thin_ptr, round_to(thin * thin_scale, dtype), pid_m, first_r, M, R, BLOCK_M, BLOCK_R)
                 _raise_flag(sync_ptr + HEADER + pid_m)
@@ -93,13 +105,15 @@ def _lora_matmul_kernel(
                 acc, _ = _products(
                     a_ptr, w_ptr, u_ptr, seed, pid_m, pid_p, 0, 0, Q, M, P, Q, R,
                     stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype,
-                    True, False, DROP_INPUT, EVEN_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                    True, False, DROP_INPUT,
+                    EVEN_Q, FAR, DESCRIPTORS, W_ALONG_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
                 )  # fmt: skip
         else:
             acc, thin = _products(
                 a_ptr, w_ptr, u_ptr, seed, pid_m, pid_p, 0, 0, Q, M, P, Q, R,
                 stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype,
-                True, FORM == RECOMPUTE, DROP_INPUT, EVEN_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                True, FORM == RECOMPUTE, DROP_INPUT,
+                EVEN_Q, FAR, DESCRIPTORS, W_ALONG_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
             )  # fmt: skip
         if HANDS_OVER:
             _await_flag(sync_ptr + HEADER + pid_m, SPLIT)
@@ -123,7 +137,8 @@ def _lora_matmul_kernel(
                             _, thin = _products(
                                 a_ptr, w_ptr, u_ptr, seed, pid_m, 0, first_r, 0, Q, M, P, Q, R,
                                 stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype,
-                                False, True, DROP_INPUT, EVEN_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
+                                False, True, DROP_INPUT,
+                                EVEN_Q, FAR, DESCRIPTORS, W_ALONG_Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q, BLOCK_R,
                             )  # fmt: skip
                     # round h here: reference.py rounds at the same point
                     rounded = round_to(thin * thin_scale, dtype)
@@ -149,46 +164,57 @@ def _products(
     a_ptr, w_ptr, u_ptr, seed, pid_m, pid_p, first_r, first_q, last_q, M, P, Q, R,
     stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, threshold, dtype: tl.constexpr,
     WITH_BASE: tl.constexpr, WITH_THIN: tl.constexpr, DROP_INPUT: tl.constexpr, EVEN_Q: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FAR: tl.constexpr, DESCRIPTORS: tl.constexpr, W_ALONG_Q: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``(a w, a u)`` of a tile, over a's columns from first_q to last_q: one pass over a; zero where not asked for."""
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_p = tl.arange(0, BLOCK_P).to(tl.int64) + pid_p * BLOCK_P
-    offs_q = tl.arange(0, BLOCK_Q).to(tl.int64) + first_q
-    offs_r = tl.arange(0, BLOCK_R).to(tl.int64) + first_r
+    # one 64-bit base and offsets of 32 bits where they suffice: half the registers and address arithmetic of pointers
+    index: tl.constexpr = tl.int64 if FAR else tl.int32
+    first_m = pid_m.to(tl.int64) * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M).to(index)
+    offs_p = tl.arange(0, BLOCK_P).to(index) + pid_p * BLOCK_P
+    offs_q = tl.arange(0, BLOCK_Q).to(index) + first_q
+    offs_r = tl.arange(0, BLOCK_R).to(index) + first_r
     mask_r = offs_r < R
-    # rows and columns past the end wrap around: their results are never stored, and the loads need no mask
-    a_ptrs = a_ptr + (offs_m % M)[:, None] * stride_am + offs_q[None, :] * stride_aq
-    w_ptrs = w_ptr + offs_q[:, None] * stride_wq + (offs_p % P)[None, :] * stride_wp
-    u_ptrs = u_ptr + offs_q[:, None] * stride_uq + offs_r[None, :] * stride_ur
+    # rows past the end repeat the last, columns wrap around: what they give is never stored, and no load needs a mask
+    rows = tl.minimum(offs_m, (M - 1 - first_m).to(index))
+    if not DESCRIPTORS:
+        a_tile_ptr = a_ptr + first_m * stride_am
+    a_offs = rows[:, None] * stride_am + offs_q[None, :] * stride_aq
+    w_offs = offs_q[:, None] * stride_wq + (offs_p % P)[None, :] * stride_wp
+    u_offs = offs_q[:, None] * stride_uq + offs_r[None, :] * stride_ur
+    step = tl.full((), BLOCK_Q, index)
     acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     thin = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     # at least one trip, stated: otherwise ptxas serialises every wgmma (C7515)
     for q in range(first_q, tl.maximum(last_q, first_q + BLOCK_Q), BLOCK_Q):
         mask_q = tl.arange(0, BLOCK_Q) < Q - q
-        if EVEN_Q:
-            a = tl.load(a_ptrs)
+        if DESCRIPTORS:
+            a = a_ptr.load([pid_m * BLOCK_M, q])
+        elif EVEN_Q:
+            a = tl.load(a_tile_ptr + a_offs)
         else:
-            a = tl.load(a_ptrs, mask=mask_q[None, :], other=0.0)
+            a = tl.load(a_tile_ptr + a_offs, mask=mask_q[None, :], other=0.0)
         if WITH_BASE:
-            if EVEN_Q:
-                w = tl.load(w_ptrs)
+            if DESCRIPTORS:
+                w = w_ptr.load([pid_p * BLOCK_P, q]).T if W_ALONG_Q else w_ptr.load([q, pid_p * BLOCK_P])
+            elif EVEN_Q:
+                w = tl.load(w_ptr + w_offs)
             else:
-                w = tl.load(w_ptrs, mask=mask_q[:, None], other=0.0)
+                w = tl.load(w_ptr + w_offs, mask=mask_q[:, None], other=0.0)
             acc = dot(a, w, acc, PRECISION)
-            w_ptrs += BLOCK_Q * stride_wq
+            w_offs += step * stride_wq
         if WITH_THIN:
             if EVEN_Q:
-                u = tl.load(u_ptrs, mask=mask_r[None, :], other=0.0)
+                u = tl.load(u_ptr + u_offs, mask=mask_r[None, :], other=0.0)
             else:
-                u = tl.load(u_ptrs, mask=mask_q[:, None] & mask_r[None, :], other=0.0)
+                u = tl.load(u_ptr + u_offs, mask=mask_q[:, None] & mask_r[None, :], other=0.0)
             if DROP_INPUT:
                 columns = tl.arange(0, BLOCK_Q).to(tl.int64) + q
-                a = tl.where(keep_mask(seed, offs_m, columns, Q, threshold), a, 0.0)
+                a = tl.where(keep_mask(seed, first_m + offs_m, columns, Q, threshold), a, 0.0)
             thin = dot(a, round_to(u, dtype), thin, PRECISION)
-            u_ptrs += BLOCK_Q * stride_uq
-        a_ptrs += BLOCK_Q * stride_aq
+            u_offs += step * stride_uq
+        a_offs += step * stride_aq
     return acc, thin
 
 

@@ -10,8 +10,21 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .codegen import DEVICES, Resources, compile_call
-from .configs import Form, Problem, Schedule, default_config, default_reduction, default_schedule
+from .codegen import DEVICES, MATRIX_INSTRUCTION, Resources, compile_call
+from .configs import (
+    Form,
+    Problem,
+    Schedule,
+    TileConfig,
+    default_config,
+    default_decode,
+    default_reduction,
+    default_schedule,
+    takes_decode,
+)
+
+# the main loop of tiles that wait may have this many times the instructions of the bare GEMM's
+LOOP_LIMIT = 1.05
 
 
 @dataclass(frozen=True)
@@ -27,58 +40,118 @@ class Case:
     adapter_dtype: torch.dtype
     dropout: bool = False
 
+    @property
+    def exact(self) -> bool:
+        """float32 at full precision, which no matrix instruction multiplies."""
+        return self.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
 
 @dataclass(frozen=True)
 class Found:
-    """plain: the same tile's bare GEMM, where there is one to compare with."""
+    """plain: the same tile's bare GEMM, where there is one to compare with.  loads: "descriptors" or "pointers"."""
 
     case: Case
     work: str
     tile: tuple[int, ...]
     form: str
+    loads: str
     resources: Resources
     plain: Resources | None
 
     @property
     def loop(self) -> int | None:
-        """Instructions in the main loop of the tiles that wait: a publisher's is longer, a producer's shorter."""
-        loops = self.resources.loops
-        return None if not loops else loops[-1] if self.form == "PRODUCE" else loops[0]
+        """Instructions in the main loop of the tiles that wait: it has as many matrix instructions as the bare GEMM's.
+
+        A publisher's main loop has more of them, one that makes the thin product alone has fewer, unless ranks are as
+        many as the tile's columns: then the longer of the two counts.
+        """
+        got, plain = self.resources, self.plain
+        if plain is None or not plain.loops:
+            return got.loops[0] if got.loops else None
+        loops = zip(got.loops, got.matrix_counts, strict=True)
+        return max((size for size, count in loops if count == plain.matrix_counts[0]), default=None)
+
+    @property
+    def plain_loop(self) -> int | None:
+        return self.plain.loops[0] if self.plain is not None and self.plain.loops else None
+
+    def faults(self) -> list[str]:
+        """What must not be, in words: spills, warnings, another matrix instruction, a main loop longer than allowed.
+
+        A tile that recomputes has more to do in its main loop than a bare GEMM, so that one's length is free.
+        """
+        faults = [f"ptxas warns: {code}" for code in self.resources.warnings]
+        if self.resources.spill_bytes:
+            faults.append(f"{self.resources.spill_bytes} bytes of spills")
+        expected = MATRIX_INSTRUCTION[self.case.arch]
+        if not self.case.exact and expected not in self.resources.matrix_instructions:
+            faults.append(f"no {expected}")
+        if self.form == "RECOMPUTE" or self.case.exact:
+            return faults
+        loop, plain = self.loop, self.plain_loop
+        if loop is None:
+            faults.append("no main loop with the matrix instructions of the bare GEMM")
+        elif plain is not None and loop > LOOP_LIMIT * plain:
+            faults.append(f"{loop} instructions in the main loop, the bare GEMM has {plain}")
+        return faults
 
 
 def compile_case(case: Case) -> Iterator[Found]:
     """Forward, input gradient and adapter gradients of a case, one by one: each takes seconds."""
-    device = DEVICES[case.arch]
     x, dy, weight = _meta(case, case.M, case.K), _meta(case, case.M, case.N), _meta(case, case.N, case.K)
     h = _meta(case, case.M, case.R)
     A = _meta(case, case.R, case.K, dtype=case.adapter_dtype)
     B = _meta(case, case.N, case.R, dtype=case.adapter_dtype)
-    seed = _meta(case, 1, dtype=torch.int64) if case.dropout else None
-    sync = _meta(case, 1 << 14, dtype=torch.int32)
+    yield _compile_matmul(case, "forward", (x, weight.t(), A.t(), B.t(), _meta(case, case.N)), h)
+    yield _compile_matmul(case, "input gradient", (dy, weight, B, A, None), h)
 
-    exact = case.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    forward = (x, weight.t(), A.t(), B.t(), _meta(case, case.N), 1.5, seed, 0.1, False, _meta(case, case.M, case.N), h)
-    backward = (dy, weight, B, A, None, 1.5, seed, 0.1, True, _meta(case, case.M, case.K), h)
-    operands: tuple[Any, ...]
-    for work, operands, P, Q in (("forward", forward, case.N, case.K), ("input gradient", backward, case.K, case.N)):
-        problem = Problem(
-            case.M, P, Q, case.R, case.dtype.itemsize, case.adapter_dtype.itemsize, case.dropout, not exact
-        )
-        config = default_config(problem, device)
-        schedule = default_schedule(problem, config, device)
-        calls = [
-            launch.lora_matmul_call(*operands, config, s, None if s.form <= Form.RECOMPUTE else sync)  # type: ignore[call-arg]
-            for s in (schedule, Schedule(Form.PLAIN))
-        ]
-        calls[1] = replace(calls[1], flags=calls[1].flags | {"DROP_INPUT": False, "DROP_OUTPUT": False})
-        ours, plain = (compile_call(call, case.arch) for call in calls)
-        tile = (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.num_warps, config.num_stages)
-        yield Found(case, work, tile, schedule.form.name, ours, plain)
-    reduction = default_reduction(case.R, case.dtype.itemsize, device)
+    seed = _meta(case, 1, dtype=torch.int64) if case.dropout else None
+    reduction = default_reduction(case.R, case.dtype.itemsize, DEVICES[case.arch])
     parts = _meta(case, 4, 128, 64, reduction.BLOCK_R, dtype=torch.float32)
-    call = launch.adapter_grad_call(x, h, dy, h, 1.5, seed, 0.1, A, B, reduction, parts, sync)
+    call = launch.adapter_grad_call(x, h, dy, h, 1.5, seed, 0.1, A, B, reduction, parts, _counters(case))
     tile = (reduction.BLOCK_M, reduction.BLOCK_C, reduction.BLOCK_R, reduction.num_warps, reduction.num_stages)
-    yield Found(case, "adapter gradients", tile, "in parts", compile_call(call, case.arch), None)
+    yield Found(case, "adapter gradients", tile, "in parts", "pointers", compile_call(call, case.arch), None)
+
+
+def _compile_matmul(case: Case, work: str, operands: tuple[Any, ...], thin: Tensor) -> Found:
+    """operands: a, w, u, v and bias.  As ``launch.lora_matmul`` would launch it."""
+    a, w, *_, bias = operands
+    device = DEVICES[case.arch]
+    seed = _meta(case, 1, dtype=torch.int64) if case.dropout else None
+    sizes = (case.M, w.shape[1], w.shape[0], case.R, case.dtype.itemsize, case.adapter_dtype.itemsize)
+    problem = Problem(*sizes, case.dropout, not case.exact, launch.aligned(a, w))
+    out = _meta(case, case.M, w.shape[1])
+    if takes_decode(problem):
+        decode = default_decode(problem, device)
+        few: tuple[Any, ...] = (*operands, 1.5, out, thin, _counters(case), decode)
+        call = launch.decode_call(*few)
+        tile = (decode.BLOCK_P, decode.BLOCK_Q, decode.BLOCK_R, decode.num_warps, decode.num_stages)
+        return Found(case, work, tile, "few tokens", "pointers", compile_call(call, case.arch), None)
+    config = default_config(problem, device)
+    schedule = default_schedule(problem, config, device)
+    dropout = (seed, 0.1, work != "forward")
+    sync = None if schedule.form <= Form.RECOMPUTE else _counters(case)
+    given: tuple[Any, ...] = (*operands, 1.5, *dropout, out, thin, config, schedule, sync)
+    call = launch.lora_matmul_call(*given)
+    tile = (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.num_warps, config.num_stages)
+    loads = "descriptors" if schedule.descriptors else "pointers"
+    plain = _compile_plain(case, a, w, bias, config, schedule)
+    return Found(case, work, tile, schedule.form.name, loads, compile_call(call, case.arch), plain)
+
+
+def _compile_plain(
+    case: Case, a: Tensor, w: Tensor, bias: Tensor | None, config: TileConfig, schedule: Schedule
+) -> Resources:
+    """The bare GEMM of a tile. Its adapters, which it never reads, are always the same: so it is compiled once."""
+    u, v = _meta(case, w.shape[0], 16), _meta(case, 16, w.shape[1])
+    out, thin = _meta(case, case.M, w.shape[1]), _meta(case, case.M, 16)
+    config, schedule = replace(config, BLOCK_R=16), Schedule(Form.PLAIN, descriptors=schedule.descriptors)
+    call = launch.lora_matmul_call(a, w, u, v, bias, 1.5, None, 0.0, False, out, thin, config, schedule, None)
+    return compile_call(call, case.arch)
+
+
+def _counters(case: Case) -> Tensor:
+    return _meta(case, 1 << 14, dtype=torch.int32)
 
 
 def _meta(case: Case, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -3,12 +3,19 @@
 Compiling needs Triton as it is without TRITON_INTERPRET, so the compiling runs in a process of its own.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from fused_lora import offline, ops
+from fused_lora.cli import main
+from fused_lora.kernels.codegen import Resources
+from fused_lora.kernels.shipped import Case, Found
 
 MATRIX_INSTRUCTION = {
     80: "mma.sync",
@@ -32,106 +39,115 @@ def _compile(script, *arguments):
 
 
 COMPILE = """
-import json, sys, torch
+import dataclasses, json, sys, torch
 from fused_lora.kernels.shipped import Case, compile_case
 
-arch, rank, tokens = map(int, sys.argv[1:4])
-dtypes = [getattr(torch, name) for name in sys.argv[4].split("+")]
-torch.set_float32_matmul_precision(sys.argv[5])
-found = {}
-for dropout in (False, True):
-    for row in compile_case(Case(arch, tokens, 4096, 4096, rank, *dtypes, dropout)):
-        name = row.work + (" with dropout" if dropout else "")
-        plain = row.plain.loops[0] if row.plain is not None and row.plain.loops else None
-        found[name] = vars(row.resources) | {"form": row.form, "loop": row.loop, "plain": plain}
+found = []
+for tokens, rank, base, adapters, precision, dropout, N in json.loads(sys.argv[2]):
+    torch.set_float32_matmul_precision(precision)
+    case = Case(int(sys.argv[1]), tokens, 4096, N, rank, getattr(torch, base), getattr(torch, adapters), dropout)
+    for row in compile_case(case):
+        exact = base == "float32" and precision == "highest"
+        about = {"case": str(case), "form": row.form, "loads": row.loads, "exact": exact, "faults": row.faults()}
+        found.append(vars(row.resources) | about | {"work": row.work, "loop": row.loop, "plain": row.plain_loop})
 print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize(
-    ("arch", "rank", "dtypes", "precision", "tokens"),
-    [
-        (90, 16, "bfloat16+bfloat16", "highest", 8192),
-        (90, 128, "float16+float32", "highest", 8192),
-        (80, 64, "bfloat16+float32", "highest", 8192),
-        (89, 16, "float16+float16", "highest", 8192),
-        (100, 16, "bfloat16+bfloat16", "highest", 8192),
-        (120, 16, "bfloat16+bfloat16", "highest", 8192),
-        (90, 16, "float32+float32", "highest", 8192),
-        (80, 16, "float32+float32", "high", 8192),
-        (90, 64, "bfloat16+bfloat16", "highest", 512),
-        (86, 128, "bfloat16+bfloat16", "highest", 512),
+def case(tokens, rank, base="bfloat16", adapters=None, precision="highest", dropout=False, N=4096):
+    return tokens, rank, base, adapters or base, precision, dropout, N
+
+
+# every GPU, form, kind of loads, rank and mixture of dtypes, and what once failed; `fused-lora codegen` compiles more
+CASES = {
+    80: [case(8192, 64), case(256, 128, "float16"), case(16, 16), case(8192, 16, "float32", precision="high")],
+    86: [case(8192, 8, "float16"), case(256, 16), case(16, 64, "bfloat16", "float32")],
+    89: [case(8192, 128), case(256, 32, "float16"), case(16, 128, "bfloat16", "float32")],
+    90: [
+        case(8192, 8), case(8192, 128, "float16"), case(256, 128), case(16, 16), case(16, 100, "float32"),
+        case(8192, 16, "bfloat16", "float32"), case(8192, 16, "float32"), case(8192, 64, dropout=True),
+        case(8192, 32, N=256),
     ],
-)
-def test_shipped_tiles_compile_without_spills_or_warnings_to_the_instruction(arch, rank, dtypes, precision, tokens):
-    found = _compile(COMPILE, arch, rank, tokens, dtypes, precision)
-    assert len(found) == 6
-    exact = dtypes.startswith("float32") and precision == "highest"
-    for work, resources in found.items():
-        assert resources["spill_bytes"] == 0, (work, resources)
-        assert resources["warnings"] == [], (work, resources)
-        if not exact:
-            assert MATRIX_INSTRUCTION[arch] in resources["matrix_instructions"], (work, resources)
-            assert resources["loops"], (work, resources)
-        if resources["form"] == "PUBLISH" and "dropout" not in work and arch >= 90 and "+float32" not in dtypes:
+    100: [case(8192, 64, "float16"), case(8192, 128), case(256, 16, "float16"), case(16, 8)],
+    120: [case(8192, 128), case(256, 8, "float16"), case(16, 32)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", CASES)
+def test_shipped_launches_compile_without_spills_or_warnings_to_the_instruction_and_to_the_bare_loop(arch):
+    found = _compile(COMPILE, arch, json.dumps(CASES[arch]))
+    assert len(found) == 3 * len(CASES[arch])
+    for row in found:
+        assert row["faults"] == [], row
+        assert row["spill_bytes"] == 0, row
+        assert row["warnings"] == [], row
+        if not row["exact"]:
+            assert MATRIX_INSTRUCTION[arch] in row["matrix_instructions"], row
+        if row["plain"] is not None and row["form"] in ("PUBLISH", "PRODUCE"):
             # those who wait for h run the bare GEMM's loop
-            assert resources["loop"] <= 1.05 * resources["plain"], (work, resources)
+            assert row["loop"] <= 1.05 * row["plain"], row
+        if row["form"] == "few tokens":
+            # two programs, and 1 KB that the system takes for each, share a multiprocessor's memory and registers
+            assert 2 * (row["shared_bytes"] + 1024) <= SHARED_MEMORY[arch] * 1024, row
+            assert 2 * 128 * row["registers"] <= 2**16, row
+    forms = {"PUBLISH", "PRODUCE", "few tokens"}
+    assert forms <= {row["form"] for row in found}
+    assert ("descriptors" in {row["loads"] for row in found}) == (arch in (90, 100))
 
 
-DECODE = """
-import dataclasses, json, sys, torch
-from fused_lora.kernels import codegen, configs, launch
-
-arch, rank, M, K, N = int(sys.argv[1]), int(sys.argv[2]), 4, 4096, 11008
-torch.set_float32_matmul_precision(sys.argv[4])
-dtype, adapter_dtype = (getattr(torch, name) for name in sys.argv[3].split("+"))
-
-def meta(*shape, dtype=dtype):
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-def config(P, Q):
-    exact = dtype == torch.float32 and sys.argv[4] == "highest"
-    problem = configs.Problem(M, P, Q, rank, dtype.itemsize, adapter_dtype.itemsize, False, not exact)
-    return configs.default_decode(problem, codegen.DEVICES[arch])
-
-x, dy, weight, h = meta(M, K), meta(M, N), meta(N, K), meta(M, rank)
-A, B = meta(rank, K, dtype=adapter_dtype), meta(N, rank, dtype=adapter_dtype)
-counters = meta(1000, dtype=torch.int32)
-calls = {
-    "forward": launch.decode_call(
-        x, weight.t(), A.t(), B.t(), meta(N), 1.5, meta(M, N), h, counters, config(N, K)),
-    "input gradient": launch.decode_call(
-        dy, weight, B, A, None, 1.5, meta(M, K), h, counters, config(K, N)),
-}
-print(json.dumps({work: dataclasses.asdict(codegen.compile_call(call, arch)) for work, call in calls.items()}))
-"""
+def found(form="PUBLISH", dtype=torch.bfloat16, **changes):
+    got = Resources(128, 0, 1024, (), ("wgmma.mma_async",), (100, 130), (4, 8), 3)
+    case = Case(90, 8192, 64, 64, 16, dtype, dtype)
+    return Found(case, "forward", (128, 128, 64, 8, 3), form, "pointers", dataclasses.replace(got, **changes), got)
 
 
 @pytest.mark.parametrize(
-    ("arch", "rank", "dtypes", "precision"),
+    ("row", "fault"),
     [
-        (80, 16, "bfloat16+bfloat16", "highest"),
-        (80, 100, "float32+float32", "highest"),
-        (86, 64, "float16+float16", "highest"),
-        (89, 128, "bfloat16+float32", "highest"),
-        (90, 16, "bfloat16+bfloat16", "highest"),
-        (90, 128, "float16+float32", "highest"),
-        (90, 100, "float32+float32", "highest"),
-        (90, 16, "float32+float32", "high"),
-        (100, 16, "bfloat16+bfloat16", "highest"),
-        (120, 64, "bfloat16+bfloat16", "highest"),
+        (found(), None),
+        (found(spill_bytes=8), "8 bytes of spills"),
+        (found(warnings=("C7514",)), "ptxas warns: C7514"),
+        (found(matrix_instructions=("mma.sync",)), "no wgmma.mma_async"),
+        (found(loops=(), matrix_counts=()), "no main loop with the matrix instructions of the bare GEMM"),
+        (found(matrix_counts=(2, 8)), "no main loop with the matrix instructions of the bare GEMM"),
+        (found(loops=(105, 200)), None),
+        (found(loops=(106, 200)), "106 instructions in the main loop, the bare GEMM has 100"),
+        # a publisher's ranks beyond the first block have the shortest loop
+        (
+            found(loops=(60, 106, 200), matrix_counts=(2, 4, 6)),
+            "106 instructions in the main loop, the bare GEMM has 100",
+        ),
+        (
+            found("PRODUCE", loops=(60, 106), matrix_counts=(4, 4)),
+            "106 instructions in the main loop, the bare GEMM has 100",
+        ),
+        (found("RECOMPUTE", loops=(200,), matrix_counts=(8,)), None),
+        (found("PLAIN", torch.float32, matrix_instructions=(), loops=(), matrix_counts=()), None),
     ],
 )
-def test_decoding_compiles_without_spills_or_warnings_and_programs_share_a_multiprocessor(
-    arch, rank, dtypes, precision
-):
-    found = _compile(DECODE, arch, rank, dtypes, precision)
-    assert set(found) == {"forward", "input gradient"}
-    for work, resources in found.items():
-        assert resources["spill_bytes"] == 0, (work, resources)
-        assert resources["warnings"] == [], (work, resources)
-        # two of its programs, and 1 KB that the system takes for each, from a multiprocessor's memory and registers
-        assert 2 * (resources["shared_bytes"] + 1024) <= SHARED_MEMORY[arch] * 1024, (work, resources)
-        assert 2 * 128 * resources["registers"] <= 2**16
-        if not (dtypes.startswith("float32") and precision == "highest"):
-            assert MATRIX_INSTRUCTION[arch] in resources["matrix_instructions"], (work, resources)
+def test_the_command_fails_and_says_which_launch_is_not_as_it_must_be(row, fault, monkeypatch, capsys, tmp_path):
+    assert row.faults() == ([] if fault is None else [fault])
+    monkeypatch.setattr(ops, "interpreting", lambda: False)
+    monkeypatch.setattr(offline, "_compile_all", lambda cases: [row])
+    arguments = ["codegen", "--json", str(tmp_path / "found.json"), "--markdown", str(tmp_path / "found.md")]
+    assert main(arguments) == (0 if fault is None else 1)
+    out, err = capsys.readouterr()
+    assert "| sm_90 | forward |" in out
+    assert "| sm_90 | forward |" in (tmp_path / "found.md").read_text()
+    assert json.loads((tmp_path / "found.json").read_text())[0]["work"] == "forward"
+    if fault is None:
+        assert err == ""
+    else:
+        assert f"sm_90, forward, bfloat16, R 16, M 8192, {row.form}: {fault}" in err
+
+
+def test_the_command_compiles_every_gpu_rank_dtype_and_kernel():
+    cases = offline._cases([90, 80], [8, 16])
+    assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 3
+    assert {case.M for case in cases} == {8192, 256, 16}
+
+
+@pytest.mark.parametrize("arguments", [["--arch", "75"], ["--rank", "0"], ["--rank", "eight"]])
+def test_an_unknown_gpu_or_rank_is_refused(arguments, capsys):
+    assert main(["codegen", *arguments]) == 2
+    assert f"{arguments[0]} must be" in capsys.readouterr().err

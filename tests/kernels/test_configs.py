@@ -9,12 +9,14 @@ from fused_lora.kernels.configs import (
     PROGRAMS,
     DecodeConfig,
     Device,
+    Form,
     Problem,
     block_r,
     decode_programs,
     default_config,
     default_decode,
     default_reduction,
+    default_schedule,
     fits,
     reduction_parts,
 )
@@ -27,7 +29,8 @@ DEVICES = {
     "sm_90": Device((9, 0), 227 * 1024),
     "sm_100": Device((10, 0), 227 * 1024),
     "sm_120": Device((12, 0), 99 * 1024),
-    "unknown, small": Device((99, 0), 48 * 1024),
+    "unknown, small": Device((99, 0), 48 * 1024, 1),
+    "unknown, large": Device((13, 0), 1024 * 1024, 1000),
 }
 
 
@@ -40,6 +43,8 @@ def test_default_config_fits_every_device(device):
         )
         config = default_config(problem, device)
         assert fits(config, problem, device), (problem, config)
+        schedule = default_schedule(problem, config, device)
+        assert schedule.split == 1 or schedule.form == Form.PRODUCE
         for block in (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R):
             assert block >= 16
             assert block & (block - 1) == 0
@@ -66,6 +71,12 @@ def test_parts_of_a_reduction_run_at_once_and_have_rows_enough(device):
     ):
         parts = reduction_parts(default_reduction(rank, itemsize, device), rows, tiles, itemsize, device)
         assert parts == 1 or (parts * tiles <= PROGRAMS * device.multiprocessors and rows >= parts * LEAST_ROWS)
+
+
+def test_tensor_descriptors_are_for_hopper_and_datacentre_blackwell_alone():
+    problem = Problem(8192, 4096, 4096, 16, 2, 2, aligned=True)
+    schedules = {name: default_schedule(problem, default_config(problem, d), d) for name, d in DEVICES.items()}
+    assert {name for name, schedule in schedules.items() if schedule.descriptors} == {"sm_90", "sm_100"}
 
 
 @pytest.mark.parametrize(("columns", "rank"), [(8192, 16), (8192, 64), (2048, 16), (20480, 16), (28672, 128)])

@@ -1,4 +1,10 @@
-"""What only a GPU can show: races between programs, streams, CUDA graphs. The rest runs in the interpreter too."""
+"""What only a GPU can show: races between programs, streams, CUDA graphs.
+
+Without one the same tests walk through the interpreter, with one repetition instead of a thousand, so that the first
+minute on a GPU meets no slip of the pen: ``Stage`` holds all that is CUDA's own.
+"""
+
+import contextlib
 
 import oracle
 import pytest
@@ -6,17 +12,72 @@ import torch
 
 from fused_lora import lora_linear
 from fused_lora.kernels import launch
-from fused_lora.kernels.configs import Form, Schedule
+from fused_lora.kernels.configs import Form, Schedule, TileConfig
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-FORMS = [None, Schedule(Form.PUBLISH), Schedule(Form.PRODUCE, 4), Schedule(Form.RECOMPUTE)]
+ON_GPU = torch.cuda.is_available()
+# of the kernels: the rule's choice, then each way to share h, in the rule's tile
+PRODUCE = Schedule(Form.PRODUCE, 4 if ON_GPU else 2)
+FORMS = [None, Schedule(Form.PUBLISH), PRODUCE, Schedule(Form.RECOMPUTE)]
 # tokens that take the few-token kernel, producers, and publishers
-TOKENS = [4, 300, 5000]
+TOKENS = [4, 300, 5000] if ON_GPU else [4, 40]
+K, N, R = (1024, 1536, 16) if ON_GPU else (64, 64, 16)
+LAUNCHES, STEPS, ROUNDS = (1000, 200, 200) if ON_GPU else (1, 1, 1)
+DEVICE = "cuda" if ON_GPU else "cpu"
+by_form = pytest.mark.parametrize("schedule", FORMS, ids=lambda s: "rule" if s is None else s.form.name)
+by_tokens = pytest.mark.parametrize("tokens", TOKENS)
 
 
-def operands(inputs):
-    return inputs.x, inputs.weight.t(), inputs.lora_A.t(), inputs.lora_B.t(), inputs.bias, inputs.scale
+class Stage:
+    """Streams and graphs on a GPU; in the interpreter, everything at once and in its order."""
+
+    @staticmethod
+    def synchronize():
+        if ON_GPU:
+            torch.cuda.synchronize()
+
+    @staticmethod
+    def stream():
+        return torch.cuda.Stream() if ON_GPU else None
+
+    @staticmethod
+    def on(stream):
+        return torch.cuda.stream(stream) if ON_GPU else contextlib.nullcontext()
+
+    @staticmethod
+    def capture(work, stream):
+        """What ``work`` returns, and a function that makes it anew in the same tensors."""
+        if not ON_GPU:
+            results = work()
+            return results, lambda: [old.copy_(new) for old, new in zip(results, work(), strict=True)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            results = work()
+        return results, graph.replay
+
+
+def draw(tokens):
+    """With the thin products that the adapter gradients read, which are not under test here."""
+    inputs = oracle.draw(tokens, K, N, R, dtype=torch.bfloat16, device=DEVICE)
+    inputs.g, inputs.h = inputs.dy @ inputs.lora_B, inputs.x @ inputs.lora_A.t()
+    return inputs
+
+
+def forward(inputs, schedule=None, dropout=False):
+    """out and thin of one launch."""
+    operands = (inputs.x, inputs.weight.t(), inputs.lora_A.t(), inputs.lora_B.t(), inputs.bias, inputs.scale)
+    seed = torch.tensor([7], device=DEVICE) if dropout else None
+    return launch.lora_matmul(*operands, seed, 0.3 if dropout else 0.0, False, schedule=schedule)
+
+
+def input_gradient(inputs, schedule=None):
+    operands = (inputs.dy, inputs.weight, inputs.lora_B, inputs.lora_A, None, inputs.scale)
+    return launch.lora_matmul(*operands, None, 0.0, True, schedule=schedule)
+
+
+def adapter_gradients(inputs, parts=None):
+    wide_and_thin = inputs.x, inputs.g, inputs.dy, inputs.h
+    dtypes = inputs.lora_A.dtype, inputs.lora_B.dtype
+    return launch.adapter_grad(*wide_and_thin, inputs.scale, None, 0.0, *dtypes, parts=parts)
 
 
 def step(inputs):
@@ -24,72 +85,111 @@ def step(inputs):
     return list(oracle.results(inputs, lora_linear, impl="triton").values())
 
 
-@pytest.mark.parametrize("schedule", FORMS, ids=lambda s: "default" if s is None else s.form.name)
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_a_thousand_launches_give_the_same_bits(tokens, schedule):
-    inputs = oracle.draw(tokens, 1024, 1536, 16, dtype=torch.bfloat16, device="cuda")
-    first = launch.lora_matmul(*operands(inputs), None, 0.0, False, schedule=schedule)
-    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(1000):
-        again = launch.lora_matmul(*operands(inputs), None, 0.0, False, schedule=schedule)
-        wrong += sum((one != two).sum() for one, two in zip(first, again, strict=True))
+def assert_same_bits(work, times):
+    first = [result.clone() for result in work()]
+    assert not any(result.isnan().any() for result in first)
+    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(times):
+        # on the device, so that launches follow each other closely
+        wrong += sum((one != two).sum() for one, two in zip(first, work(), strict=True))
     assert wrong.item() == 0
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_a_hundred_steps_give_the_same_bits(tokens):
-    inputs = oracle.draw(tokens, 1024, 1536, 16, dtype=torch.bfloat16, device="cuda")
-    first = step(inputs)
-    for _ in range(100):
-        assert all(torch.equal(one, two) for one, two in zip(first, step(inputs), strict=True))
+@by_form
+@by_tokens
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+def test_a_thousand_forwards_give_the_same_bits(tokens, schedule, dropout):
+    inputs = draw(tokens)
+    assert_same_bits(lambda: forward(inputs, schedule, dropout), LAUNCHES)
 
 
-def test_two_streams_at_once_do_not_meet_in_the_counters():
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    inputs = [oracle.draw(tokens, 1024, 1536, 16, dtype=torch.bfloat16, device="cuda") for tokens in (300, 5000)]
-    expected = [launch.lora_matmul(*operands(one), None, 0.0, False) for one in inputs]
-    torch.cuda.synchronize()
-    results = [[], []]
-    for _ in range(200):
+@by_form
+@by_tokens
+def test_a_thousand_input_gradients_give_the_same_bits(tokens, schedule):
+    inputs = draw(tokens)
+    assert_same_bits(lambda: input_gradient(inputs, schedule), LAUNCHES)
+
+
+@pytest.mark.parametrize("parts", [None, 7])
+@by_tokens
+def test_a_thousand_adapter_gradients_give_the_same_bits(tokens, parts):
+    inputs = draw(tokens)
+    assert_same_bits(lambda: adapter_gradients(inputs, parts), LAUNCHES)
+
+
+@by_tokens
+def test_hundreds_of_steps_give_the_same_bits(tokens):
+    inputs = draw(tokens)
+    assert_same_bits(lambda: step(inputs), STEPS)
+
+
+@by_form
+def test_more_tiles_than_run_at_once_hand_over_in_a_small_tile(schedule):
+    """Tiles of 16 x 16: thousands of programs, of which most wait."""
+    inputs = draw(TOKENS[-1])
+    tile = TileConfig(16, 16, 32, 16, 8, 4, 2)
+    operands = (inputs.x, inputs.weight.t(), inputs.lora_A.t(), inputs.lora_B.t(), inputs.bias, inputs.scale)
+    args = (*operands, None, 0.0, False)
+    assert_same_bits(lambda: launch.lora_matmul(*args, config=tile, schedule=schedule), 20 if ON_GPU else 1)
+
+
+WORKS = {
+    "forward": forward,
+    "PUBLISH": lambda inputs: forward(inputs, Schedule(Form.PUBLISH)),
+    "PRODUCE": lambda inputs: forward(inputs, PRODUCE),
+    "adapter gradients": lambda inputs: adapter_gradients(inputs, 4),
+    "step": step,
+}
+by_work = pytest.mark.parametrize("work", WORKS.values(), ids=WORKS.keys())
+
+
+@by_work
+@pytest.mark.parametrize("tokens", [(TOKENS[0], TOKENS[1]), (TOKENS[1], TOKENS[-1])], ids=str)
+def test_two_streams_at_once_do_not_meet_in_the_counters(work, tokens):
+    streams = [Stage.stream(), Stage.stream()]
+    inputs = [draw(count) for count in tokens]
+    expected = [[result.clone() for result in work(one)] for one in inputs]
+    wrong = [torch.zeros((), dtype=torch.int64, device=DEVICE) for _ in streams]
+    Stage.synchronize()
+    for _ in range(ROUNDS):
         for index, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                results[index].append(launch.lora_matmul(*operands(inputs[index]), None, 0.0, False))
-    torch.cuda.synchronize()
-    for index, got in enumerate(results):
-        for out, thin in got:
-            assert torch.equal(out, expected[index][0])
-            assert torch.equal(thin, expected[index][1])
+            with Stage.on(stream):
+                got = work(inputs[index])
+                wrong[index] += sum((one != two).sum() for one, two in zip(got, expected[index], strict=True))
+    Stage.synchronize()
+    assert [count.item() for count in wrong] == [0, 0]
 
 
-@pytest.mark.parametrize("warm", [True, False], ids=["warmed up", "cold stream"])
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_a_captured_forward_replays_with_changed_inputs(tokens, warm):
-    inputs = oracle.draw(tokens, 1024, 1536, 16, dtype=torch.bfloat16, device="cuda")
-    launch.lora_matmul(*operands(inputs), None, 0.0, False)  # compiled before the capture
-    stream = torch.cuda.Stream()
+@by_work
+@by_tokens
+@pytest.mark.parametrize("warm", [True, False] if ON_GPU else [True], ids=lambda warm: "warmed up" if warm else "cold")
+def test_a_captured_graph_replays_with_changed_inputs(tokens, work, warm):
+    inputs, stream = draw(tokens), Stage.stream()
+    # compiled before the capture
+    work(inputs)
     if warm:
-        with torch.cuda.stream(stream):
-            launch.lora_matmul(*operands(inputs), None, 0.0, False)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        out, thin = launch.lora_matmul(*operands(inputs), None, 0.0, False)
-    for _ in range(3):
-        inputs.x.copy_(torch.randn_like(inputs.x))
-        inputs.lora_B.copy_(torch.randn_like(inputs.lora_B))
-        graph.replay()
-        torch.cuda.synchronize()
-        for got, expected in zip((out, thin), launch.lora_matmul(*operands(inputs), None, 0.0, False), strict=True):
+        with Stage.on(stream):
+            work(inputs)
+    Stage.synchronize()
+    results, replay = Stage.capture(lambda: work(inputs), stream)
+    for _ in range(3 if ON_GPU else 1):
+        for name in ("x", "dy", "lora_A", "lora_B"):
+            operand = getattr(inputs, name)
+            operand.copy_(torch.randn_like(operand) * operand.std())
+        replay()
+        Stage.synchronize()
+        for got, expected in zip(results, work(inputs), strict=True):
             assert torch.equal(got, expected)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter compiles nothing")
 def test_scale_and_tokens_recompile_nothing():
-    inputs = oracle.draw(600, 1024, 1536, 16, dtype=torch.bfloat16, device="cuda")
+    inputs = draw(600)
     kernel = launch._lora_matmul_kernel
-    launch.lora_matmul(*operands(inputs), None, 0.0, False, schedule=Schedule(Form.PUBLISH))
+    forward(inputs, Schedule(Form.PUBLISH))
     compiled = len(kernel.device_caches[torch.cuda.current_device()][0])
     for scale, tokens in ((0.3, 600), (2.0, 599), (1.0, 512), (1.5, 601)):
+        inputs = draw(tokens)
         inputs.scale = scale
-        args = operands(inputs)
-        launch.lora_matmul(args[0][:tokens], *args[1:], None, 0.0, False, schedule=Schedule(Form.PUBLISH))
+        forward(inputs, Schedule(Form.PUBLISH))
     assert len(kernel.device_caches[torch.cuda.current_device()][0]) == compiled

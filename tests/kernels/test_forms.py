@@ -12,9 +12,12 @@ from fused_lora.kernels.configs import Device, Form, Problem, Schedule, TileConf
 from fused_lora.kernels.lora_matmul import HEADER, _tile
 from fused_lora.kernels.workspace import counters
 
-SCHEDULES = [Schedule(Form.RECOMPUTE), Schedule(Form.PUBLISH), *(Schedule(Form.PRODUCE, s) for s in (1, 2, 3))]
+SCHEDULES = [Schedule(Form.RECOMPUTE), Schedule(Form.PUBLISH), Schedule(Form.PRODUCE, 1), Schedule(Form.PRODUCE, 3)]
 TILE = TileConfig(BLOCK_M=32, BLOCK_P=32, BLOCK_Q=32, BLOCK_R=16, GROUP_M=2, num_warps=4, num_stages=2)
-SHAPES = [(1, 96, 123, 1), (70, 123, 90, 16), (129, 100, 96, 3), (33, 130, 70, 40)]
+# M, K, N, R, dropout
+CASES = [(1, 96, 123, 1, False), (70, 123, 90, 16, True), (129, 100, 96, 3, True), (33, 130, 70, 40, False)]
+# as tensor descriptors take them: rows of whole 16 bytes
+ALIGNED_CASES = [(70, 120, 88, 16, False), (33, 136, 72, 40, True)]
 
 
 def both_ways(inputs):
@@ -23,22 +26,67 @@ def both_ways(inputs):
     yield inputs.dy, inputs.weight, inputs.lora_B, inputs.lora_A, None, inputs.scale
 
 
-@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.form.name} {s.split}")
-def test_every_form_is_within_the_budget_and_leaves_counters_at_zero(schedule, shape, dropout, dtype, device):
+def test_every_form_is_within_the_budget_and_leaves_counters_at_zero(schedule, case, dtype, device):
+    check(schedule, case, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ALIGNED_CASES, ids=str)
+@pytest.mark.parametrize("form", [Form.RECOMPUTE, Form.PUBLISH, Form.PRODUCE], ids=lambda form: form.name)
+def test_tensor_descriptors_are_within_the_budget_in_every_form(form, case, dtype, device):
+    if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("this GPU has no tensor memory accelerator")
+    check(Schedule(form, 2 if form == Form.PRODUCE else 1, descriptors=True), case, dtype, device)
+
+
+def check(schedule, case, dtype, device):
+    *shape, dropout = case
     inputs = oracle.draw(*shape, dtype=dtype, device=device)
     exact_inputs = inputs.to(torch.float64)
     rest = (torch.tensor([5], device=device), 0.3) if dropout else (None, 0.0)
     for on_output, args, exact_args in zip((False, True), both_ways(inputs), both_ways(exact_inputs), strict=True):
+        assert launch.aligned(*args[:2]) or not schedule.descriptors
         got = launch.lora_matmul(*args, *rest, on_output, config=TILE, schedule=schedule)
         eager = reference.lora_matmul(*args, *rest, on_output)
         exact = reference.lora_matmul(*exact_args, *rest, on_output)
         for name, *values in zip(("out", "thin"), got, eager, exact, strict=True):
             oracle.within(name, *values)
-        again = launch.lora_matmul(*args, *rest, on_output, config=TILE, schedule=schedule)
-        assert all(torch.equal(one, two) for one, two in zip(got, again, strict=True))
     assert not counters(torch.device(inputs.x.device), 1).any()
+
+
+def test_same_bits_whatever_was_computed_between(device):
+    cases = [(CASES[1], Schedule(Form.PUBLISH)), (CASES[3], Schedule(Form.PRODUCE, 3)), (CASES[2], SCHEDULES[0])]
+    draws = [(next(both_ways(oracle.draw(*case[:4], device=device))), schedule) for case, schedule in cases]
+    turns = [
+        [launch.lora_matmul(*args, None, 0.0, False, config=TILE, schedule=schedule) for args, schedule in draws]
+        for _ in range(3)
+    ]
+    for turn in turns[1:]:
+        for got, expected in zip(turn, turns[0], strict=True):
+            assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    assert not counters(draws[0][0][0].device, 1).any()
+
+
+def test_descriptors_take_16_bit_elements_in_whole_rows_of_16_bytes_and_nothing_else(device):
+    def draw(*shape, dtype=torch.float16):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    x, weight = draw(64, 32), draw(48, 32)
+    assert launch.aligned(x, weight.t())
+    assert launch.aligned(draw(64, 48), weight)
+    assert launch.aligned(draw(64, 64)[:, :32], weight.t())
+    refused = {
+        "float32": (x.float(), weight.float().t()),
+        "transposed tokens": (draw(32, 64).t(), weight.t()),
+        "expanded tokens": (draw(1, 32).expand(64, 32), weight.t()),
+        "a base between two 16 bytes": (draw(64, 40)[:, 1:33], weight.t()),
+        "rows of 66 bytes": (draw(64, 33)[:, :32], weight.t()),
+        "a weight's rows of 66 bytes": (x, draw(48, 33)[:, :32].t()),
+        "every second element of the weight": (x, draw(48, 64)[:, ::2].t()),
+    }
+    assert not [name for name, operands in refused.items() if launch.aligned(*operands)]
 
 
 def test_plain_is_the_bare_product(device):
@@ -74,10 +122,14 @@ def test_schedule_recomputes_in_narrow_outputs_produces_in_small_launches_and_el
     device = Device((9, 0), 227 * 1024, 132)
     tile = TileConfig(128, 128, 64, 16, 8, 8, 3)
 
-    def form(M, P, Q=4096):
-        return default_schedule(Problem(M, P, Q, 16, 2, 2), tile, device)
+    def form(M, P, Q=4096, aligned=False):
+        return default_schedule(Problem(M, P, Q, 16, 2, 2, aligned=aligned), tile, device)
 
     assert form(8192, 4096) == Schedule(Form.PUBLISH)
+    assert form(8192, 4096, aligned=True) == Schedule(Form.PUBLISH, descriptors=True)
+    assert form(8192, 256, aligned=True) == Schedule(Form.RECOMPUTE, descriptors=False)
+    assert form(16384, 256, aligned=True) == Schedule(Form.RECOMPUTE, descriptors=True)
+    assert form(256, 4096, aligned=True) == Schedule(Form.PRODUCE, 8)
     assert form(8192, 256) == Schedule(Form.RECOMPUTE)
     assert form(256, 4096) == Schedule(Form.PRODUCE, 8)
     assert form(256, 4096, Q=100) == Schedule(Form.PRODUCE, 2)

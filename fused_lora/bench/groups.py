@@ -1,0 +1,30 @@
+"""A results file read back as the groups that were measured, in the order in which they were."""
+
+from __future__ import annotations
+
+from .peers import OURS, PEERS
+from .results import Results, Row
+from .runner import Group
+
+
+def is_gpu(results: Results) -> bool:
+    return results.environment.cuda_version is not None
+
+
+def our_default(results: Results) -> str:
+    """The candidate that ``impl="auto"`` means where the results come from."""
+    return OURS + ("triton" if is_gpu(results) else "eager")
+
+
+def groups_of(results: Results) -> list[Group]:
+    rows: dict[tuple[str, str, str], list[Row]] = {}
+    for row in results.rows:
+        rows.setdefault(row.group, []).append(row)
+    ours = our_default(results)
+    return [Group("  ".join(group), ours, found, {}, {}) for group, found in rows.items()]
+
+
+def candidates_of(results: Results) -> list[str]:
+    """Those that have a time anywhere in the file, in the order of PEERS."""
+    found = {row.candidate for row in results.rows}
+    return [name for name in PEERS if name in found] + sorted(found - set(PEERS))

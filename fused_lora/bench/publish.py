@@ -1,0 +1,216 @@
+"""``make report``: README tables, docs/benchmarks.md, docs/scaling.md and plots, from the files in benchmarks/results/.
+
+    python -m fused_lora.bench.publish [--check]
+
+What no file holds says "not measured". A test holds every page to what this makes of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from . import charts, groups, scaling_page, table
+from .peers import FROZEN
+from .results import Results, Row
+from .runner import Group
+from .shapes import FORWARD, STEP, TRAIN
+
+CHECKOUT = Path(__file__).parents[2]
+NOT_MEASURED = "**not measured**"
+# what the README shows: title, work, the shape's name, dtype
+CPU_HIGHLIGHTS = (
+    ("RichBoyNet training step, batch 10, rank 1, float32", TRAIN, "RichBoyNet", "float32"),
+    ("512×2048×2048, rank 16, step, float32", STEP, "square-2048", "float32"),
+    ("… bfloat16", STEP, "square-2048", "bfloat16"),
+    ("… float32 adapters over bfloat16", STEP, "square-2048", "bfloat16+float32"),
+    ("one token, 2048×2048, rank 16, forward, float32", FORWARD, "decode-2048-m1", "float32"),
+    ("… bfloat16", FORWARD, "decode-2048-m1", "bfloat16"),
+)
+GPU_HIGHLIGHTS = (
+    ("8192×4096×4096, rank 16, forward, bfloat16", FORWARD, "headline", "bfloat16"),
+    ("… step", STEP, "headline", "bfloat16"),
+    ("… float32 adapters over bfloat16, step", STEP, "headline", "bfloat16+float32"),
+    ("one token, 4096×4096, rank 16, forward, bfloat16", FORWARD, "decode-4096-m1", "bfloat16"),
+)
+
+
+def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
+    """0; with --check 1 where a page is not what the files say."""
+    parser = argparse.ArgumentParser(prog="make report", description="Tables and plots from benchmarks/results/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page differs")
+    args = parser.parse_args(argv)
+    stale = []
+    for path, text in outputs(checkout).items():
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(path)
+        if not args.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    for path in stale:
+        print(f"{'differs from the results' if args.check else 'written'}: {path.relative_to(checkout)}")
+    return 1 if args.check and stale else 0
+
+
+def outputs(checkout: Path) -> dict[Path, str]:
+    """path -> text of everything that is made of the results files."""
+    folder, pictures = checkout / "benchmarks" / "results", checkout / "docs" / "pictures"
+    files, scaling = load_all(folder), load_all(folder / "scaling")
+    readme = checkout / "README.md"
+    text = _between(readme.read_text(encoding="utf-8"), "speed", _readme_speed(files))
+    made = {readme: text, checkout / "docs" / "benchmarks.md": _benchmarks_page(files)}
+    for name, results in files.items():
+        plot = charts.ratio_plot(groups.groups_of(results), groups.candidates_of(results), _title(results))
+        made[pictures / f"measured-{Path(name).stem}.svg"] = plot
+    made[checkout / "docs" / "scaling.md"] = scaling_page.page(scaling, _where)
+    made |= {pictures / name: plot for name, plot in scaling_page.plots(scaling).items()}
+    return made
+
+
+def load_all(folder: Path) -> dict[str, Results]:
+    """File name -> results, the newest of each device, newest first."""
+    files = {path.name: Results.load(path) for path in sorted(folder.glob("*.json"))}
+    newest: dict[str, str] = {}
+    for name in sorted(files, key=lambda name: files[name].environment.date):
+        newest[files[name].environment.device] = name
+    return {name: files[name] for name in reversed(newest.values())}
+
+
+def _between(text: str, name: str, content: str) -> str:
+    """text with what stands between the markers ``<!-- name -->`` and ``<!-- /name -->`` replaced."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the page must have the markers {begin.strip()} and {end} once each")
+    return text[: text.index(begin) + len(begin)] + content + text[text.index(end) :]
+
+
+# --------------------------------------------------------------------------------------------------
+# The README
+# --------------------------------------------------------------------------------------------------
+
+
+def _readme_speed(files: dict[str, Results]) -> str:
+    parts = []
+    for kind, highlights in (("CPU", CPU_HIGHLIGHTS), ("GPU", GPU_HIGHLIGHTS)):
+        found = [(name, results) for name, results in files.items() if groups.is_gpu(results) == (kind == "GPU")]
+        if not found:
+            parts.append(f"On a {kind}: {NOT_MEASURED}.\n")
+        for name, results in found:
+            source = f"[{name}](benchmarks/results/{name})"
+            parts.append(f"On a {kind}, {_where(results)}, from {source}:\n\n{_highlights(results, highlights)}")
+    return "\n".join(parts)
+
+
+def _highlights(results: Results, highlights: Iterable[tuple[str, str, str, str]]) -> str:
+    names = [name for name in groups.candidates_of(results) if name != FROZEN]
+    lines = [f"| ÷ frozen linear | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for title, work, shape, dtype in highlights:
+        rows = [
+            row for row in results.rows
+            if row.work == work and row.dtype == dtype and row.shape.split(" ")[0] == shape
+        ]  # fmt: skip
+        if rows:
+            lines.append(f"| {title} | {' | '.join(_ratios(rows, names))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _ratios(rows: Iterable[Row], names: Iterable[str]) -> list[str]:
+    found = {row.candidate: row.ratio_to_frozen for row in rows}
+    return ["–" if (ratio := found.get(name)) is None else f"{ratio:.2f}" for name in names]
+
+
+# --------------------------------------------------------------------------------------------------
+# docs/benchmarks.md
+# --------------------------------------------------------------------------------------------------
+
+_INTRODUCTION = """# Benchmarks
+
+<!-- written by `make report` from benchmarks/results/; edit fused_lora/bench/publish.py instead -->
+
+How to read them:
+
+- Candidates take turns, in another order each round, so what slows the machine down slows them all. A ratio is the
+  median of the ratios within each round, and *p20–p80* its spread.
+- *÷ frozen* is the time over that of the bare `nn.Linear` with W frozen: the floor. It has no adapter, so it does less.
+- Each candidate is held to float64 truth before it is timed, and a wrong one gets no time.
+- `ours-…` is this project by `impl`; `addmm` the in-place arithmetic of Unsloth and axolotl; `eager` the formula as
+  one writes it; `peft` PEFT's own layer; `parametrize` forms `W + scale · B A`.
+- *saved* is kept between forward and backward, without parameters.
+- Losses stay in.
+
+Measure your own machine with `fused-lora bench`, or `make gpu` where there is a GPU.
+"""
+
+
+def _benchmarks_page(files: dict[str, Results]) -> str:
+    parts = [_INTRODUCTION]
+    if not any(map(groups.is_gpu, files.values())):
+        parts.append(f"## GPU\n\n{NOT_MEASURED}: no file in `benchmarks/results/` comes from a GPU.\n")
+    for name, results in files.items():
+        parts.append(_machine(name, results))
+    return "\n".join(parts)
+
+
+def _machine(name: str, results: Results) -> str:
+    found = groups.groups_of(results)
+    title = _title(results)
+    picture = f"![{title}](pictures/measured-{Path(name).stem}.svg)"
+    lines = [f"## {title}", "", f"{_where(results)}, measured on {results.environment.date}; from `{name}`.", ""]
+    lines += [picture, "", *_standings(found), ""]
+    for group in found:
+        lines += [f'??? note "{charts.short_title(group)}"', "", *(f"    {line}".rstrip() for line in _full(group)), ""]
+    return "\n".join(lines)
+
+
+def _standings(found: Sequence[Group]) -> list[str]:
+    places = [(group, place) for group in found if (place := table.standing(group)) is not None]
+    ahead = sum(place.clear and place.lead > 0 for _, place in places)
+    behind = [(group, place) for group, place in places if place.clear and place.lead < 0]
+    level = len(places) - ahead - len(behind)
+    lines = [
+        f"Against the fastest peer of each of {len(places)} groups: {ahead} faster, {level} level (their spreads "
+        f"overlap), {len(behind)} **slower**" + (":" if behind else "."),
+        "",
+    ]
+    return lines + [f"- {charts.short_title(group)}: {place}" for group, place in behind]
+
+
+def _full(group: Group) -> list[str]:
+    shape = group.title.split("  ")[1]
+    head = "| candidate | ÷ frozen | p20–p80 | ms | rounds | TFLOP/s | GB/s | saved | peak |"
+    lines = [shape, "", head, "|---" * 9 + "|"]
+    for row in sorted(group.rows, key=table.pace):
+        cells = (
+            row.candidate, _number(row.ratio_to_frozen, ".3f"), _range(row.ratio_p20, row.ratio_p80),
+            f"{row.median_ms:.4g}", str(row.rounds), _number(row.tflops, ".3g"), _number(row.gb_per_s, ".3g"),
+            table.size(row.saved_bytes), table.size(row.peak_bytes),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"{low:.3f}–{high:.3f}"
+
+
+def _title(results: Results) -> str:
+    return f"{results.environment.device}: time of a layer over the frozen linear's"
+
+
+def _where(results: Results) -> str:
+    env = results.environment
+    versions = [f"torch {env.torch_version}"]
+    if groups.is_gpu(results):
+        versions += [f"triton {env.triton_version}", f"CUDA {env.cuda_version}"]
+    return ", ".join([env.device, f"{env.threads} threads", *versions])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

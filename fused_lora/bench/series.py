@@ -1,0 +1,86 @@
+"""A run from its agenda to its file: most valuable first, saved after each group, over when the time is."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from . import measure, runner, table
+from .problems import Problem
+from .results import Results
+from .roofline import peak_of
+from .runner import Group
+
+Make = Callable[[], Problem]
+
+
+def compete(
+    agenda: list[Make],
+    results: Results,
+    path: Path | None,
+    plan: measure.Plan,
+    deadline: float = math.inf,
+    dry: bool = False,
+    after: Callable[[list[Group]], None] | None = None,
+) -> int:
+    """0 when every candidate was right, 1 when one was not, 130 when interrupted.
+
+    deadline: no group is started after it, by ``time.monotonic``. The file says that it is not complete until it is.
+    after: called with what was measured, at the end.
+    """
+    groups: list[Group] = []
+    environment, interrupted = results.environment, False
+    print(", ".join(f"{key} {value}" for key, value in vars(environment).items() if value is not None))
+    steps, write = _progress(agenda)
+    results.complete = False
+    try:
+        for make in steps:
+            if time.monotonic() >= deadline:
+                break
+            problem = make()
+            group = runner.run_group(problem, plan, peak_of(environment.device, problem.dtype), dry)
+            groups.append(group)
+            results.add(group.rows)
+            results.complete = len(groups) == len(agenda)
+            if path is not None:
+                results.save(path)
+            write("\n".join(table.lines(group)))
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted", file=sys.stderr)
+    conclude(groups, path)
+    if after is not None:
+        after(groups)
+    if len(groups) < len(agenda):
+        print(f"INCOMPLETE: {len(agenda) - len(groups)} of {len(agenda)} groups were not measured")
+    return 130 if interrupted else 1 if any(group.red for group in groups) else 0
+
+
+def conclude(groups: list[Group], path: Path | None) -> None:
+    """Who was ahead, what was not timed, and where it is saved."""
+    standings = [place for place in map(table.standing, groups) if place is not None]
+    ahead = sum(place.clear and place.lead > 0 for place in standings)
+    behind = [place for place in standings if place.clear and place.lead < 0]
+    level = len(standings) - ahead - len(behind)
+    counts = f"{ahead} faster, {level} level, {len(behind)} SLOWER"
+    print(f"\nours against the fastest peer, in {len(standings)} groups: {counts}")
+    for place in behind:
+        print(f"  {place.group}: {place}")
+    for name, why in dict.fromkeys(pair for group in groups for pair in group.absent.items()):
+        print(f"not timed: {name}: {why}")
+    for group in groups:
+        for name, why in group.red.items():
+            print(f"RED, so without a time: {group.title}: {name}: {why}")
+    print("not saved: --out FILE saves" if path is None else f"saved: {path}")
+
+
+def _progress(agenda: list[Make]) -> tuple[Iterable[Make], Callable[[str], None]]:
+    """The agenda with a bar on stderr, and how to print beside it; neither where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return agenda, print
+    return tqdm(agenda, unit="group", leave=False), tqdm.write

@@ -1,0 +1,276 @@
+"""PEFT models computed by :func:`fused_lora.lora_linear`: ``fuse(peft_model)``, and everything of PEFT keeps working.
+
+``fuse`` changes the class of every ``peft.tuners.lora.Linear`` to a subclass with another ``forward``; no module is
+replaced, no Parameter is touched, nothing is remembered. At each call a layer looks at what PEFT has made of it, and
+where that is more than ``lora_linear`` computes, it runs PEFT's own forward. ``summary`` says which, and why.
+
+Where the numbers differ from PEFT's:
+
+- float32 adapters over a 16-bit base are rounded to the base's dtype, as autocast would do, and x is not copied to
+  float32; PEFT computes its LoRA branch in float32. The gradients of A and B come back in float32 in both.
+- The dropout mask has the same rate and scaling, but other random bits, and is not stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from peft import LoraModel
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import ops, validation
+from ..functional import concatenate_adapters, lora_linear
+from ..overview import LayerRow, Summary
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# captured: whatever is patched later, a layer that is left to PEFT runs what PEFT shipped
+_PEFT_FORWARD = lora.Linear.forward
+# a Parameter of another class (a quantized, sharded or lazy one) means more than its values;
+# torch.func.functional_call puts plain tensors in the Parameters' places
+_PLAIN = (nn.Parameter, Tensor)
+_LINEAR, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class FusedLinear(lora.Linear):
+    """PEFT's layer with another forward. :func:`fuse` makes instances, by changing the class of PEFT's."""
+
+    impl = "auto"
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = _call_of(self)
+        # adapter_names, alora_offsets and whatever else PEFT passes on is PEFT's to understand
+        if args or kwargs or isinstance(call, str) or not _takes(call, x):
+            return _PEFT_FORWARD(self, x, *args, **kwargs)
+        return lora_linear(
+            x, call.weight, call.lora_A, call.lora_B, call.scale, call.bias, dropout_p=call.dropout_p, impl=self.impl
+        )
+
+    def _get_name(self) -> str:
+        # PEFT prints "lora." before it, and people look for "lora.Linear"
+        return "Linear"
+
+    def extra_repr(self) -> str:
+        return f"fused, impl={self.impl!r}"
+
+
+class FusedLoraModel(LoraModel):
+    """PEFT's model, which fuses the layers that later adapters bring."""
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        _change_class(model, lora.Linear, FusedLinear, self.__dict__["impl"])
+
+
+def fuse(model: Model, *, impl: str = "auto") -> Model:
+    """Let PEFT's LoRA layers in ``model`` compute through :func:`fused_lora.lora_linear`; returns ``model``.
+
+    In place, with PEFT's own modules and Parameters: optimizers, hooks and references stay right, and checkpoints are
+    the same. Fusing again does nothing to a layer that is fused already. Adapters that a ``PeftModel`` gets later are
+    fused as they come; for layers that come another way, fuse again (``summary`` shows them).
+
+    Args:
+        model: what ``get_peft_model`` made, or any module with ``peft.tuners.lora.Linear`` layers in it.
+        impl: as for :func:`fused_lora.lora_linear`.
+
+    Raises:
+        ValueError: the model has no such layer; nothing is changed.
+    """
+    validation.check_impl(impl)
+    if not any(isinstance(module, lora.Linear) for module in model.modules()):
+        others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, BaseTunerLayer)})
+        raise ValueError(
+            "model must have layers of peft.tuners.lora.Linear, got "
+            + (f"one with {', '.join(others)} layers of PEFT's" if others else "one without layers of PEFT's")
+        )
+    _change_class(model, lora.Linear, FusedLinear, impl)
+    _change_class(model, LoraModel, FusedLoraModel, impl)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Undo :func:`fuse`: PEFT's layers compute by PEFT's code again; returns ``model``."""
+    for module in model.modules():
+        if type(module) in (FusedLinear, FusedLoraModel):
+            module.__class__ = lora.Linear if type(module) is FusedLinear else LoraModel
+            del module.__dict__["impl"]
+    return model
+
+
+def _change_class(model: nn.Module, of: type[nn.Module], to: type[nn.Module], impl: str) -> None:
+    for module in model.modules():
+        # a subclass has a forward of its own
+        if type(module) in (of, to):
+            module.__class__ = to
+            module.__dict__["impl"] = impl
+
+
+# --------------------------------------------------------------------------------------------------
+# What a layer computes now, or why that is PEFT's to compute
+# --------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """Operands of ``lora_linear``: those of one adapter, or of several as one."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float
+    dropout_p: float
+
+
+def _call_of(layer: lora.Linear) -> _Call | str:
+    """What ``layer`` computes as it is now, or why ``lora_linear`` can't.
+
+    Read anew at every call: PEFT replaces Parameters, mutates scalings, and merges through ``.data``.
+    """
+    if not isinstance(layer, FusedLinear):
+        return "not fused"
+    if layer._disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        return "its adapters are merged into the weight"
+    if _has_any_global_hook():
+        return "hooks are registered for all modules"
+    modules: Any = layer._modules
+    base = modules["base_layer"]
+    if (why := _more_than(_LINEAR, base)) is not None:
+        return f"its base_layer {why}"
+    weight, bias = base.weight, base.bias
+    if weight.dtype not in _DTYPES or (bias is not None and bias.dtype != weight.dtype):
+        return f"its base_layer has a weight of {weight.dtype}, a bias of {bias if bias is None else bias.dtype}"
+    every_A, every_B, every_dropout = (modules[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
+    adapters = []
+    dropout_p = 0.0
+    for name in layer.active_adapters:
+        if name not in every_A:
+            continue
+        lora_A, lora_B, dropout = every_A[name], every_B[name], every_dropout[name]
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+        why = _more_than(_LINEAR, lora_A) or _more_than(_LINEAR, lora_B) or _more_than(_DROPOUT, dropout)
+        if why is not None:
+            return f"lora_A, lora_B or lora_dropout of adapter {name!r} {why}"
+        A, B, scale = lora_A.weight, lora_B.weight, layer.scaling[name]
+        if lora_A.bias is not None or lora_B.bias is not None:
+            return f"adapter {name!r} has a bias of its own (lora_bias)"
+        if type(weight) not in _PLAIN or type(A) not in _PLAIN or type(B) not in _PLAIN:
+            return f"a weight is a {type(weight).__name__}, {type(A).__name__} or {type(B).__name__}, not a Parameter"
+        if A.dtype != B.dtype or A.dtype not in (weight.dtype, torch.float32):
+            return f"adapter {name!r} is {A.dtype} and {B.dtype} over {weight.dtype}"
+        if type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0:
+            if dropout.p >= 1.0 or dropout.inplace:
+                return f"lora_dropout of adapter {name!r} is {dropout}"
+            dropout_p = dropout.p
+        if isinstance(scale, Tensor):
+            # 0-d, so that PEFT can hot-swap it in a compiled model, where a number would be a constant
+            B, scale = B * scale.to(B.dtype), 1.0
+        adapters.append((A, B, scale))
+    if not adapters:
+        return "none of its adapters is active"
+    if len(adapters) > 1 and dropout_p > 0.0:
+        return "several adapters are active, each with a dropout mask of its own"
+    return _Call(weight, bias, *concatenate_adapters(adapters), dropout_p)
+
+
+def _more_than(kinds: tuple[type[nn.Module], ...], module: nn.Module) -> str | None:
+    """How calling ``module`` is more than the arithmetic of ``kinds``, or None where it is not."""
+    if type(module) not in kinds:
+        return f"is a {type(module).__name__}"
+    inside = module.__dict__
+    if "forward" in inside:
+        return "has another forward on the instance"
+    if (
+        inside["_forward_hooks"] or inside["_forward_pre_hooks"]
+        or inside["_backward_hooks"] or inside["_backward_pre_hooks"]
+    ):  # fmt: skip
+        return "has hooks"
+    return None
+
+
+def _takes(call: _Call, x: Tensor) -> bool:
+    """Whether ``lora_linear`` computes this call on ``x``, here and now."""
+    if type(x) not in _PLAIN:
+        return False
+    if not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    ):
+        return False
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return x.dtype == call.weight.dtype
+    compute = torch.get_autocast_dtype(device_type)
+    return torch.float64 not in (x.dtype, call.weight.dtype) and call.lora_A.dtype in (compute, torch.float32)
+
+
+# --------------------------------------------------------------------------------------------------
+# Telling it
+# --------------------------------------------------------------------------------------------------
+
+
+def summary(model: nn.Module) -> Summary:
+    """Which of PEFT's layers in ``model`` are fused as they are now, and why others are not: ``print(summary(model))``.
+
+    A layer that runs PEFT's code shows as "peft". What depends on the single call can't be seen here: PEFT's code
+    also runs for a batch of mixed adapters (``adapter_names``), for an x of another dtype than the base's outside
+    autocast, for tensor subclasses, and within ``torch.func`` transforms and forward-mode derivatives.
+    """
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, lora.LoraLayer)}
+    in_layers = {id(module) for layer in layers.values() for module in layer.modules()}  # type: ignore[attr-defined]
+    parameters = list(model.parameters())
+    in_adapters = {id(p) for layer in layers.values() for p in _adapter_parameters(layer)}
+    base = [p for p in parameters if id(p) not in in_adapters]
+    trainable = [p for p in parameters if p.requires_grad]
+    return Summary(
+        layers=tuple(_row(path, layer) for path, layer in layers.items()),
+        trained=tuple(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_adapters),
+        not_adapted=tuple(
+            path for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and id(module) not in in_layers
+        ),
+        base=sum(p.numel() for p in base),
+        adapters=sum(p.numel() for p in parameters if id(p) in in_adapters),
+        trainable=sum(p.numel() for p in trainable),
+        base_bytes=sum(p.nbytes for p in base),
+        trainable_bytes=sum(p.nbytes for p in trainable),
+    )  # fmt: skip
+
+
+def _adapter_parameters(layer: Any) -> list[nn.Parameter]:
+    return [p for name in layer.adapter_layer_names for p in getattr(layer, name).parameters()]
+
+
+def _row(path: str, layer: Any) -> LayerRow:
+    names = [name for name in layer.active_adapters if name in layer.r]
+    implementation, why = "peft", _why_peft(layer)
+    if why is None:
+        weight = layer.base_layer.weight
+        implementation = ops.choose_impl(layer.impl, weight.device, weight.dtype)
+        if implementation == "eager":
+            why = ops.why_unavailable("triton", weight.device, weight.dtype) or "impl='eager' was asked for"
+    return LayerRow(
+        path, layer.out_features, layer.in_features, "+".join(names) or None,
+        sum(layer.r[name] for name in names) or None, layer.lora_alpha[names[0]] if len(names) == 1 else None,
+        sum(p.numel() for p in _adapter_parameters(layer)), implementation, why,
+    )  # fmt: skip
+
+
+def _why_peft(layer: nn.Module) -> str | None:
+    """Why a layer runs PEFT's code, or None where it is fused."""
+    if type(layer) is not FusedLinear:
+        kind = f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
+        return "not fused: call fuse again" if type(layer) is lora.Linear else f"a layer of {kind}"
+    # a wrapper of ours calls us; one of PEFT's forward, made before fuse, does not
+    wrapped = layer.__dict__.get("_old_forward")
+    if "forward" in layer.__dict__ and getattr(wrapped, "__func__", None) is not FusedLinear.forward:
+        return "another forward was put on the instance"
+    call = _call_of(layer)
+    return call if isinstance(call, str) else None

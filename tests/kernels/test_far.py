@@ -1,0 +1,57 @@
+"""Elements further apart than int32 reaches: every kernel finds them."""
+
+import dataclasses
+
+import oracle
+import pytest
+import torch
+
+from fused_lora.kernels import launch
+from fused_lora.kernels.configs import Form, Schedule
+
+# the last row begins beyond 2**31 elements, and so does a step of 32 rows
+ROWS, APART = 33, 2**26 + 64
+NO_DROPOUT = (None, 0.0, False)
+
+
+@pytest.fixture(scope="module")
+def far(device):
+    """(ROWS, 32), whose rows are APART elements apart: 4 GiB of addresses, of which a few pages are touched."""
+    torch.use_deterministic_algorithms(False)  # which would fill all of it with NaN
+    rows = torch.empty((ROWS - 1) * APART + 32, dtype=torch.float16, device=device).as_strided((ROWS, 32), (APART, 1))
+    return rows.copy_(torch.randn(ROWS, 32))
+
+
+def both_ways(inputs):
+    yield inputs.x, inputs.weight.t(), inputs.lora_A.t(), inputs.lora_B.t(), inputs.bias, inputs.scale
+    yield inputs.dy, inputs.weight, inputs.lora_B, inputs.lora_A, None, inputs.scale
+
+
+def same_bits(near, far, **options):
+    for one, two in zip(both_ways(near), both_ways(far), strict=True):
+        got, expected = (launch.lora_matmul(*args, *NO_DROPOUT, **options) for args in (two, one))
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("form", [Form.RECOMPUTE, Form.PUBLISH, Form.PRODUCE])
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_rows_of_tokens_and_of_the_weight(name, form, far, device):
+    near = oracle.draw(ROWS, 32, ROWS, 2, dtype=torch.float16, device=device)
+    setattr(near, name, far.contiguous())
+    same_bits(near, dataclasses.replace(near, **{name: far}), schedule=Schedule(form))
+
+
+def test_rows_of_the_weight_where_tokens_are_few(far, device):
+    near = oracle.draw(3, 32, ROWS, 2, dtype=torch.float16, device=device)
+    near.weight = far.contiguous()
+    same_bits(near, dataclasses.replace(near, weight=far))
+
+
+def test_rows_of_tokens_in_the_adapter_gradients(far, device):
+    g = torch.randn(ROWS, 3, device=device).half()
+    for x in (far, far.t().contiguous().t()):
+        got = launch.adapter_grad(x, g, x, g, 1.0, None, 0.0, torch.float32, torch.float32, parts=1)
+        expected = launch.adapter_grad(
+            far.contiguous(), g, far.contiguous(), g, 1.0, None, 0.0, torch.float32, torch.float32, parts=1
+        )
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))

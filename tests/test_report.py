@@ -1,0 +1,223 @@
+"""The page that a person reads: it says what the results say, and a browser shows it, on a phone, light and dark."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fused_lora import bench
+from fused_lora.bench import charts, groups, publish, report
+from fused_lora.bench.results import Environment, Results, Row
+from fused_lora.bench.svg import COLOURS
+
+CPU = Environment("Some <CPU>", "2.13.0", "3.7.1", None, "3.11.7", 2, "2026-01-31")
+GPU = Environment("Some GPU", "2.13.0", "3.7.1", "13.0", "3.11.7", 8, "2026-02-28")
+
+
+def row(candidate, ratio, work="step", shape="square-2048 (M=512 K=2048 N=2048 R=16)", dtype="float32", **fields):
+    values = {"median_ms": 2 * ratio, "p20_ms": 1.9 * ratio, "p80_ms": 2.1 * ratio, "ratio_to_frozen": ratio}
+    values |= {"ratio_p20": ratio - 0.01, "ratio_p80": ratio + 0.01, "ratio_to_parametrize": None, "rounds": 20}
+    values |= {"tflops": 1.5, "gb_per_s": 20.0, "saved_bytes": 4096, "peak_bytes": None}
+    return Row(work=work, shape=shape, dtype=dtype, candidate=candidate, **values | fields)
+
+
+def some_results(environment=CPU):
+    ours = "ours-triton" if environment is GPU else "ours-eager"
+    rows = [row("frozen", 1.0), row(ours, 1.07), row("eager", 1.31), row("peft", 1.42), row("parametrize", 7.5)]
+    rows += [
+        row(name, ratio, work="forward", shape="decode-2048-m1 (M=1 K=2048 N=2048 R=16)")
+        for name, ratio in (("frozen", 1.0), (ours, 1.36), ("eager", 1.28))
+    ]
+    return Results(environment, rows)
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def test_the_page_says_what_the_results_say():
+    page = report.page(some_results(), {"step  small  float32: addmm": "dx is off by <0.1>"})
+    text = html.unescape(re.sub(r"<[^>]*>", " ", page))
+    for number in ("1.07", "1.31", "1.42", "7.50", "2.14 ms", "15 ms", "saved 4.1 KB", "Some <CPU>", "2 threads"):
+        assert number.replace("2 threads", "threads") in text
+    assert "addmm: dx is off by <0.1>" in text
+    assert "ours-eager is 18.3% faster than eager" in text
+    # the loss stands at the top, in words
+    head = page[: page.index("<article>")]
+    assert "decode-2048-m1" in head
+    assert "SLOWER" in head
+
+
+def test_the_page_fetches_nothing_and_runs_nothing():
+    page = report.page(some_results(), {})
+    assert not re.search(r"<script|<link|<img|<iframe|url\(|@import|\bsrc=|\bhref=|https?:", page)
+    assert "prefers-color-scheme:dark" in page
+    assert 'name="viewport"' in page
+
+
+def test_results_without_a_floor_are_shown_by_time():
+    results = Results(CPU, [row("ours-eager", 1.0, ratio_to_frozen=None), row("full", 3.0, ratio_to_frozen=None)])
+    text = re.sub(r"<[^>]*>", " ", report.page(results, {}))
+    assert "3.00" in text
+    assert "6 ms" in text
+
+
+def test_a_report_is_made_of_a_file_without_measuring(tmp_path, capsys):
+    source, page = tmp_path / "results.json", tmp_path / "new" / "report.html"
+    some_results().save(source)
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    assert bench.run(parser.parse_args(["--from", str(source), "--report", str(page)])) == 0
+    assert page.read_text() == report.page(some_results(), {})
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "1 faster, 0 level, 1 SLOWER" in out
+    assert f"written: {page}" in out
+    assert bench.run(parser.parse_args(["--from", str(tmp_path / "none.json")])) == 2
+    assert bench.run(parser.parse_args(["--from", str(source), "--report", "report"])) == 2
+    assert "--report must end in .html, got 'report'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what is published
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    (tmp_path / "README.md").write_text("Before.\n<!-- speed -->\nold\n<!-- /speed -->\nAfter.\n")
+    (tmp_path / "docs").mkdir()
+    some_results().save(tmp_path / "benchmarks" / "results" / "cpu.json")
+    return tmp_path
+
+
+def test_a_table_without_a_gpu_file_says_not_measured_and_with_one_gives_it(checkout):
+    assert publish.main([], checkout) == 0
+    readme, page = (checkout / "README.md").read_text(), (checkout / "docs" / "benchmarks.md").read_text()
+    assert readme.startswith("Before.\n<!-- speed -->\nOn a CPU, Some <CPU>, 2 threads")
+    assert readme.endswith("On a GPU: **not measured**.\n<!-- /speed -->\nAfter.\n")
+    assert "| 512×2048×2048, rank 16, step, float32 | 1.07 | 1.31 | 1.42 | 7.50 |" in readme
+    assert "**not measured**: no file" in page
+    assert publish.main(["--check"], checkout) == 0
+
+    headline = [
+        row(name, ratio, shape="headline (M=8192 K=4096 N=4096 R=16)", dtype="bfloat16")
+        for name, ratio in (("frozen", 1.0), ("ours-triton", 1.1), ("eager", 1.5))
+    ]
+    Results(GPU, headline).save(checkout / "benchmarks" / "results" / "gpu.json")
+    assert publish.main(["--check"], checkout) == 1
+    assert publish.main([], checkout) == 0
+    readme, page = (checkout / "README.md").read_text(), (checkout / "docs" / "benchmarks.md").read_text()
+    assert "not measured" not in readme + page
+    assert "| … step | 1.10 | 1.50 |" in readme
+    assert (checkout / "docs" / "pictures" / "measured-gpu.svg").exists()
+
+
+def test_a_changed_number_is_found(checkout):
+    publish.main([], checkout)
+    path = checkout / "README.md"
+    path.write_text(path.read_text().replace("1.07", "1.05"))
+    assert publish.main(["--check"], checkout) == 1
+    assert "1.05" in path.read_text()
+
+
+def test_only_the_newest_file_of_a_device_counts(checkout):
+    newer = Results(Environment(**vars(CPU) | {"date": "2026-06-01"}), [row("frozen", 1.0), row("ours-eager", 1.02)])
+    newer.save(checkout / "benchmarks" / "results" / "a-newer-one.json")
+    assert list(publish.load_all(checkout / "benchmarks" / "results")) == ["a-newer-one.json"]
+
+
+def test_a_page_without_its_markers_is_refused(checkout):
+    (checkout / "README.md").write_text("nothing here")
+    with pytest.raises(ValueError, match="must have the markers <!-- speed -->"):
+        publish.main([], checkout)
+
+
+def test_losses_are_published(checkout):
+    publish.main([], checkout)
+    page = (checkout / "docs" / "benchmarks.md").read_text()
+    assert "1 faster, 0 level (their spreads overlap), 1 **slower**:" in page
+    assert "- forward  decode-2048-m1  float32: ours-eager is 6.2% SLOWER than eager" in page
+
+
+def test_plots_place_a_ratio_where_its_axis_says():
+    results = some_results()
+    plot = charts.ratio_plot(groups.groups_of(results), groups.candidates_of(results), "t")
+    ticks = {
+        float(text.lstrip("≥ ")): float(x) for x, text in re.findall(r'<text x="([\d.]+)"[^>]*>([≥\d. ]+)</text>', plot)
+    }
+    dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)" cy="\d+" r="5" class="ours"', plot)]
+    wide = (ticks[2.0] - ticks[1.0]) / 1.0
+    assert ticks[1.0] + 0.07 * wide == pytest.approx(dots[1], abs=0.05)
+    assert ticks[1.0] + 0.36 * wide == pytest.approx(dots[2], abs=0.05)
+
+
+# ---------------------------------------------------------------- how it looks
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+NARROW, WIDE = 390, 1000
+in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed to look at the page")
+
+
+def browse(folder, page, *options):
+    """A page that shows the report as a phone does and, beside it, as a desktop does; the browser's output."""
+    frames = "".join(
+        f'<iframe srcdoc="{html.escape(page)}" width="{width}" height="900" style="border:0"></iframe>'
+        for width in (NARROW, WIDE)
+    )
+    measure = """onload = () => {
+        const frames = [...document.querySelectorAll("iframe")]
+        document.title = JSON.stringify(frames.map(frame => {
+        const page = frame.contentDocument
+        const ends = [...page.querySelectorAll("body *")].map(element => element.getBoundingClientRect().right)
+        return {wide: page.documentElement.scrollWidth, end: Math.max(...ends),
+                size: parseFloat(getComputedStyle(page.querySelector(".name")).fontSize)}
+    })) }"""
+    both = folder / "both.html"
+    both.write_text(
+        f'<!doctype html><meta charset="utf-8"><body style="margin:0;display:flex">{frames}<script>{measure}</script>'
+    )
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--hide-scrollbars", "--virtual-time-budget=5000",
+        f"--user-data-dir={folder / 'profile'}", f"--window-size={NARROW + WIDE},900", *options, both.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+
+
+@in_browser
+def test_nothing_sticks_out_on_a_phone_or_a_desktop(tmp_path):
+    dom = browse(tmp_path, report.page(some_results(), {"a": "b" * 300}), "--dump-dom")
+    frames = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]))
+    for frame, width in zip(frames, (NARROW, WIDE), strict=True):
+        assert frame["wide"] == width
+        assert frame["end"] <= width
+        assert frame["size"] >= 14
+
+
+@in_browser
+@pytest.mark.parametrize(("mode", "scheme"), [(0, "1"), (1, "0")], ids=["light", "dark"])
+def test_it_is_seen_in_light_and_in_dark(tmp_path, mode, scheme):
+    image = pytest.importorskip("PIL.Image", reason="Pillow reads the screenshot")
+    shot = tmp_path / "shot.png"
+    page = report.page(some_results(), {})
+    browse(tmp_path, page, f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={scheme}")
+    picture = image.open(shot).convert("RGB")
+    assert picture.size == (NARROW + WIDE, 900)
+    phone, desktop = picture.crop((0, 0, NARROW, 900)), picture.crop((NARROW, 0, NARROW + WIDE, 900))
+    for view in (phone, desktop):
+        seen = {colour: count for count, colour in view.getcolors(1 << 20)}
+        # paper, text and the bar of ours, each in its colour of this mode
+        for name, least in (("paper", 20_000), ("ink", 300), ("ours", 300), ("muted", 100)):
+            rgb = tuple(bytes.fromhex(COLOURS[name][mode][1:]))
+            assert seen.get(rgb, 0) >= least, f"{name} {COLOURS[name][mode]}"
+        assert tuple(bytes.fromhex(COLOURS["paper"][1 - mode][1:])) not in seen
+
+
+def test_the_committed_results_make_a_page():
+    for path in sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json")):
+        assert "<article>" in report.page(Results.load(path), {})

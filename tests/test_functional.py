@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_lora import functional, lora_linear, reference
+from fused_lora import functional, lora_linear, ops, reference
 
 SHAPES = [(0, 32, 16, 4), (1, 123, 123, 1), (17, 123, 64, 3), (129, 64, 123, 64), (5, 1, 1, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -150,6 +150,22 @@ def test_any_strides(layout):
     y = lora_linear(x, *args)
     assert y.shape == (*x.shape[:-1], 12)
     torch.testing.assert_close(y, lora_linear(x.contiguous(), *args))
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((13, 0), True)])
+def test_an_old_gpu_runs_eagerly_and_says_why_and_a_future_one_runs_triton(capability, runs, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(ops, "triton_installed", lambda: True)
+    monkeypatch.setattr(ops, "_capability", lambda index: capability)
+    gpu = torch.device("cuda", 0)
+    assert ops.choose_impl("auto", gpu, torch.float16) == ("triton" if runs else "eager")
+    if runs:
+        assert ops.choose_impl("triton", gpu, torch.float16) == "triton"
+    else:
+        with pytest.raises(
+            RuntimeError, match=r"compute capability \(7, 5\); the Triton kernels need \(8, 0\) or later"
+        ):
+            ops.choose_impl("triton", gpu, torch.float16)
 
 
 def test_explicit_triton_on_cpu_tensors_raises_unless_interpreting(monkeypatch):

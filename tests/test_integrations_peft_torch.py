@@ -227,9 +227,10 @@ def test_functional_call_takes_other_values_and_stays_fused(calls):
     ],
     ids=["grad", "vmap", "jacrev", "jacfwd", "jvp"],
 )
-def test_transforms_of_torch_func_work(transform):
+def test_transforms_of_torch_func_work(transform, calls):
     model, x = fused_model(), draw_x(3, K)
     torch.testing.assert_close(transform(model)(x), transform(unfused(model))(x))
+    assert len(calls) == 2
 
 
 def test_forward_mode_derivatives_work():

@@ -20,7 +20,6 @@ from peft import LoraModel
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops, validation
@@ -200,10 +199,6 @@ def _takes(call: _Call, x: Tensor) -> bool:
     """Whether ``lora_linear`` computes this call on ``x``, here and now."""
     if type(x) not in _PLAIN:
         return False
-    if not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    ):
-        return False
     device_type = x.device.type
     if not torch.is_autocast_enabled(device_type):
         return x.dtype == call.weight.dtype
@@ -221,7 +216,7 @@ def summary(model: nn.Module) -> Summary:
 
     A layer that runs PEFT's code shows as "peft". What depends on the single call can't be seen here: PEFT's code
     also runs for a batch of mixed adapters (``adapter_names``), for an x of another dtype than the base's outside
-    autocast, for tensor subclasses, and within ``torch.func`` transforms and forward-mode derivatives.
+    autocast, and for tensor subclasses.
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, lora.LoraLayer)}
     in_layers = {id(module) for layer in layers.values() for module in layer.modules()}  # type: ignore[attr-defined]

@@ -245,9 +245,9 @@ def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Sc
         2048        1.14, 1.29   1.09, 1.17   1.08, 1.08
         8192        1.14, 1.29   1.05, 1.07   1.08, 1.08   producers cost time of their own
 
-    One program computes one tile. Programs that took tickets until none are left would compute the same tiles in the same
-    order; compiled so for 8.0, 9.0 and 10.0, the kernel needed 33 to 106 registers more at rank 16, and spilled up to 200
-    bytes at rank 64.
+    One program computes one tile. Programs that took tickets until none are left would compute the same tiles in the
+    same order; compiled so for 8.0, 9.0 and 10.0, the kernel needed 33 to 106 registers more at rank 16, and spilled up
+    to 200 bytes at rank 64.
     """
     rows, tiles = -(-problem.M // config.BLOCK_M), _tiles(problem, config.BLOCK_M, config.BLOCK_P)
     descriptors = takes_descriptors(problem, tiles, device)

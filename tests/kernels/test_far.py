@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fused_lora.kernels import launch
-from fused_lora.kernels.configs import Form, Schedule
+from fused_lora.kernels.configs import DecodeConfig, Form, Schedule
 
 # the last row begins beyond 2**31 elements, and so does a step of 32 rows
 ROWS, APART = 33, 2**26 + 64
@@ -41,10 +41,11 @@ def test_rows_of_tokens_and_of_the_weight(name, form, far, device):
     same_bits(near, dataclasses.replace(near, **{name: far}), schedule=Schedule(form))
 
 
-def test_rows_of_the_weight_where_tokens_are_few(far, device):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_rows_of_the_weight_where_tokens_are_few(parts, far, device):
     near = oracle.draw(3, 32, ROWS, 2, dtype=torch.float16, device=device)
     near.weight = far.contiguous()
-    same_bits(near, dataclasses.replace(near, weight=far))
+    same_bits(near, dataclasses.replace(near, weight=far), config=DecodeConfig(32, 32, 16, parts, parts, 4, 1))
 
 
 def test_rows_of_tokens_in_the_adapter_gradients(far, device):

@@ -182,7 +182,8 @@ def browse(folder, page, *options):
         f'<!doctype html><meta charset="utf-8"><body style="margin:0;display:flex">{frames}<script>{measure}</script>'
     )
     command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars", "--virtual-time-budget=5000",
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--hide-scrollbars", "--virtual-time-budget=5000",
         f"--user-data-dir={folder / 'profile'}", f"--window-size={NARROW + WIDE},900", *options, both.as_uri(),
     ]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout

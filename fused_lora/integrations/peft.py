@@ -231,6 +231,7 @@ def summary(model: nn.Module) -> Summary:
     trainable = [p for p in parameters if p.requires_grad]
     return Summary(
         layers=tuple(_row(path, layer) for path, layer in layers.items()),
+        trained=tuple(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_adapters),
         not_adapted=tuple(
             path for path, module in model.named_modules()
             if isinstance(module, nn.Linear) and id(module) not in in_layers

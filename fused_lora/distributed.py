@@ -90,7 +90,7 @@ class _LoRAStyle(ParallelStyle):
         weight, lora_A, lora_B, bias = layouts
         homes: list[tuple[nn.Module, str, Placement]] = [(layer, "weight", weight), (layer, "bias", bias)]
         for adapter in layer.adapters.values():
-            homes += [(adapter, "lora_A", lora_A), (adapter, "lora_B", lora_B)]
+            homes += [(adapter, "lora_A", lora_A), (adapter, "lora_B", lora_B), (adapter, "bias", bias)]
         for home, name, layout in homes:
             whole = getattr(home, name)
             if whole is not None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed._functional_collectives import all_gather_tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -287,6 +288,22 @@ def tensor_parallel_trained_bias_and_uneven_shards():
         expected.square().sum().backward()
         for name in ("lora_A", "lora_B", "bias"):
             torch.testing.assert_close(whole(getattr(layer, name).grad), getattr(one, name).grad)
+
+
+@check(2)
+def tensor_parallel_trains_the_biases_that_adapters_bring():
+    net = parallel(adapted(bias="lora_only"), init_device_mesh("cpu", (2,)))
+    assert net.blocks[0].up.adapters["default"].bias.placements == (Shard(0),)
+    within_budget(train(net), bias="lora_only")
+
+
+@check(2)
+def results_of_functional_collectives_are_operands():
+    one = adapted().blocks[0].up
+    x = torch.ones(2, 3, WIDTH) * (dist.get_rank() + 1)
+    gathered = all_gather_tensor(x, 0, dist.group.WORLD)
+    assert type(gathered).__name__ == "AsyncCollectiveTensor"
+    torch.testing.assert_close(one(gathered), one(torch.cat([torch.ones(2, 3, WIDTH), torch.ones(2, 3, WIDTH) * 2])))
 
 
 @check(2)

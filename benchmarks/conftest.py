@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fused_lora.bench import measure
+from fused_lora.bench.models import Case, ModelProblem
 from fused_lora.bench.problems import LayerProblem, NetProblem, Problem
 from fused_lora.bench.results import Environment
 from fused_lora.bench.runner import Group, run_group
@@ -34,17 +35,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _is_quick(item: pytest.Item) -> bool:
     """RichBoyNet, and layers of a quick shape in the first dtype."""
     values = getattr(item, "callspec", None)
-    if values is None or "compete" not in getattr(item, "fixturenames", ()):
+    if values is None or "case" in values.params or "compete" not in getattr(item, "fixturenames", ()):
         return False
     shape, dtype = values.params.get("shape"), values.params.get("dtype")
     return shape is None or ("quick" in shape.tags and dtype == ("bfloat16" if DEVICE.type == "cuda" else "float32"))
 
 
 @functools.cache
-def _measured(work: str, shape: Shape | None, dtype: str, quick: bool) -> tuple[Problem, Group]:
+def _measured(work: str, shape: Shape | Case | None, dtype: str, quick: bool) -> tuple[Problem, Group]:
     """Once for all the tests of a group."""
+    problem: Problem
     if work == TRAIN:
-        problem: Problem = NetProblem(dtype, DEVICE)
+        problem = NetProblem(dtype, DEVICE)
+    elif isinstance(shape, Case):
+        problem = ModelProblem(shape, DEVICE)
     else:
         assert shape is not None
         problem = LayerProblem(work, shape, dtype, DEVICE)
@@ -55,7 +59,7 @@ def _measured(work: str, shape: Shape | None, dtype: str, quick: bool) -> tuple[
 def compete(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
     """``compete(name, work, shape, dtype)``: red if the candidate is wrong, skipped where it can't run."""
 
-    def run(name: str, work: str, shape: Shape | None, dtype: str) -> None:
+    def run(name: str, work: str, shape: Shape | Case | None, dtype: str) -> None:
         problem, group = _measured(work, shape, dtype, request.config.getoption("--quick"))
         if name in group.absent:
             pytest.skip(group.absent[name])

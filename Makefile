@@ -12,7 +12,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-triton36 test-peft bench native gpu docs report scaling lint format types clean
+.PHONY: help install demo test test-triton36 test-peft bench native gpu docs report scaling models lint format types clean
 
 help:
 	@echo 'make demo           the main job: fine-tune a real network on MNIST with the fused layer (a few minutes on a CPU)'
@@ -21,6 +21,7 @@ help:
 	@echo 'make gpu            on a machine with a GPU: kernel tests, races, sanitizer, timing table; ARGS="--only races"'
 	@echo 'make report         README tables and docs plots from benchmarks/results/; make docs builds the pages into site/'
 	@echo 'make scaling        how a layer grows with its sizes, into benchmarks/results/scaling/'
+	@echo 'make models         a training step of whole models, into benchmarks/results/models/'
 	@echo 'make native         build the optional compiled extension'
 	@echo 'make lint types     ruff, clang-format; mypy.  make format mends what lint finds'
 	@echo 'make test-triton36  the kernel tests on Triton 3.6'
@@ -52,6 +53,9 @@ report: $(INSTALLED)
 
 scaling: $(INSTALLED)
 	$(RUN)/python -m fused_lora.bench.scaling $(ARGS)
+
+models: $(INSTALLED)
+	$(RUN)/python -m fused_lora.bench.models $(ARGS)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build $(ARGS)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+import fused_lora
 from fused_lora import cli
 from fused_lora.bench import publish
 from fused_lora.kernels.lora_matmul import _tile
@@ -83,6 +84,12 @@ def test_every_page_marks_its_code_as_what_it_is():
     for page in PAGES:
         fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert set(fences[::2]) <= known, f"{page.name}: a block that no test reads"
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^::: fused_lora\.(\w+)$", page, re.MULTILINE))
+    assert named == set(fused_lora.__all__)
 
 
 # ---------------------------------------------------------------- links

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .peers import EAGER, FROZEN
+from .peers import EAGER, FROZEN, FULL
 from .problems import Candidate, Problem, parse_dtype
 
 
@@ -23,7 +23,7 @@ def allowance(plain: Tensor, truth: Tensor, dtype: torch.dtype, longest_sum: int
 
 
 class Judge:
-    """The float64 truth of a problem. The frozen linear is held to its own, which knows no adapter."""
+    """The float64 truth of a problem. What has no adapter, frozen or trained whole, is held to a truth of its own."""
 
     def __init__(self, problem: Problem) -> None:
         self._truth: dict[str, dict[str, Tensor]] = {}
@@ -37,7 +37,7 @@ class Judge:
 
     def verdict(self, name: str, candidate: Candidate) -> str | None:
         """None for a right candidate; else which of its results is how wrong."""
-        held_to = FROZEN if name == FROZEN else EAGER
+        held_to = FROZEN if name in (FROZEN, FULL) else EAGER
         results = candidate.call()
         for key, truth in self._truth[held_to].items():
             result, budget = results[key], self._budget[held_to][key]

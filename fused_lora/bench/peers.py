@@ -5,6 +5,7 @@ Modules, not functions, because that is what a user swaps: the cost of calling o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ FROZEN = "frozen"
 EAGER = "eager"
 PARAMETRIZE = "parametrize"
 COMPILED = "compiled"
+FULL = "full"
 OURS = "ours-"
 # programs that make the thin product of a row of tiles, where that form is imposed
 PRODUCERS = 4
@@ -183,6 +185,11 @@ def _frozen(weights: Weights) -> nn.Module:
     return weights.linear()
 
 
+def _full(weights: Weights) -> nn.Module:
+    """Full fine-tuning: the layer itself, a copy, is trained."""
+    return copy.deepcopy(weights.linear()).requires_grad_()
+
+
 def _parametrize(weights: Weights) -> nn.Module:
     linear = weights.linear()
     lora = reference.parametrize_linear(linear, weights.rank, weights.scale * weights.rank)
@@ -275,6 +282,7 @@ PEERS = {
     COMPILED: Peer(_compiled, _why_no_compiler, first=True),
     "peft": Peer(_peft, _why_no_peft),
     PARAMETRIZE: Peer(_parametrize, _why_no_parametrize),
+    FULL: Peer(_full, lambda weights: "trains W itself: in whole models alone"),
 }
 
 

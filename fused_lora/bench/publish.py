@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
 def outputs(checkout: Path) -> dict[Path, str]:
     """path -> text of everything that is made of the results files."""
     folder, pictures = checkout / "benchmarks" / "results", checkout / "docs" / "pictures"
-    files, scaling = load_all(folder), load_all(folder / "scaling")
+    files, scaling, models = (load_all(folder / part) for part in ("", "scaling", "models"))
     readme = checkout / "README.md"
     text = _between(readme.read_text(encoding="utf-8"), "speed", _readme_speed(files))
-    made = {readme: text, checkout / "docs" / "benchmarks.md": _benchmarks_page(files)}
+    made = {readme: text, checkout / "docs" / "benchmarks.md": _benchmarks_page(files, models)}
     for name, results in files.items():
         plot = charts.ratio_plot(groups.groups_of(results), groups.candidates_of(results), _title(results))
         made[pictures / f"measured-{Path(name).stem}.svg"] = plot
@@ -144,13 +144,28 @@ How to read them:
 Measure your own machine with `fused-lora bench`, or `make gpu` where there is a GPU.
 """
 
+_MODELS = """## Whole models
 
-def _benchmarks_page(files: dict[str, Results]) -> str:
+A training step, forward, backward and fused Adam on what is trained, of models of real sizes with random weights and
+LoRA in all linear layers. `full` trains every linear layer's W; `peft` has PEFT's layers in their places. `make models`
+measures it where you are. Peak memory is counted on GPUs alone.
+"""
+
+
+def _benchmarks_page(files: dict[str, Results], models: dict[str, Results]) -> str:
     parts = [_INTRODUCTION]
     if not any(map(groups.is_gpu, files.values())):
         parts.append(f"## GPU\n\n{NOT_MEASURED}: no file in `benchmarks/results/` comes from a GPU.\n")
     for name, results in files.items():
         parts.append(_machine(name, results))
+    parts.append(_MODELS)
+    if not any(map(groups.is_gpu, models.values())):
+        parts.append(f"On a GPU: {NOT_MEASURED}.\n")
+    for name, results in models.items():
+        found = groups.groups_of(results)
+        parts.append(f"### On {_where(results)}\n\nMeasured on {results.environment.date}; from `models/{name}`.\n")
+        parts.append("\n".join(_standings(found)) + "\n")
+        parts += ["\n".join([f"**{charts.short_title(group)}**", "", *_full(group), ""]) for group in found]
     return "\n".join(parts)
 
 
@@ -209,7 +224,7 @@ def _where(results: Results) -> str:
     versions = [f"torch {env.torch_version}"]
     if groups.is_gpu(results):
         versions += [f"triton {env.triton_version}", f"CUDA {env.cuda_version}"]
-    return ", ".join([env.device, f"{env.threads} threads", *versions])
+    return ", ".join([env.device, f"{env.threads} thread{'' if env.threads == 1 else 's'}", *versions])
 
 
 if __name__ == "__main__":

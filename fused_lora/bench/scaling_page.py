@@ -76,7 +76,7 @@ def _measured(name: str, results: Results, where: str) -> str:
         sizes = _sizes(next(iter(next(iter(points.values())).values())).shape)
         fixed = ", ".join(f"{key} {value}" for key, value in sizes.items() if key != axis)
         title = f"{_LABELS[axis]}; {fixed}"
-        lines += [f"### {_LABELS[axis].capitalize()}", "", f"![{title}](pictures/{_plot_name(name, axis)})", ""]
+        lines += [f"### By {_LABELS[axis]}", "", f"![{title}](pictures/{_plot_name(name, axis)})", ""]
         lines += [
             f"| {axis} | frozen, ms | {' | '.join(f'{n} ÷ frozen' for n in names)} |",
             "|---" * (len(names) + 2) + "|",

@@ -1,0 +1,117 @@
+"""Traffic and the model are the arithmetic that they claim; a sweep is measured and published, the model beside it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from fused_lora.bench import measure, predict, runner, scaling, scaling_page, traffic
+from fused_lora.bench.problems import LayerProblem
+from fused_lora.bench.results import Environment, Results
+from fused_lora.bench.shapes import FORWARD, STEP, Shape
+from fused_lora.bench.traffic import ADDMM, EAGER, FROZEN, OURS, PEFT, Layer
+
+CPU = torch.device("cpu")
+HEADLINE = Layer(8192, 4096, 4096, 16)
+SIZES = {"M": (2, 6), "K": (20,), "N": (12,), "R": (3,), "adapters": (1, 3)}
+SMALL = scaling.Sweep(Shape("middle", 6, 20, 12, 3, ()), SIZES, "float32")
+
+
+# ---------------------------------------------------------------- counting
+
+
+@pytest.mark.parametrize("layer", [HEADLINE, Layer(100, 30, 50, 7, 4)])
+def test_ours_moves_what_the_table_of_shapes_counts_and_the_thin_products(layer):
+    shape = Shape("s", layer.M, layer.K, layer.N, layer.R, ())
+    thin = layer.M * layer.R * layer.itemsize
+    forward, step = traffic.forward(OURS, layer), traffic.forward(OURS, layer) + traffic.backward(OURS, layer)
+    assert sum(launch.moved for launch in forward) == shape.bytes(FORWARD, layer.itemsize, lora=True) + thin
+    # x and dy are both read again for dA and dB, and so are g and h
+    again = layer.M * layer.N * layer.itemsize
+    assert sum(launch.moved for launch in step) == shape.bytes(STEP, layer.itemsize, lora=True) + again + 4 * thin
+    assert sum(launch.flops for launch in step) == shape.flops(STEP, lora=True)
+    assert (len(forward), len(step)) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("way", "name"), [(OURS, "ours-eager"), (ADDMM, "addmm"), (EAGER, "eager"), (FROZEN, "frozen")]
+)
+def test_what_is_kept_is_what_is_counted_in_a_run(way, name):
+    candidate = LayerProblem(STEP, SMALL.middle, "float32", CPU).candidate(name)
+    assert measure.saved_bytes(candidate.call, candidate.parameters) == traffic.kept(way, Layer(6, 20, 12, 3, 4))
+
+
+def test_peft_keeps_a_float32_copy_of_x():
+    candidate = LayerProblem(STEP, SMALL.middle, "bfloat16+float32", CPU).candidate("peft")
+    assert measure.saved_bytes(candidate.call, candidate.parameters) == traffic.kept(PEFT, Layer(6, 20, 12, 3, 2))
+
+
+# ---------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize("gpu", predict.GPUS, ids=lambda gpu: gpu.name)
+def test_the_model_is_a_roofline(gpu):
+    # much arithmetic: the datasheet's rate at its share
+    flops = 2 * HEADLINE.M * HEADLINE.K * HEADLINE.N
+    arithmetic = flops / (gpu.tflops * 1e12 * predict.GEMM_SHARE) * 1e3
+    assert predict.forward_ms(FROZEN, HEADLINE, gpu) == pytest.approx(arithmetic + predict.START_US * 1e-3)
+    # one token: reading W, at the memory's
+    token = Layer(1, 4096, 4096, 16)
+    moved = 2 * (4096 * 4096 + 2 * 4096) / (gpu.gb_per_s * 1e9 * predict.MEMORY_SHARE) * 1e3
+    assert predict.forward_ms(FROZEN, token, gpu) == pytest.approx(moved + predict.START_US * 1e-3)
+    for layer in (HEADLINE, token):
+        times = [predict.step_ms(way, layer, gpu) for way in (FROZEN, OURS, ADDMM, EAGER, PEFT)]
+        assert times == sorted(times)
+
+
+def test_gpus_are_known_by_the_drivers_names():
+    assert predict.gpu_called("NVIDIA H100 80GB HBM3").name == "H100 SXM"
+    assert predict.gpu_called("NVIDIA A100-SXM4-80GB").name == "A100 80 GB SXM"
+    assert predict.gpu_called("NVIDIA GeForce RTX 4090").name == "RTX 4090"
+    assert predict.gpu_called("AMD EPYC") is None
+
+
+# ---------------------------------------------------------------- a sweep
+
+
+@pytest.fixture
+def swept(tmp_path, monkeypatch):
+    monkeypatch.setitem(scaling.SWEEPS, "cpu", SMALL)
+    monkeypatch.setattr(measure, "plan_for", lambda device, quick: measure.Plan(0.0, 2, 2, 0.0))
+    path = tmp_path / "scaling.json"
+    assert scaling.main(["--device", "cpu", "--seconds", "0", "--out", str(path)]) == 0
+    return Results.load(path)
+
+
+def test_every_place_of_a_sweep_is_measured_and_published(swept):
+    page = scaling_page.page({"scaling.json": swept}, lambda results: "here")
+    for axis, values in SMALL.values.items():
+        table = re.search(rf"### By [^\n]*\n\n!\[[^\n]*-{axis}\.svg\)\n\n(.*?)\n\n", page, re.DOTALL)[1]
+        assert [int(line.split("|")[1]) for line in table.splitlines()[2:]] == list(values)
+    assert "**not measured**: no file in `benchmarks/results/scaling/` is a GPU's" in page
+    assert "A model, not a measurement" in page
+    plots = scaling_page.plots({"scaling.json": swept})
+    assert len(plots) == 5 + 4
+    assert all("MODEL, not measured" in plot for name, plot in plots.items() if "model" in name)
+
+
+def test_a_gpus_file_is_set_beside_the_model(swept):
+    gpu = Results(
+        Environment("NVIDIA H100 80GB HBM3", "2.13.0", "3.7.1", "13.0", "3.11.7", 8, "2026-02-28"), swept.rows
+    )
+    page = scaling_page.page({"gpu.json": gpu}, lambda results: "there")
+    assert "not measured" not in page.replace("MODEL, not measured", "")
+    row = next(row for row in swept.rows if row.candidate == "frozen" and row.shape.startswith("M=6"))
+    model = predict.step_ms(FROZEN, Layer(6, 20, 12, 3), predict.gpu_called("H100"))
+    assert f"| M=6 | frozen | {row.median_ms:.4g} | {model:.4g} | {model / row.median_ms:.2f} |" in page
+
+
+def test_adapters_that_are_loaded_change_no_result():
+    problem = scaling.ScalingProblem("adapters", 3, SMALL, CPU)
+    group = runner.run_group(problem, measure.Plan(0.0, 2, 2, 0.0))
+    assert group.red == {}
+    assert {row.candidate for row in group.rows} == {*scaling.WANTED, group.ours}
+    layer = problem.candidate(group.ours).parameters
+    assert layer == problem.weights.parameters

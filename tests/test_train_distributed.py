@@ -44,7 +44,7 @@ def test_a_run_whose_rank_is_killed_goes_on_from_its_checkpoint_and_ends_the_sam
     victim, starts, output = None, [], []
     for line in lines_of(torchrun(tmp_path / "killed", "--strategy=fsdp")):
         output.append(line)
-        if found := re.match(r"rank (\d) pid (\d+) from step (\d+)", line):
+        for found in re.finditer(r"rank (\d) pid (\d+) from step (\d+)", line):
             starts.append(int(found[3]))
             if found[1] == "1" and victim is None:
                 victim = int(found[2])

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from setuptools import setup
 
+# one build serves CPython 3.10 and every later version
+PYTHON_ABI = "0x030A0000"
+
 
 def extension_arguments() -> dict:
     try:
@@ -14,11 +17,13 @@ def extension_arguments() -> dict:
             f"FUSED_LORA_BUILD_EXT=1 builds against the installed PyTorch, and it cannot be imported here ({error}): "
             "install torch first, then `pip install --no-build-isolation`"
         ) from error
+    folders = ["csrc", "csrc/cpu"]
     extension = CppExtension(
         "fused_lora._C",
-        sorted(str(source) for source in Path("csrc").rglob("*.cpp")),
+        sorted(str(source) for folder in folders for source in Path(folder).glob("*.cpp")),
         # no -fopenmp for the linker: PyTorch brings the OpenMP runtime, and there must be only one
-        extra_compile_args=["-O3", "-g0", "-fopenmp"],
+        extra_compile_args=["-O3", "-g0", "-fopenmp", f"-DPy_LIMITED_API={PYTHON_ABI}"],
+        py_limited_api=True,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 

@@ -1,9 +1,8 @@
-// The operators' schemas, and the Python module whose import loads this library and so registers them.
-// fused_lora/reference.py says what they mean; fused_lora/extension.py calls them.
+// The operators' schemas, and the Python module whose import loads this library and so registers them. Each device's
+// folder registers its implementations. fused_lora/reference.py says what they mean; fused_lora/extension.py calls
+// them.
 #include <Python.h>
 #include <torch/library.h>
-
-#include "cpu/operators.h"
 
 TORCH_LIBRARY(fused_lora_native, m) {
   m.def(
@@ -12,11 +11,6 @@ TORCH_LIBRARY(fused_lora_native, m) {
   m.def(
       "adapter_grad(Tensor? x, Tensor? g, Tensor? dy, Tensor? h, float scale, "
       "Tensor? seed, float dropout_p, ScalarType dtype_A, ScalarType dtype_B) -> (Tensor? dA, Tensor? dB)");
-}
-
-TORCH_LIBRARY_IMPL(fused_lora_native, CPU, m) {
-  m.impl("lora_matmul", &fused_lora::cpu::lora_matmul);
-  m.impl("adapter_grad", &fused_lora::cpu::adapter_grad);
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -264,6 +264,8 @@ def _leave(sync_ptr, counters):
     """The last program to leave sets the counters back to zero: nobody reads them any more."""
     tl.debug_barrier()
     if tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        # what one thread acquired, before every thread's stores
+        tl.debug_barrier()
         for first in range(0, counters, 128):
             offsets = first + tl.arange(0, 128)
             tl.store(sync_ptr + offsets, 0, mask=offsets < counters)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
-from .layer import FusedLoRALinear, LoRAAdapter
+from .layer import FusedLoRALinear
+from .lora_adapter import LoRAAdapter
 from .model import adapter_names, install, set_adapter
 from .reading import read_folder
 from .switching import Adapted, adapted_modules

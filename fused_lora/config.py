@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from . import validation
+from .patterns import Budget, matcher
 
 ALL_LINEAR = "all-linear"
 
@@ -29,7 +29,7 @@ class LoRAConfig:
             expression that a module's whole path must match, or names: a whole path or its last parts ("q_proj").
         exclude_modules: the same, for what is left out.
         rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the end of a path.
-        init: "kaiming" or "gaussian"; see :class:`fused_lora.layer.LoRAAdapter`.
+        init: "kaiming" or "gaussian"; see :class:`fused_lora.lora_adapter.LoRAAdapter`.
         adapter_dtype: dtype of A and B; None means the weight's, and float32 over a 16-bit weight, as PEFT does: small
             steps would be lost in 16 bits.
         modules_to_save: modules to be trained whole beside the adapters, without A and B, a classification head for
@@ -66,10 +66,10 @@ class LoRAConfig:
             if not isinstance(patterns, Mapping):
                 raise TypeError(f"{name} must be a mapping of regular expressions, got {patterns!r}")
         for pattern, rank in self.rank_pattern.items():
-            _check_regex("rank_pattern", pattern)
+            _check_regex("rank_pattern", pattern, ends=True)
             validation.check_rank(rank, f"rank_pattern[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():
-            _check_regex("alpha_pattern", pattern)
+            _check_regex("alpha_pattern", pattern, ends=True)
             validation.check_alpha(alpha, f"alpha_pattern[{pattern!r}]")
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
@@ -93,12 +93,16 @@ class LoRAConfig:
         return not self._excludes(path) and self._includes(path)
 
     @functools.cached_property
+    def _budget(self) -> Budget:
+        return Budget()
+
+    @functools.cached_property
     def _includes(self) -> Selector:
-        return selector(".*" if self.target_modules == ALL_LINEAR else self.target_modules)
+        return selector(".*" if self.target_modules == ALL_LINEAR else self.target_modules, self._budget)
 
     @functools.cached_property
     def _excludes(self) -> Selector:
-        return selector(self.exclude_modules or ())
+        return selector(self.exclude_modules or (), self._budget)
 
     def rank_of(self, path: str) -> int:
         return next((rank for matches, rank in self._ranks if matches(path)), self.rank)
@@ -109,22 +113,21 @@ class LoRAConfig:
 
     @functools.cached_property
     def _ranks(self) -> list[tuple[Selector, int]]:
-        return [(_ends_with(pattern), rank) for pattern, rank in self.rank_pattern.items()]
+        return [(matcher(pattern, self._budget, ends=True), rank) for pattern, rank in self.rank_pattern.items()]
 
     @functools.cached_property
     def _alphas(self) -> list[tuple[Selector, float]]:
-        return [(_ends_with(pattern), alpha) for pattern, alpha in self.alpha_pattern.items()]
+        return [(matcher(pattern, self._budget, ends=True), alpha) for pattern, alpha in self.alpha_pattern.items()]
 
     def dtype_over(self, weight_dtype: torch.dtype) -> torch.dtype:
         """The dtype of A and B beside a weight of weight_dtype."""
         return self.adapter_dtype or torch.promote_types(weight_dtype, torch.float32)
 
 
-def selector(selection: str | Sequence[str]) -> Selector:
+def selector(selection: str | Sequence[str], budget: Budget | None = None) -> Selector:
     """PEFT's test of paths: a regular expression for the whole path, or names that are the path or its last parts."""
     if isinstance(selection, str):
-        pattern = re.compile(selection, re.DOTALL)
-        return lambda path: pattern.fullmatch(path) is not None
+        return matcher(selection, budget or Budget())
     names = frozenset(selection)
     return lambda path: any(end in names for end in ends_of(path))
 
@@ -136,22 +139,16 @@ def ends_of(path: str) -> Iterator[str]:
         path = path.partition(".")[2]
 
 
-def _ends_with(pattern: str) -> Selector:
-    """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
-    compiled = re.compile(rf"(.*\.)?({pattern})$")
-    return lambda path: compiled.match(path) is not None
-
-
-def _check_regex(name: str, pattern: Any) -> None:
+def _check_regex(name: str, pattern: Any, *, ends: bool) -> None:
     try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{name} must hold regular expressions, got {pattern!r}: {error}") from None
+        matcher(pattern, Budget(), ends=ends)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
 
 
 def _check_selection(name: str, selection: Any) -> None:
     if isinstance(selection, str):
-        _check_regex(name, selection)
+        _check_regex(name, selection, ends=False)
     elif not isinstance(selection, Iterable) or not all(isinstance(item, str) and item for item in selection):
         raise TypeError(f"{name} must be a regular expression or a list of names, got {selection!r}")
     elif not list(selection):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,76 +11,8 @@ from torch import Tensor, nn
 
 from . import validation
 from .functional import concatenate_adapters, lora_linear
+from .lora_adapter import LoRAAdapter
 from .switching import Adapted
-
-
-class LoRAAdapter(nn.Module):
-    """A pair of thin matrices and how much they count: ``lora_A (R, K)``, ``lora_B (N, R)``, ``scale = alpha / R``.
-
-    Args:
-        init: "kaiming" draws A as ``nn.Linear`` draws its weight (Kaiming-uniform, a = sqrt(5), as PEFT and loralib
-            do); "gaussian" draws it from N(0, 1). B is zero, so a fresh adapter changes nothing.
-        bias: (N,), of which the adapter trains a copy instead of the layer's own; None where it trains none.
-    """
-
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        rank: int,
-        alpha: float | None,
-        dropout: float,
-        use_rslora: bool,
-        init: str,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        bias: Tensor | None = None,
-    ) -> None:
-        rank = validation.check_rank(rank)
-        alpha = float(rank) if alpha is None else validation.check_alpha(alpha)
-        dropout = validation.check_dropout(dropout)
-        validation.check_init(init)
-        super().__init__()
-        self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, dropout, bool(use_rslora)
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
-        self.trains_bias = bias is not None
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.init = init
-        self.reset_parameters()
-
-    @classmethod
-    def beside(cls, linear: nn.Linear, *, trains_bias: bool = False, **options: Any) -> LoRAAdapter:
-        """A fresh one for this layer, on its device; with trains_bias, of its bias too where it has one."""
-        bias = linear.bias if trains_bias else None
-        return cls(linear.in_features, linear.out_features, device=linear.weight.device, bias=bias, **options)
-
-    def reset_parameters(self) -> None:
-        if self.init == "gaussian":
-            nn.init.normal_(self.lora_A)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
-
-    @property
-    def scale(self) -> float:
-        """alpha / R, or alpha / sqrt(R) for rsLoRA."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-    def delta(self) -> Tensor:
-        """``scale · B A``: (N, K), at least float32."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        with torch.no_grad():
-            return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).mul_(self.scale)
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}" + (
-            ", rslora" if self.use_rslora else ""
-        )
-
 
 # what a plain nn.Linear has not
 _STATE = (
@@ -180,7 +111,9 @@ class FusedLoRALinear(Adapted, nn.Linear):
         # W and bias before a merge; buffers, so that .to() moves them along
         self.register_buffer("_unmerged_weight", None, persistent=False)
         self.register_buffer("_unmerged_bias", None, persistent=False)
-        self.requires_grad_(False)
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
 
     # ---------------------------------------------------------------- adapters
 
@@ -206,14 +139,16 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     def install(self, name: str, adapter: LoRAAdapter) -> LoRAAdapter:
         """Put a finished adapter here, not active."""
-        self.adapters[name] = adapter.requires_grad_(False).train(self.training)
+        for parameter in adapter.trained():
+            parameter.requires_grad_(False)
+        self.adapters[name] = adapter.train(self.training)
         return adapter
 
     def trained_parameters(self, name: str) -> list[nn.Parameter]:
-        return list(self.adapter(name).parameters())
+        return self.adapter(name).trained()
 
     def check_together(self, names: Sequence[str]) -> None:
-        with_bias = [name for name in names if self.adapter(name).trains_bias]
+        with_bias = [name for name in names if self.adapter(name).trains_bias] if len(names) > 1 else []
         if len(with_bias) > 1:
             raise ValueError(f"only one active adapter may train modules_to_save or biases, got {with_bias}")
 

@@ -14,7 +14,8 @@ from torch import nn
 from . import validation
 from .config import LoRAConfig
 from .functional import concatenate_adapters
-from .layer import FusedLoRALinear, LoRAAdapter
+from .layer import FusedLoRALinear
+from .lora_adapter import LoRAAdapter
 from .selection import Plan, plan
 from .switching import adapted_modules, base_modules
 from .trained import Part, adopt, copy_of
@@ -135,12 +136,7 @@ def _combine(path: str, layer: FusedLoRALinear, weights: Mapping[str, float], co
             As = [root * sign * a.lora_A for (a, _), (root, sign) in zip(parts, factors, strict=True)]
             Bs = [root * a.lora_B for (a, _), (root, _) in zip(parts, factors, strict=True)]
             A, B = torch.stack(As).sum(0), torch.stack(Bs).sum(0)
-    combined = LoRAAdapter(
-        layer.in_features, layer.out_features, rank=A.shape[0], alpha=None, dropout=parts[0][0].dropout,
-        use_rslora=False, init="kaiming", device="meta", dtype=A.dtype,
-    )  # fmt: skip
-    combined.lora_A, combined.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
-    return combined
+    return LoRAAdapter.of(A.clone(), B.clone(), alpha=None, dropout=parts[0][0].dropout, use_rslora=False)
 
 
 @contextlib.contextmanager
@@ -206,6 +202,8 @@ class Installation:
 
 def _prepare(model: nn.Module, adapter: str, config: LoRAConfig, impl: str) -> Installation:
     validation.check_impl(impl)
+    # what its patterns may cost is one model's
+    config = dataclasses.replace(config)
     chosen = plan(model, adapter, config)
     built = {
         path: LoRAAdapter.beside(

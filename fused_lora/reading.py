@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from . import validation
 from .config import ALL_LINEAR, LoRAConfig, selector
-from .layer import LoRAAdapter
+from .lora_adapter import LoRAAdapter
 from .model import Installation
 from .selection import biases, check_kinds, linear_layers, parts_below
 from .switching import base_modules
@@ -255,7 +256,8 @@ class _Reader:
             raise ValueError(f"{self.file}: {key!r} must be floating point of 16 bits or more, got {stored.dtype}")
         # the file's bytes may be mapped, and change: what is checked is a copy
         tensor = stored.to(device, dtype(stored.dtype), copy=True)
-        if not bool(torch.isfinite(tensor).all()):
+        # a finite sum has finite terms, and is one pass; one that is not may be of too many large ones
+        if not math.isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{self.file}: {key!r} must be finite, got NaN or infinity")
         return tensor
 
@@ -265,15 +267,13 @@ class _Reader:
         if weight.device.type == "meta":
             raise ValueError(f"{path}.weight must have values before an adapter is loaded, got one on meta")
         precise = torch.promote_types(weight.dtype, torch.float32)
-        adapter = LoRAAdapter(
-            self.linears[path].in_features, self.linears[path].out_features, rank=lora.rank_of(name),
-            alpha=lora.alpha_of(name), dropout=lora.dropout, use_rslora=lora.use_rslora, init="kaiming",
-            device="meta", dtype=weight.dtype, bias=self._bias(path),
-        )  # fmt: skip
-        for side, key in keys.items():
-            tensor = self._tensor(key, weight.device, lambda stored: stored if stored == weight.dtype else precise)
-            setattr(adapter, f"lora_{side}", nn.Parameter(tensor))
-        return adapter
+        A, B = (
+            self._tensor(keys[side], weight.device, lambda stored: stored if stored == weight.dtype else precise)
+            for side in "AB"
+        )
+        return LoRAAdapter.of(
+            A, B, alpha=lora.alpha_of(name), dropout=lora.dropout, use_rslora=lora.use_rslora, bias=self._bias(path)
+        )
 
     def _bias(self, path: str) -> Tensor | None:
         bias = self.linears[path].bias
@@ -282,7 +282,7 @@ class _Reader:
         key = self.rest.pop(f"{path}.base_layer.bias" if path else "base_layer.bias", None)
         if key is None:
             self._refuse(f"{path}.base_layer.bias", "must be there, as bias is not 'none'", self.missing)
-            return bias
+            return bias.detach().clone()
         self._check_shape(key, tuple(bias.shape))
         return self._tensor(key, bias.device, lambda _: bias.dtype)
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from . import validation
 from .config import ends_of
-from .layer import FusedLoRALinear, LoRAAdapter, whole
+from .layer import FusedLoRALinear, whole
+from .lora_adapter import LoRAAdapter
 from .selection import linear_layers
 from .switching import adapted_modules, base_modules
 from .trained import Part, Trained

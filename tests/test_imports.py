@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "fused_lora"
 
 # what a module may import, lowest first; a name stands for a module or a whole folder
 LAYERS = [
-    {"extension", "reference", "validation"},
+    {"extension", "patterns", "reference", "validation"},
     {"ops"},
     {"kernels", "sharding"},
     {"functional"},
-    {"switching", "config"},
+    {"switching", "config", "lora_adapter"},
     {"layer", "trained"},
     {"selection", "distributed"},
     {"merging", "model"},

@@ -81,6 +81,10 @@ class LoRAConfig:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"adapter_dtype must be a floating point torch.dtype or None, got {dtype!r}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # the fields alone: what is cached beside them are functions, which can't be pickled
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     @classmethod
     def check_field_names(cls, names: Iterable[str]) -> None:
         known = [f.name for f in fields(cls)]

@@ -1,6 +1,7 @@
 """Patterns of strangers: what ``re`` says, and never longer than their bound."""
 
 import json
+import pickle
 import re
 
 import pytest
@@ -77,6 +78,13 @@ def test_flags_that_only_a_whole_pattern_may_have_are_refused_in_a_pattern_for_e
 def test_an_anchor_in_a_pattern_for_ends_means_the_whole_path():
     config = LoRAConfig(rank=2, rank_pattern={"^fc": 4})
     assert (config.rank_of("fc"), config.rank_of("block.fc")) == (4, 2)
+
+
+def test_a_config_that_was_used_can_be_pickled():
+    config = LoRAConfig(rank=2, target_modules=".*fc", rank_pattern={"fc": 4})
+    assert config.targets("a.fc") and config.rank_of("a.fc") == 4
+    again = pickle.loads(pickle.dumps(config))
+    assert again == config and again.targets("a.fc") and again.rank_of("a.fc") == 4
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])

@@ -1,7 +1,7 @@
 """Runs the programs of a launch side by side in Triton's interpreter, and finds races between them.
 
 The interpreter runs one program after the other, so a wait never waits and whoever forgets to wait is still right. Here
-each program runs in a thread of its own, one at a time, and hands over at every atomic, to one that a seed draws; at
+each program runs in a thread of its own, one at a time, and may have to hand over at every atomic, as a seed draws; at
 most so many as are resident have begun and not ended, and they begin in any order.
 
 What happens before what is told by vector clocks, the way of FastTrack (Flanagan and Freund, PLDI 2009). A program is
@@ -60,11 +60,14 @@ class Launch:
         begun = []
         for _ in range(PATIENCE):
             while waiting and len(begun) < self.resident:
-                begun.append(waiting.pop())
+                begun.insert(0, waiting.pop())
             if not begun:
                 return
-            program = self.random.choice(begun)
+            # one runs on until it is put last: so one is left far behind, and another goes far ahead
+            program = begun[0]
             program.step()
+            if self.random.random() < 0.3:
+                begun.append(begun.pop(0))
             if program.ended:
                 begun.remove(program)
                 if program.error is not None:

@@ -1,4 +1,4 @@
-"""One fixture: a candidate is checked, measured in turn with its peers, then timed once more by pytest-benchmark."""
+"""Two fixtures: a candidate is checked, measured in turn with its peers, and then timed, or weighed, by itself."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_lora.bench import measure
-from fused_lora.bench.models import Case, ModelProblem
+from fused_lora.bench import measure, table
+from fused_lora.bench.models import MODEL, Case, ModelProblem
 from fused_lora.bench.problems import LayerProblem, NetProblem, Problem
-from fused_lora.bench.results import Environment
+from fused_lora.bench.results import Environment, Row
 from fused_lora.bench.runner import Group, run_group
 from fused_lora.bench.shapes import TRAIN, Shape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# what pytest-benchmark's tables are headed by, where it is not the work's own name
+HEADINGS = {TRAIN: "whole model", MODEL: "whole model"}
+MOST_MS, FEWEST, MOST = 200.0, 3, 100
+WEIGHED = pytest.StashKey[dict[str, list[Row]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="layers of the quick shapes in one dtype, in few rounds")
     parser.addoption("--peft-results", type=Path, help="JSON file that test_peft.py writes what it measured to")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[WEIGHED] = {}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _is_quick(item: pytest.Item) -> bool:
     """RichBoyNet, and layers of a quick shape in the first dtype."""
     values = getattr(item, "callspec", None)
-    if values is None or "case" in values.params or "compete" not in getattr(item, "fixturenames", ()):
+    if values is None or "case" in values.params or not {"compete", "weigh"} & set(getattr(item, "fixturenames", ())):
         return False
     shape, dtype = values.params.get("shape"), values.params.get("dtype")
     return shape is None or ("quick" in shape.tags and dtype == ("bfloat16" if DEVICE.type == "cuda" else "float32"))
@@ -55,30 +63,57 @@ def _measured(work: str, shape: Shape | Case | None, dtype: str, quick: bool) ->
     return problem, run_group(problem, measure.plan_for(DEVICE, quick))
 
 
+def _row(name: str, group: Group) -> Row:
+    """What was measured of a candidate. Skips where it can't run, fails where it is wrong."""
+    if name in group.absent:
+        pytest.skip(group.absent[name])
+    if name in group.red:
+        pytest.fail(group.red[name])
+    return next(row for row in group.rows if row.candidate == name)
+
+
 @pytest.fixture
 def compete(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
     """``compete(name, work, shape, dtype)``: red if the candidate is wrong, skipped where it can't run."""
 
     def run(name: str, work: str, shape: Shape | Case | None, dtype: str) -> None:
         problem, group = _measured(work, shape, dtype, request.config.getoption("--quick"))
-        if name in group.absent:
-            pytest.skip(group.absent[name])
-        if name in group.red:
-            pytest.fail(group.red[name])
-        benchmark.group = group.title
-        benchmark.extra_info.update(vars(Environment.here(DEVICE)))
-        benchmark.extra_info.update(asdict(next(row for row in group.rows if row.candidate == name)))
-        benchmark(_until_done(problem.candidate(name).call))
+        row = _row(name, group)
+        benchmark.group = f"{HEADINGS.get(work, work)}  {row.shape}  {dtype}"
+        benchmark.extra_info.update(vars(Environment.here(DEVICE)) | asdict(row))
+        call = problem.candidate(name).call
+        call()
+        rounds = int(min(max(MOST_MS / row.median_ms, FEWEST), MOST))
+        benchmark.pedantic(_until_done, setup=lambda: (tuple(measure.ready(call, 1)), {}), rounds=rounds)
 
     return run
 
 
-def _until_done(call: Callable[[], object]) -> Callable[[], None]:
+@pytest.fixture
+def weigh(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``weigh(name, work, shape, dtype)``: the bytes that the work takes, for the table at the end; its time is one."""
+
+    def run(name: str, work: str, shape: Shape, dtype: str) -> None:
+        problem, group = _measured(work, shape, dtype, request.config.getoption("--quick"))
+        row = _row(name, group)
+        benchmark.group = f"memory  {row.shape}  {dtype}"
+        benchmark.extra_info.update(vars(Environment.here(DEVICE)) | asdict(row))
+        request.config.stash[WEIGHED].setdefault(benchmark.group, []).append(row)
+        benchmark.pedantic(_until_done, args=(problem.candidate(name).call,), rounds=1)
+
+    return run
+
+
+def _until_done(call: Callable[[], object]) -> None:
     """pytest-benchmark reads the host's clock, so a GPU must have finished."""
+    call()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
-    def done() -> None:
-        call()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
 
-    return done
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for title, rows in config.stash[WEIGHED].items():
+        terminalreporter.write_line(f"\n{title}\n{'candidate':<16}{'kept for backward':>20}{'peak of a step':>18}")
+        for row in sorted(rows, key=lambda row: (row.peak_bytes, row.saved_bytes)):
+            kept, peak = table.size(row.saved_bytes), table.size(row.peak_bytes)
+            terminalreporter.write_line(f"{row.candidate:<16}{kept:>20}{peak:>18}")

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import runpy
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,9 +21,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from fused_lora import apply_lora, lora_parameters
+from fused_lora.bench.measure import peak_bytes
 from fused_lora.bench.results import Environment
 
 ROOT = Path(__file__).parents[1]
@@ -39,21 +38,6 @@ def size(tensors: Iterable[Tensor | None]) -> int:
     """Of this rank's storages, each once."""
     storages = {s.data_ptr(): s.nbytes() for t in tensors if t is not None for s in (local(t).untyped_storage(),)}
     return sum(storages.values())
-
-
-def peak_of_a_step(step: object) -> int:
-    """The most that the allocator had out above what was out when the step began."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()  # type: ignore[operator]
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        recorded.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
-    now = most = 0
-    memory = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
-    for event in sorted(memory, key=lambda event: event["ts"]):
-        now += event["args"]["Bytes"]
-        most = max(most, now)
-    return most
 
 
 def measure(strategy: str, example: dict) -> dict[str, int]:
@@ -74,7 +58,7 @@ def measure(strategy: str, example: dict) -> dict[str, int]:
         "adapters": size(trained),
         "gradients": size(p.grad for p in trained),
         "optimizer": size(t for s in optimizer.state.values() for t in s.values() if t.dim() > 0),
-        "peak of a step": peak_of_a_step(step),
+        "peak of a step": peak_bytes(step, torch.device("cpu")),
     }
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fused_lora import bench
-from fused_lora.bench import measure, peers, roofline, runner, series, shapes, table
+from fused_lora.bench import measure, peers, problems, roofline, runner, series, shapes, table
 from fused_lora.bench.problems import LayerProblem, NetProblem
 from fused_lora.bench.results import Environment, Results, Row
-from fused_lora.bench.shapes import FORWARD, STEP, Shape
+from fused_lora.bench.shapes import BACKWARD, DECODE, FORWARD, STEP, Shape
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 6, 20, 12, 3, ("cpu",), bias=True)
@@ -35,6 +35,12 @@ def a_row(**fields):
     values |= {"work": STEP, "shape": "s", "dtype": "float32", "candidate": "eager", "rounds": 3}
     values |= {"tflops": None, "gb_per_s": None, "saved_bytes": 0, "peak_bytes": None}
     return Row(**values | fields)
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    """Compiling C++ for every group takes long; what is compiled has a test of its own."""
+    monkeypatch.setitem(peers.PEERS, "compiled", peers.Peer(peers._compiled, lambda weights: "not in these tests"))
 
 
 class Clock:
@@ -139,11 +145,73 @@ def test_a_storage_is_counted_once():
     assert measure.saved_bytes(lambda: (a * b).sum() + (a * b.t()).sum(), [a]) == 64
 
 
+def test_what_comes_before_the_timed_part_takes_no_time_and_is_done_for_every_call():
+    clock = Clock()
+
+    def ready():
+        clock.takes("before", 7.0)()
+        return clock.takes("timed", 1.0)
+
+    assert measure.HostTimer(clock)(measure.Staged(ready), 3) == pytest.approx(1.0)
+    assert clock.calls == ["before"] * 3 + ["timed"] * 3
+
+
+def test_the_peak_is_the_most_that_was_out_at_once():
+    def call():
+        first, second = torch.zeros(1000), torch.zeros(2000)
+        del first
+        third = torch.zeros(500)
+        return second, third
+
+    old = torch.zeros(5000)
+    assert measure.peak_bytes(call, CPU) == 4 * 3000
+    assert measure.peak_bytes(lambda: old.zero_(), CPU) == 0
+
+
+def test_the_peak_of_a_step_is_what_the_formulas_make():
+    tokens, thin = SMALL.M * 4, SMALL.M * SMALL.R * 4
+
+    def peak(name, work):
+        return measure.peak_bytes(LayerProblem(work, SMALL, "float32", CPU).candidate(name).call, CPU)
+
+    # y, then dx beside it
+    assert peak("frozen", FORWARD) == tokens * SMALL.N
+    assert peak("frozen", STEP) == tokens * (SMALL.N + SMALL.K)
+    # what the forward made was there before
+    assert peak("frozen", BACKWARD) == tokens * SMALL.K
+    assert peak("addmm", FORWARD) == tokens * SMALL.N + thin
+    assert peak("eager", FORWARD) >= 3 * tokens * SMALL.N
+
+
+@pytest.mark.parametrize("work", [FORWARD, BACKWARD, STEP, DECODE])
+def test_calls_take_the_copies_of_their_inputs_in_turn(monkeypatch, work):
+    seen = []
+
+    class Watching(peers.EagerLoRA):
+        def forward(self, x):
+            seen.append(x.data_ptr())
+            return super().forward(x)
+
+    monkeypatch.setitem(peers.PEERS, "addmm", peers.Peer(Watching))
+    problem = LayerProblem(work, SMALL, "float32", CPU)
+    call = problem.candidate("addmm").call
+    results = [call() for _ in range(problem.copies + 1)]
+    assert len(set(seen)) == problem.copies == 16
+    assert seen[-1] == seen[0]
+    assert all(torch.equal(one[key], results[0][key]) for one in results for key in one)
+
+
+def test_copies_outgrow_a_cache_and_stay_few():
+    assert problems.copies_of(CPU, 1 << 23) == 8
+    assert (problems.copies_of(CPU, 100), problems.copies_of(CPU, 1 << 30)) == (16, 1)
+    assert problems.copies_of(torch.device("cuda"), 100) == 1
+
+
 # ---------------------------------------------------------------- checking
 
 
 @pytest.mark.parametrize("dtype", bench.KNOWN_DTYPES)
-@pytest.mark.parametrize("work", [FORWARD, STEP])
+@pytest.mark.parametrize("work", [FORWARD, BACKWARD, STEP, DECODE])
 def test_every_candidate_is_right(work, dtype):
     group = runner.run_group(LayerProblem(work, SMALL, dtype, CPU), HASTY)
     assert group.red == {}
@@ -362,12 +430,21 @@ def test_interpreted_kernels_compete_in_a_dry_run_alone():
 def test_the_compiled_peer_is_right_and_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     monkeypatch.setitem(peers.PEERS, "compiled", peers.Peer(peers._compiled, first=True))
-    monkeypatch.setattr(peers, "PEERS", peers.PEERS)
-    first = Shape("small", 6, 20, 12, 3, ("cpu", "first"), bias=True)
-    group = runner.run_group(LayerProblem(STEP, first, "float32", CPU), HASTY)
-    assert group.red == {}
-    assert "compiled" in {row.candidate for row in group.rows}
-    assert "first shapes alone" in runner.run_group(LayerProblem(STEP, SMALL, "float32", CPU), HASTY).absent["compiled"]
+    # a compiled backward may free its inputs, so it can run but once
+    for work in (STEP, BACKWARD):
+        group = runner.run_group(LayerProblem(work, SMALL, "float32", CPU), HASTY)
+        assert group.red == {}
+        assert "compiled" in {row.candidate for row in group.rows}
+
+
+def test_the_compiled_peer_competes_in_the_first_shapes_of_a_gpu_and_where_a_compiler_is(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "compiled", peers.Peer(peers._compiled, first=True))
+    weights = LayerProblem(STEP, SMALL, "float32", CPU).weights
+    assert peers._why_no_compiler(weights) is None
+    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    assert "needs a C++ compiler" in peers._why_no_compiler(weights)
+    later = types.SimpleNamespace(device=torch.device("cuda"), first=False)
+    assert "first shapes alone" in runner._why_absent(later, "compiled", dry=False)
 
 
 def test_the_share_of_the_roofline_is_the_larger_floor_over_the_time():
@@ -384,7 +461,8 @@ def test_the_share_of_the_roofline_is_the_larger_floor_over_the_time():
 
 def test_on_a_gpu_the_targets_come_first_in_every_dtype_and_llama_covers_tokens_and_ranks(monkeypatch):
     monkeypatch.setattr(runner, "LayerProblem", lambda *args: args)
-    made = [make() for make in runner.agenda(CPU, ["bfloat16", "float16"], [FORWARD, STEP], quick=False, place="gpu")]
+    works = [FORWARD, STEP, DECODE]
+    made = [make() for make in runner.agenda(CPU, ["bfloat16", "float16"], works, quick=False, place="gpu")]
     first = [(shape.name, dtype) for _, shape, dtype, _ in made[:10]]
     assert first[0] == ("headline", "bfloat16")
     assert {name for name, _ in first} == {f"decode-4096-m{m}" for m in (1, 4, 16)} | {"headline"}

@@ -160,11 +160,11 @@ def _speed(results: Results, path: Path | None, deadline: float, dry: bool, quic
     import torch
 
     from . import measure, runner, series
-    from .shapes import FORWARD, STEP
+    from .shapes import DECODE, FORWARD, STEP
 
     device = torch.device("cpu" if dry else "cuda")
     dtypes = SPEED_DTYPES[device.type][: 1 if quick else None]
-    agenda = runner.agenda(device, dtypes, [FORWARD, STEP], quick and not dry, "dry" if dry else "gpu")
+    agenda = runner.agenda(device, dtypes, [FORWARD, STEP, DECODE], quick and not dry, "dry" if dry else "gpu")
     plan = measure.Plan(0.0, 2, 2, 0.0) if dry else measure.plan_for(device, quick)
     code = series.compete(agenda, results, path, plan, deadline, dry)
     if code == 130:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
 # (call, count) -> milliseconds a call, over count calls in a row
@@ -18,6 +24,23 @@ Timer = Callable[[Call, int], float]
 
 # at least this much is written to flush a GPU's cache: about 0.1 ms, for the host to issue launches in
 MIN_FLUSH = 1 << 28
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Work of which a part is not timed. ready: does that part, and gives the call that does the rest, once."""
+
+    ready: Callable[[], Call]
+
+    def __call__(self) -> object:
+        return self.ready()()
+
+
+def ready(call: Call, count: int) -> Iterable[Call]:
+    """What is to be timed in count calls: all that comes before is done."""
+    if isinstance(call, Staged):
+        return [call.ready() for _ in range(count)]
+    return itertools.repeat(call, count)
 
 
 @dataclass(frozen=True)
@@ -44,9 +67,10 @@ class HostTimer:
         self._now = now
 
     def __call__(self, call: Call, count: int) -> float:
+        calls = ready(call, count)
         start = self._now()
-        for _ in range(count):
-            call()
+        for one in calls:
+            one()
         return (self._now() - start) * 1e3 / count
 
 
@@ -64,10 +88,10 @@ class CudaTimer:
 
     def __call__(self, call: Call, count: int) -> float:
         total = 0.0
-        for _ in range(count):
+        for one in ready(call, count):
             self._flush.zero_()
             self._start.record()
-            call()
+            one()
             self._end.record()
             self._end.synchronize()
             total += self._start.elapsed_time(self._end)
@@ -139,13 +163,32 @@ def saved_bytes(call: Call, parameters: Iterable[Tensor]) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """The most device memory in use during the call, above what was in use before it; None on a CPU."""
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """The most memory that PyTorch's allocator had out during the call, above what it had out before it.
+
+    What a library takes by other ways, such as a GEMM's packed operands on a CPU, is not in it.
+    """
+    (one,) = ready(call, 1)
     if device.type != "cuda":
-        return None
+        return _host_peak(one)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    call()
+    one()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _host_peak(call: Call) -> int:
+    """From the profiler's record of every allocation and every release."""
+    # or the profiler announces every recording on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
+    changes.sort(key=lambda event: event["ts"])
+    return max(itertools.accumulate((event["args"]["Bytes"] for event in changes), initial=0))

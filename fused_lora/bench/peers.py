@@ -6,9 +6,13 @@ Modules, not functions, because that is what a user swaps: the cost of calling o
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -237,7 +241,13 @@ def _why_no_impl(impl: str, weights: Weights) -> str | None:
 
 
 def _why_no_compiler(weights: Weights) -> str | None:
-    return None if weights.weight.device.type == "cuda" else "compiled for GPUs alone: it takes long"
+    """For a CPU, torch.compile writes C++ that Python loads."""
+    if weights.weight.device.type == "cuda":
+        return None
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        return "torch.compile for a CPU needs a C++ compiler, and there is none"
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if headers.exists() else f"torch.compile for a CPU needs Python's headers, and there is no {headers}"
 
 
 def _why_no_peft(weights: Weights) -> str | None:
@@ -258,7 +268,7 @@ class Peer:
     """build: the module over these weights.  why_not: why it can't be timed on them, or None.
 
     kernels: made of Triton kernels, which say nothing about time where they are interpreted.
-    first: timed in the shapes of the tag "first" alone, to keep the run short.
+    first: on a GPU timed in the shapes of the tag "first" alone, to keep the run short.
     """
 
     build: Callable[[Weights], nn.Module]

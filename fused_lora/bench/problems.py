@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..demo.net import LAYERS, RichBoyNet, Trainer
+from . import measure
 from .peers import FROZEN, PEERS, Weights, our_choice
-from .shapes import FORWARD, TRAIN, Shape
+from .shapes import BACKWARD, DECODE, FORWARD, STEP, TRAIN, Shape
+
+# calls on a CPU take turns with copies of their inputs: as many as fill this, twice a large cache, but no more than 16
+ROTATED_BYTES, MOST_COPIES = 1 << 26, 16
+Computed = dict[str, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Candidate:
     """call: the work, once; gives by name what it computed, None for a gradient that did not come."""
 
-    call: Callable[[], dict[str, Tensor | None]]
+    call: Callable[[], Computed]
     parameters: tuple[nn.Parameter, ...]
 
 
@@ -33,6 +40,7 @@ class Problem(Protocol):
     device: torch.device
     longest_sum: int  # terms of the longest sum in it
     first: bool  # whether it comes before the others
+    copies: int  # of the inputs, which calls take in turn
 
     def ours(self) -> str:
         """The candidate that a user of ours gets by default."""
@@ -55,6 +63,11 @@ def parse_dtype(label: str) -> tuple[torch.dtype, torch.dtype]:
     return getattr(torch, base), getattr(torch, adapter or base)
 
 
+def copies_of(device: torch.device, nbytes: int) -> int:
+    """Of inputs of so many bytes. On a GPU one: its cache is flushed before every call."""
+    return 1 if device.type == "cuda" else min(max(-(-ROTATED_BYTES // nbytes), 1), MOST_COPIES)
+
+
 class LayerProblem:
     """A layer over x (M, K) whose result's gradient is dy (M, N)."""
 
@@ -65,9 +78,10 @@ class LayerProblem:
         base, adapter = parse_dtype(dtype)
         generator = torch.Generator(device).manual_seed(0)
         self.weights = Weights.random(shape.K, shape.N, shape.R, shape.bias, base, adapter, generator)
-        x = torch.randn(shape.M, shape.K, generator=generator, device=device)
-        dy = torch.randn(shape.M, shape.N, generator=generator, device=device) * shape.N**-0.5
-        self.x, self.dy = x.to(base).requires_grad_(), dy.to(base)
+        x = torch.randn(shape.M, shape.K, generator=generator, device=device).to(base)
+        dy = (torch.randn(shape.M, shape.N, generator=generator, device=device) * shape.N**-0.5).to(base)
+        self.copies = copies_of(device, x.nbytes + dy.nbytes)
+        self.inputs = [(x.clone().requires_grad_(), dy.clone()) for _ in range(self.copies)]
 
     def ours(self) -> str:
         return our_choice(self.weights)
@@ -79,29 +93,40 @@ class LayerProblem:
         return self._of_module(PEERS[name].build(self.weights), trained=name != FROZEN)
 
     def _of_module(self, module: nn.Module, trained: bool) -> Candidate:
-        leaves = {"dx": self.x}
-        if trained:
-            leaves |= {"dA": self.weights.lora_A, "dB": self.weights.lora_B}
+        adapter = {"dA": self.weights.lora_A, "dB": self.weights.lora_B} if trained else {}
+        inputs = itertools.cycle(self.inputs)
 
         @torch.no_grad()
-        def forward() -> dict[str, Tensor | None]:
-            return {"y": module(self.x)}
+        def forward() -> Computed:
+            x, _ = next(inputs)
+            return {"y": module(x)}
 
-        def step() -> dict[str, Tensor | None]:
-            y = module(self.x)
-            y.backward(self.dy)
-            results = {"y": y.detach()} | {key: leaf.grad for key, leaf in leaves.items()}
+        def backward(x: Tensor, dy: Tensor, y: Tensor) -> Computed:
+            y.backward(dy)
+            leaves = {"dx": x, **adapter}
+            gradients = {key: leaf.grad for key, leaf in leaves.items()}
             for leaf in leaves.values():
                 leaf.grad = None
-            return results
+            return gradients
 
-        return Candidate(forward if self.work == FORWARD else step, self.weights.parameters)
+        def step() -> Computed:
+            x, dy = next(inputs)
+            y = module(x)
+            return {"y": y.detach(), **backward(x, dy, y)}
+
+        def ready() -> Callable[[], Computed]:
+            x, dy = next(inputs)
+            return partial(backward, x, dy, module(x))
+
+        ways = {FORWARD: forward, DECODE: forward, STEP: step, BACKWARD: measure.Staged(ready)}
+        return Candidate(cast(Callable[[], Computed], ways[self.work]), self.weights.parameters)
 
     def exact(self) -> LayerProblem:
         exact = copy.copy(self)
         exact.dtype = "float64"
         exact.weights = self.weights.in_float64()
-        exact.x, exact.dy = self.x.detach().double().requires_grad_(), self.dy.double()
+        x, dy = self.inputs[0]
+        exact.inputs = [(x.detach().double().requires_grad_(), dy.double())]
         return exact
 
     def useful(self, name: str) -> tuple[int, int] | None:
@@ -126,7 +151,9 @@ class NetProblem:
         sizes = [getattr(net, path).weight.shape for path in LAYERS]
         self.longest_sum = max(map(max, sizes))
         self.weights = [Weights.random(K, N, 1, True, base, adapter, generator) for N, K in sizes]
-        self.images = torch.randn(10, sizes[0][1], generator=generator, device=device).to(base)
+        images = torch.randn(10, sizes[0][1], generator=generator, device=device).to(base)
+        self.copies = copies_of(device, images.nbytes)
+        self.images = [images.clone() for _ in range(self.copies)]
         self.labels = torch.arange(10, device=device)
 
     def ours(self) -> str:
@@ -149,9 +176,10 @@ class NetProblem:
         trainer = Trainer(net, leaves.values())
         # the same arithmetic, and every step is the same step
         trainer.optimizer.param_groups[0]["lr"] = 0.0
+        images = itertools.cycle(self.images)
 
-        def step() -> dict[str, Tensor | None]:
-            trainer.step(self.images, self.labels)
+        def step() -> Computed:
+            trainer.step(next(images), self.labels)
             return {key: leaf.grad for key, leaf in leaves.items()}
 
         return Candidate(step, parameters)
@@ -164,9 +192,10 @@ class NetProblem:
             hidden[:] = [output.requires_grad_()]
 
         net.linear1.register_forward_hook(keep)
+        images = itertools.cycle(self.images)
 
-        def step() -> dict[str, Tensor | None]:
-            F.cross_entropy(net(self.images), self.labels).backward()
+        def step() -> Computed:
+            F.cross_entropy(net(next(images)), self.labels).backward()
             return {"dhidden": hidden[0].grad}
 
         return Candidate(step, parameters)
@@ -175,7 +204,7 @@ class NetProblem:
         exact = copy.copy(self)
         exact.dtype = "float64"
         exact.weights = [layer.in_float64() for layer in self.weights]
-        exact.images = self.images.double()
+        exact.images = [self.images[0].double()]
         return exact
 
     def useful(self, name: str) -> tuple[int, int] | None:

@@ -52,8 +52,9 @@ class Row:
     """Times in milliseconds with their 20th and 80th percentiles; ratios are medians over rounds.
 
     tflops and gb_per_s count useful work, as ``shapes.Shape`` does. saved_bytes: kept for the backward, without
-    parameters. peak_bytes: device memory that the work takes on top of what was there. roofline: the share of what the
-    GPU can do at most (``roofline.py``). None: not defined here.
+    parameters. peak_bytes: memory that the work takes at most, on top of what was there (``measure.peak_bytes``).
+    roofline: the share of what the GPU can do at most (``roofline.py``). inputs: copies of them, taken in turn.
+    None: not defined here.
     """
 
     work: str
@@ -73,6 +74,7 @@ class Row:
     saved_bytes: int | None
     peak_bytes: int | None
     roofline: float | None = None
+    inputs: int = 1
 
     @property
     def group(self) -> tuple[str, str, str]:

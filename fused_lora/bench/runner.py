@@ -11,7 +11,7 @@ import torch
 from .. import ops
 from . import measure
 from .check import Judge
-from .peers import FROZEN, PARAMETRIZE, PEERS
+from .peers import COMPILED, FROZEN, PARAMETRIZE, PEERS
 from .problems import Candidate, LayerProblem, NetProblem, Problem
 from .results import Row
 from .roofline import Peak
@@ -44,7 +44,9 @@ def _why_absent(problem: Problem, name: str, dry: bool) -> str | None:
     peer = PEERS[name]
     if peer.kernels and problem.device.type == "cpu" and ops.interpreting() and not dry:
         return "interpreted kernels say nothing about time"
-    if peer.first and not problem.first:
+    if name == COMPILED and dry:
+        return "its time would mean nothing either, and compiling takes long"
+    if peer.first and problem.device.type == "cuda" and not problem.first:
         return "timed in the first shapes alone, to keep the run short"
     return problem.why_not(name)
 
@@ -96,6 +98,7 @@ def _time(problem: Problem, candidates: dict[str, Candidate], plan: measure.Plan
                 roofline=None if useful is None or peak is None else peak.share(*useful, time.median),
                 saved_bytes=measure.saved_bytes(candidate.call, candidate.parameters),
                 peak_bytes=measure.peak_bytes(candidate.call, problem.device),
+                inputs=problem.copies,
             )
         )
     return rows

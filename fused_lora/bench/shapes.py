@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FORWARD = "forward"  # no gradients
-STEP = "step"  # forward and backward: dx, dA, dB
+BACKWARD = "backward"  # dx, dA, dB of a forward that is not timed
+STEP = "step"  # forward and backward
+DECODE = "decode"  # forward of up to 16 tokens, no gradients
 TRAIN = "train"  # a network's training step, optimizer included
-WORKS = (FORWARD, STEP, TRAIN)
+WORKS = (FORWARD, BACKWARD, STEP, DECODE, TRAIN)
+_LAYER, _DECODE = (FORWARD, BACKWARD, STEP), (DECODE,)
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Shape:
     N: int
     R: int
     tags: tuple[str, ...]
-    works: tuple[str, ...] = (FORWARD, STEP)
+    works: tuple[str, ...] = _LAYER
     bias: bool = False
 
     def __str__(self) -> str:
@@ -32,19 +35,20 @@ class Shape:
 
     def flops(self, work: str, lora: bool) -> int:
         """Multiplications and additions that the formulas ask for, however a candidate computes them."""
+        if work == STEP:
+            return self.flops(FORWARD, lora) + self.flops(BACKWARD, lora)
         base, thin = 2 * self.M * self.K * self.N, 2 * self.M * self.R * (self.K + self.N)
-        if work == FORWARD:
-            return base + (thin if lora else 0)
-        # dx costs the same again, and so do dA and dB together
-        return 2 * base + (3 * thin if lora else 0)
+        # of the backward's thin products, half are for dx and half for dA and dB
+        return base + (0 if not lora else 2 * thin if work == BACKWARD else thin)
 
     def bytes(self, work: str, itemsize: int, lora: bool) -> int:
         """The fewest bytes that memory must move: operands read once and results written once, by each pass."""
+        if work == STEP:
+            return self.bytes(FORWARD, itemsize, lora) + self.bytes(BACKWARD, itemsize, lora)
         base, thin = self.M * (self.K + self.N) + self.K * self.N, self.R * (self.K + self.N)
-        if work == FORWARD:
-            return (base + (thin if lora else 0)) * itemsize
         # x is read again for dA
-        return (2 * base + (3 * thin + self.M * self.K if lora else 0)) * itemsize
+        adapter = 2 * thin + self.M * self.K if work == BACKWARD else thin
+        return (base + (adapter if lora else 0)) * itemsize
 
 
 # in_features, out_features of the linear layers of a block
@@ -57,14 +61,12 @@ MODELS = {
 _CPU, _GPU, _DRY = ("cpu",), ("gpu",), ("dry",)
 _CPU_QUICK = ("cpu", "quick")
 _FIRST, _FIRST_QUICK = ("gpu", "first"), ("gpu", "first", "quick")
-_DECODE = (FORWARD,)
 
 
 def _layer(model: str, layer: str, M: int, R: int) -> Shape:
     """Up to 16 tokens are decoded, without gradients."""
     K, N = MODELS[model][layer]
-    works = _DECODE if M <= 16 else (FORWARD, STEP)
-    return Shape(f"{model}-{layer}-m{M}-r{R}", M, K, N, R, _GPU, works)
+    return Shape(f"{model}-{layer}-m{M}-r{R}", M, K, N, R, _GPU, _DECODE if M <= 16 else _LAYER)
 
 
 SHAPES = (

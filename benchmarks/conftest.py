@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fused_lora.bench import measure, table
-from fused_lora.bench.models import MODEL, Case, ModelProblem
+from fused_lora.bench.models import MODEL, ModelProblem
+from fused_lora.bench.nets import Case
 from fused_lora.bench.problems import LayerProblem, NetProblem, Problem
 from fused_lora.bench.results import Environment, Row
 from fused_lora.bench.runner import Group, run_group

@@ -1,16 +1,16 @@
-"""A training step of whole models: ours, PEFT's, eager, fine-tuned in full, and frozen."""
+"""A training step of whole models: ours, PEFT's, PEFT's fused, eager, fine-tuned in full, and frozen."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fused_lora.bench.models import CASES, MODEL
-from fused_lora.bench.peers import PEERS
+from fused_lora.bench.models import MODEL, NAMES
+from fused_lora.bench.nets import CASES
 
 
 @pytest.mark.benchmark(max_time=0.5)
 @pytest.mark.parametrize("case", CASES["cuda" if torch.cuda.is_available() else "cpu"], ids=lambda case: case.name)
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_training_step_of_a_model(compete, name, case):
     compete(name, MODEL, case, case.dtype)

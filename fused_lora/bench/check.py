@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .peers import EAGER, FROZEN, FULL
+from .peers import EAGER, FROZEN
 from .problems import Candidate, Problem, parse_dtype
 
 
@@ -26,6 +26,7 @@ class Judge:
     """The float64 truth of a problem. What has no adapter, frozen or trained whole, is held to a truth of its own."""
 
     def __init__(self, problem: Problem) -> None:
+        self._problem = problem
         self._truth: dict[str, dict[str, Tensor]] = {}
         self._budget: dict[str, dict[str, float]] = {}
         dtype = parse_dtype(problem.dtype)[0]
@@ -37,7 +38,7 @@ class Judge:
 
     def verdict(self, name: str, candidate: Candidate) -> str | None:
         """None for a right candidate; else which of its results is how wrong."""
-        held_to = FROZEN if name in (FROZEN, FULL) else EAGER
+        held_to = EAGER if self._problem.adapted(name) else FROZEN
         results = candidate.call()
         for key, truth in self._truth[held_to].items():
             result, budget = results[key], self._budget[held_to][key]

@@ -1,201 +1,160 @@
-"""``make models``: a training step of whole models, ours, PEFT's, eager, fine-tuned in full, and frozen.
+"""``make models``: a training step of whole models: ours, PEFT's, PEFT's fused, eager, fine-tuned in full, and frozen.
 
     python -m fused_lora.bench.models [--device cpu|cuda] [--threads N] [--seconds N] [--out FILE]
 
-Models of real sizes with random weights; a step is forward, backward and fused Adam on what is trained. A results file
-like any other, in benchmarks/results/models/.
+Each is made as a user makes it: ``apply_lora``, ``get_peft_model``, ``fuse``. A step is forward, backward and fused
+Adam on what is trained. A results file like any other, in benchmarks/results/models/.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..demo.net import RichBoyNet
+from ..model import apply_lora
 from . import measure, series
-from .peers import EAGER, FROZEN, FULL, PEERS, Weights, our_choice
-from .problems import Candidate, parse_dtype
+from .nets import CASES, Case
+from .peers import EAGER, FROZEN, OURS, PEERS, Weights, our_choice
+from .problems import Candidate, Computed, copies_of, parse_dtype
 from .results import Environment, Results, default_path
 
 MODEL = "model"
-WANTED = (FROZEN, FULL, EAGER, "peft")
-
-
-class Block(nn.Module):
-    """A Llama block: grouped-query attention and a gated MLP, each on a normed input, each added to it."""
-
-    def __init__(self, width: int, hidden: int, heads: int, kv_heads: int) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, head = heads, kv_heads, width // heads
-        self.norm_1, self.norm_2 = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.q_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(2))
-        self.k_proj, self.v_proj = (nn.Linear(width, kv_heads * head, bias=False) for _ in range(2))
-        self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm_1(x)
-        q = split_heads(self.q_proj(normed), self.heads)
-        k, v = (split_heads(project(normed), self.kv_heads) for project in (self.k_proj, self.v_proj))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.o_proj(mixed.transpose(1, 2).flatten(2))
-        normed = self.norm_2(x)
-        return x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(batch, tokens, heads · size) as (batch, heads, tokens, size)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class Case:
-    """make: the model, on the meta device or not.  shape: of its input."""
-
-    name: str
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    rank: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.name} (input {'×'.join(map(str, self.shape))}, R={self.rank})"
-
-
-def _minilm() -> nn.Module:
-    """The encoder of all-MiniLM-L6-v2's sizes: six layers of PyTorch's own."""
-    layer = _EncoderLayer(384, 1536, 12)
-    return nn.Sequential(*(copy.deepcopy(layer) for _ in range(6)))
-
-
-class _EncoderLayer(nn.Module):
-    """BERT's layer: attention and MLP, each added to its input and normed."""
-
-    def __init__(self, width: int, hidden: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(project(x), self.heads) for project in (self.query, self.key, self.value))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = self.norm_1(x + self.output(mixed))
-        return self.norm_2(x + self.down(F.gelu(self.up(x))))
-
-
-_LLAMA_1B, _LLAMA_8B = partial(Block, 2048, 8192, 32, 8), partial(Block, 4096, 14336, 32, 8)
-CASES = {
-    "cpu": (
-        Case("RichBoyNet", RichBoyNet, (10, 784), 1, "float32"),
-        Case("MiniLM", _minilm, (8, 64, 384), 8, "float32"),
-        Case("Llama-1B-block", _LLAMA_1B, (1, 128, 2048), 16, "bfloat16+float32"),
-        Case("Llama-8B-block", _LLAMA_8B, (1, 64, 4096), 16, "bfloat16+float32"),
-    ),
-    "cuda": (
-        Case("MiniLM", _minilm, (64, 256, 384), 8, "bfloat16+float32"),
-        Case("Llama-1B-block", _LLAMA_1B, (4, 2048, 2048), 16, "bfloat16+float32"),
-        Case("Llama-8B-block", _LLAMA_8B, (4, 2048, 4096), 16, "bfloat16+float32"),
-        Case("Llama-8B-block-same-dtype", _LLAMA_8B, (4, 2048, 4096), 16, "bfloat16"),
-    ),
-}
+FULL, PEFT, FUSED_PEFT = "full", "peft", f"{OURS}in-peft"
+OUR_IMPLS = ("triton", "native", "eager")
+NAMES = (FROZEN, *(f"{OURS}{impl}" for impl in OUR_IMPLS), FUSED_PEFT, PEFT, EAGER, FULL)
+SCALE = 2
 
 
 class ModelProblem:
     """A training step of a whole model with LoRA in all its linear layers: forward, backward, fused Adam.
 
     Adam's learning rate is zero: the same arithmetic, and every step is the same step. The input asks for its gradient,
-    as it would inside a deeper model.
+    as it would inside a deeper model. Models are in eval mode: a dropout of their own would give each other results.
     """
 
-    work = MODEL
-    first = False
+    work, first = MODEL, False
+    names: tuple[str, ...] = NAMES
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.label, self.dtype, self.device, self.case = str(case), case.dtype, device, case
-        base, adapter = parse_dtype(case.dtype)
+        base, self.adapter_dtype = parse_dtype(case.dtype)
         generator = torch.Generator(device).manual_seed(0)
-        with torch.device("meta"):
-            net = case.make()
-        self.linears = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
-        self.longest_sum = max(max(linear.weight.shape) for linear in self.linears.values()) * len(self.linears)
+        with torch.random.fork_rng(), device:
+            torch.manual_seed(0)
+            self.net = case.make().to(device, base).requires_grad_(False).eval()
         self.weights = {
-            name: Weights.random(
-                linear.in_features, linear.out_features, case.rank, linear.bias is not None, base, adapter, generator
-            )
-            for name, linear in self.linears.items()
-        }
-        self.net, self.other_dtype = net, base
-        self.x = torch.randn(case.shape, generator=generator, device=device).to(base).requires_grad_()
-        shape = self._build(FROZEN)[0](self.x).shape
-        self.dy = (torch.randn(shape, generator=generator, device=device) * shape[-1] ** -0.5).to(base)
+            name: Weights.beside(module, case.rank, SCALE, self.adapter_dtype, generator)
+            for name, module in self.net.named_modules() if isinstance(module, nn.Linear)
+        }  # fmt: skip
+        self.longest_sum = max(max(w.weight.shape) for w in self.weights.values()) * len(self.weights)
+        x = torch.randn(case.shape, generator=generator, device=device).to(base)
+        with torch.no_grad():
+            shape = self.net(x).shape
+        dy = (torch.randn(shape, generator=generator, device=device) * shape[-1] ** -0.5).to(base)
+        self.copies = copies_of(device, x.nbytes + dy.nbytes)
+        self.inputs = [(x.clone().requires_grad_(), dy.clone()) for _ in range(self.copies)]
+
+    def adapted(self, name: str) -> bool:
+        return name not in (FROZEN, FULL)
 
     def ours(self) -> str:
         return our_choice(next(iter(self.weights.values())))
 
     def why_not(self, name: str) -> str | None:
-        if name not in (*WANTED, self.ours()):
-            return "left out of whole models, to keep the run short"
-        return None if name == FULL else PEERS[name].why_not(next(iter(self.weights.values())))
+        if name in (FROZEN, FULL, EAGER):
+            return None
+        return PEERS[PEFT if name == FUSED_PEFT else name].why_not(next(iter(self.weights.values())))
 
-    def _build(self, name: str) -> tuple[nn.Module, dict[str, Weights]]:
-        """The model whose linear layers this peer computes, with adapters of its own; norms are fresh, and frozen."""
-        net = copy.deepcopy(self.net).to_empty(device=self.device).to(self.other_dtype)
-        for module in net.modules():
-            if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
-                module.reset_parameters()
-        net.requires_grad_(False)
-        own = {path: weights.with_own_adapter() for path, weights in self.weights.items()}
-        for path, weights in own.items():
-            net.set_submodule(path, PEERS[name].build(weights))
-        return net, own
+    def build(self, name: str) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        """The model by this peer, over the same frozen tensors, and its adapters by name: ``<path>.dA``, ``<path>.dB``.
+
+        ``full`` has tensors of its own, all trained, and no adapters.
+        """
+        if name == FULL:
+            return copy.deepcopy(self.net).requires_grad_(True), {}
+        # what is in the memo is shared
+        net = copy.deepcopy(self.net, {id(tensor): tensor for tensor in _tensors(self.net)})
+        if name == FROZEN:
+            return net, {}
+        if name == EAGER:
+            own = {path: weights.with_own_adapter() for path, weights in self.weights.items()}
+            for path, weights in own.items():
+                net.set_submodule(path, PEERS[EAGER].build(weights))
+            return net, {f"{path}.d{side}": getattr(w, f"lora_{side}") for path, w in own.items() for side in "AB"}
+        net, adapters = self._adapted(name, net)
+        with torch.no_grad():
+            for path, weights in self.weights.items():
+                for side in "AB":
+                    adapters[f"{path}.d{side}"].copy_(getattr(weights, f"lora_{side}"))
+        return net.eval(), adapters
+
+    def _adapted(self, name: str, net: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        paths, rank = list(self.weights), self.case.rank
+        if name not in (PEFT, FUSED_PEFT):
+            options: dict[str, Any] = {"target_modules": paths, "adapter_dtype": self.adapter_dtype}
+            apply_lora(net, rank=rank, alpha=SCALE * rank, impl=name[len(OURS) :], **options)
+            layers = {path: net.get_submodule(path) for path in paths}
+            return net, {f"{p}.d{side}": getattr(layer, f"lora_{side}") for p, layer in layers.items() for side in "AB"}
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=paths)
+        # in float32 over a 16-bit base, as PEFT does by default, or in the base's dtype
+        wide = self.adapter_dtype == torch.float32
+        model: Any = get_peft_model(net, config, autocast_adapter_dtype=wide)  # type: ignore[arg-type]
+        if name == FUSED_PEFT:
+            from ..integrations.peft import fuse
+
+            fuse(model)
+        layers = {path: model.get_base_model().get_submodule(path) for path in paths}
+        return model, {
+            f"{path}.d{side}": getattr(layer, f"lora_{side}")["default"].weight
+            for path, layer in layers.items() for side in "AB"
+        }  # fmt: skip
 
     def candidate(self, name: str) -> Candidate:
-        net, own = self._build(name)
-        leaves: dict[str, Tensor] = {"dx": self.x}
-        trained: list[nn.Parameter] = []
-        if name == FULL:
-            trained = [parameter for path in own for parameter in net.get_submodule(path).parameters()]
-        elif name != FROZEN:
-            sides = {f"{path}.d{side}": getattr(w, f"lora_{side}") for path, w in own.items() for side in "AB"}
-            leaves |= sides
-            trained = list(sides.values())
+        net, adapters = self.build(name)
+        trained = [*net.parameters()] if name == FULL else [*adapters.values()]
         optimizer: Any = torch.optim.Adam(trained, lr=0.0, fused=True) if trained else None
+        inputs = itertools.cycle(self.inputs)
 
-        def step() -> dict[str, Tensor | None]:
-            y = net(self.x)
-            y.backward(self.dy)
-            results = {"y": y.detach()} | {key: leaf.grad for key, leaf in leaves.items()}
+        def step() -> Computed:
+            x, dy = next(inputs)
+            y = net(x)
+            y.backward(dy)
+            results = {"y": y.detach(), "dx": x.grad} | {key: adapter.grad for key, adapter in adapters.items()}
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
-            for leaf in leaves.values():
-                leaf.grad = None
+            x.grad = None
             return results
 
-        parameters = (*net.parameters(), *(p for w in own.values() for p in w.parameters))
-        return Candidate(step, parameters)
+        return Candidate(step, (*_tensors(net), *adapters.values()))
 
     def exact(self) -> ModelProblem:
         exact = copy.copy(self)
-        exact.dtype, exact.other_dtype = "float64", torch.float64
+        exact.dtype, exact.adapter_dtype = "float64", torch.float64
+        exact.net = copy.deepcopy(self.net).double()
         exact.weights = {path: weights.in_float64() for path, weights in self.weights.items()}
-        exact.x, exact.dy = self.x.detach().double().requires_grad_(), self.dy.double()
+        x, dy = self.inputs[0]
+        exact.inputs = [(x.detach().double().requires_grad_(), dy.double())]
         return exact
 
     def useful(self, name: str) -> tuple[int, int] | None:
         return None
+
+
+def _tensors(net: nn.Module) -> tuple[Tensor, ...]:
+    return (*net.parameters(), *net.buffers())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

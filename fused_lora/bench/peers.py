@@ -5,7 +5,6 @@ Modules, not functions, because that is what a user swaps: the cost of calling o
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import sysconfig
@@ -26,7 +25,6 @@ FROZEN = "frozen"
 EAGER = "eager"
 PARAMETRIZE = "parametrize"
 COMPILED = "compiled"
-FULL = "full"
 OURS = "ours-"
 # programs that make the thin product of a row of tiles, where that form is imposed
 PRODUCERS = 4
@@ -55,16 +53,21 @@ class Weights:
     ) -> Weights:
         """Entries such that W and the adapter count alike, and nothing leaves float16's range. scale is 2."""
 
-        def draw(dtype: torch.dtype, std: float, *size: int) -> Tensor:
-            return (torch.randn(size, generator=generator, device=generator.device) * std).to(dtype)
+        linear = nn.Linear(K, N, bias, device="meta")
+        linear.weight = nn.Parameter(_draw(generator, dtype, K**-0.5, N, K), requires_grad=False)
+        if bias:
+            linear.bias = nn.Parameter(_draw(generator, dtype, 1.0, N), requires_grad=False)
+        return cls.beside(linear, R, 2.0, adapter_dtype, generator)
 
-        return cls(
-            weight=nn.Parameter(draw(dtype, K**-0.5, N, K), requires_grad=False),
-            bias=nn.Parameter(draw(dtype, 1.0, N), requires_grad=False) if bias else None,
-            lora_A=nn.Parameter(draw(adapter_dtype, K**-0.5, R, K)),
-            lora_B=nn.Parameter(draw(adapter_dtype, R**-0.5, N, R)),
-            scale=2.0,
-        )
+    @classmethod
+    def beside(
+        cls, linear: nn.Linear, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator
+    ) -> Weights:
+        """The linear's own weight and bias, and a random adapter."""
+        N, K = linear.weight.shape
+        lora_A = nn.Parameter(_draw(generator, dtype, K**-0.5, rank, K))
+        lora_B = nn.Parameter(_draw(generator, dtype, rank**-0.5, N, rank))
+        return cls(cast(nn.Parameter, linear.weight), linear.bias, lora_A, lora_B, scale)
 
     def in_float64(self) -> Weights:
         def widened(tensor: nn.Parameter) -> nn.Parameter:
@@ -95,6 +98,10 @@ class Weights:
         if self.bias is not None:
             linear.bias = self.bias
         return linear
+
+
+def _draw(generator: torch.Generator, dtype: torch.dtype, std: float, *size: int) -> Tensor:
+    return (torch.randn(size, generator=generator, device=generator.device) * std).to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -187,11 +194,6 @@ class _InOneForm(torch.autograd.Function):
 
 def _frozen(weights: Weights) -> nn.Module:
     return weights.linear()
-
-
-def _full(weights: Weights) -> nn.Module:
-    """Full fine-tuning: the layer itself, a copy, is trained."""
-    return copy.deepcopy(weights.linear()).requires_grad_()
 
 
 def _parametrize(weights: Weights) -> nn.Module:
@@ -292,7 +294,6 @@ PEERS = {
     COMPILED: Peer(_compiled, _why_no_compiler, first=True),
     "peft": Peer(_peft, _why_no_peft),
     PARAMETRIZE: Peer(_parametrize, _why_no_parametrize),
-    FULL: Peer(_full, lambda weights: "trains W itself: in whole models alone"),
 }
 
 

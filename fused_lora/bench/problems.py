@@ -1,4 +1,4 @@
-"""What is timed: a layer's forward or step, and RichBoyNet's training step, each computed by every peer."""
+"""What is timed: a layer's forward, backward or step, and RichBoyNet's training step, each computed by every peer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Candidate:
     """call: the work, once; gives by name what it computed, None for a gradient that did not come."""
 
     call: Callable[[], Computed]
-    parameters: tuple[nn.Parameter, ...]
+    parameters: tuple[Tensor, ...]
 
 
 class Problem(Protocol):
@@ -41,6 +41,13 @@ class Problem(Protocol):
     longest_sum: int  # terms of the longest sum in it
     first: bool  # whether it comes before the others
     copies: int  # of the inputs, which calls take in turn
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The candidates that may compete."""
+
+    def adapted(self, name: str) -> bool:
+        """Whether the candidate has an adapter, so that its results are LoRA's."""
 
     def ours(self) -> str:
         """The candidate that a user of ours gets by default."""
@@ -82,6 +89,13 @@ class LayerProblem:
         dy = (torch.randn(shape.M, shape.N, generator=generator, device=device) * shape.N**-0.5).to(base)
         self.copies = copies_of(device, x.nbytes + dy.nbytes)
         self.inputs = [(x.clone().requires_grad_(), dy.clone()) for _ in range(self.copies)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(PEERS)
+
+    def adapted(self, name: str) -> bool:
+        return name != FROZEN
 
     def ours(self) -> str:
         return our_choice(self.weights)
@@ -155,6 +169,13 @@ class NetProblem:
         self.copies = copies_of(device, images.nbytes)
         self.images = [images.clone() for _ in range(self.copies)]
         self.labels = torch.arange(10, device=device)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(PEERS)
+
+    def adapted(self, name: str) -> bool:
+        return name != FROZEN
 
     def ours(self) -> str:
         return our_choice(self.weights[0])

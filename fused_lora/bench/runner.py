@@ -34,19 +34,20 @@ class Group:
 
 def run_group(problem: Problem, plan: measure.Plan, peak: Peak | None = None, dry: bool = False) -> Group:
     """peak: the GPU's.  dry: take interpreted kernels too, whose times mean nothing."""
-    absent = {name: why for name in PEERS if (why := _why_absent(problem, name, dry)) is not None}
-    candidates, red = _check(problem, [name for name in PEERS if name not in absent])
+    absent = {name: why for name in problem.names if (why := _why_absent(problem, name, dry)) is not None}
+    candidates, red = _check(problem, [name for name in problem.names if name not in absent])
     title = f"{problem.work}  {problem.label}  {problem.dtype}"
     return Group(title, problem.ours(), _time(problem, candidates, plan, peak), red, absent)
 
 
 def _why_absent(problem: Problem, name: str, dry: bool) -> str | None:
-    peer = PEERS[name]
-    if peer.kernels and problem.device.type == "cpu" and ops.interpreting() and not dry:
+    # what is made for whole models alone is neither
+    kernels, first = (peer.kernels, peer.first) if (peer := PEERS.get(name)) is not None else (False, False)
+    if kernels and problem.device.type == "cpu" and ops.interpreting() and not dry:
         return "interpreted kernels say nothing about time"
     if name == COMPILED and dry:
         return "its time would mean nothing either, and compiling takes long"
-    if peer.first and problem.device.type == "cuda" and not problem.first:
+    if first and problem.device.type == "cuda" and not problem.first:
         return "timed in the first shapes alone, to keep the run short"
     return problem.why_not(name)
 

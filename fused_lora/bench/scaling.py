@@ -74,10 +74,9 @@ class ScalingProblem(LayerProblem):
         super().__init__(STEP, shape, sweep.dtype, device)
         self.loaded = value if axis == ADAPTERS else 1
 
-    def why_not(self, name: str) -> str | None:
-        if name not in (*WANTED, self.ours()):
-            return "left out where sizes grow, to keep the run short"
-        return super().why_not(name)
+    @property
+    def names(self) -> tuple[str, ...]:
+        return *WANTED, self.ours()
 
     def candidate(self, name: str) -> Candidate:
         return super().candidate(name) if self.loaded == 1 or not name.startswith(OURS) else self._among_others(name)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from fused_lora.bench import measure, predict, runner, scaling, scaling_page, traffic
+from fused_lora.bench import compiled, measure, predict, runner, scaling, scaling_page, traffic
+from fused_lora.bench.compiled import Compiled, resident
 from fused_lora.bench.problems import LayerProblem
 from fused_lora.bench.results import Environment, Results
 from fused_lora.bench.shapes import FORWARD, STEP, Shape
@@ -53,8 +57,10 @@ def test_peft_keeps_a_float32_copy_of_x():
 
 @pytest.mark.parametrize("gpu", predict.GPUS, ids=lambda gpu: gpu.name)
 def test_the_model_is_a_roofline(gpu):
-    # much arithmetic: the datasheet's rate at its share
-    flops = 2 * HEADLINE.M * HEADLINE.K * HEADLINE.N
+    # much arithmetic: the datasheet's rate at its share, until the busiest processor has done its tiles
+    tile = predict.grid_of(predict.FORWARD, HEADLINE, gpu).tile
+    of_the_busiest = math.ceil(HEADLINE.M * HEADLINE.N / (tile.BLOCK_M * tile.BLOCK_P) / gpu.device.multiprocessors)
+    flops = 2 * tile.BLOCK_M * tile.BLOCK_P * HEADLINE.K * of_the_busiest * gpu.device.multiprocessors
     arithmetic = flops / (gpu.tflops * 1e12 * predict.GEMM_SHARE) * 1e3
     assert predict.forward_ms(FROZEN, HEADLINE, gpu) == pytest.approx(arithmetic + predict.START_US * 1e-3)
     # one token: reading W, at the memory's
@@ -64,6 +70,42 @@ def test_the_model_is_a_roofline(gpu):
     for layer in (HEADLINE, token):
         times = [predict.step_ms(way, layer, gpu) for way in (FROZEN, OURS, ADDMM, EAGER, PEFT)]
         assert times == sorted(times)
+
+
+def a_launch(**fields):
+    values = {"arch": 90, "work": "forward", "dtype": "bfloat16", "R": 16, "tile": "t", "warps": 8, "form": "PUBLISH"}
+    return Compiled(**values | {"registers": 128, "shared_kb": 34, "loop": 100, "plain": 100} | fields)
+
+
+def test_what_a_processor_holds_is_bounded_by_registers_memory_and_threads():
+    # 65536 registers: 8 warps of 32 threads with 128 each take half of them, one more than that half leaves one
+    assert resident(a_launch()) == 2
+    assert resident(a_launch(registers=129)) == 1
+    # 228 KB, of which each program takes 1 more than its own
+    assert resident(a_launch(warps=4, registers=32, shared_kb=75)) == 3
+    assert resident(a_launch(warps=4, registers=32, shared_kb=76)) == 2
+    # 2048 threads, and on a card for games 1536
+    assert resident(a_launch(registers=16, shared_kb=1)) == 8
+    assert resident(a_launch(registers=16, shared_kb=1, arch=89)) == 6
+
+
+def test_the_offline_compile_is_read_from_its_page_and_gives_the_pace_of_our_loop():
+    known = compiled.read(Path(__file__).parents[1] / "docs" / "codegen.md")
+    assert {row.arch for row in known} == {80, 86, 89, 90, 100, 120} == set(compiled.PROCESSORS)
+    assert all(resident(row) >= 1 for row in known)
+    assert compiled.read(Path("no such page")) == []
+    for gpu in predict.GPUS:
+        grids = [predict.grid_of(work, HEADLINE, gpu, known) for work in (predict.FORWARD, predict.INPUT_GRADIENT)]
+        assert all(1 <= grid.pace <= 1.05 and grid.found.R == HEADLINE.R for grid in grids)
+    slower = [dataclasses.replace(row, loop=2 * (row.plain or 0)) for row in known]
+    h100 = predict.gpu_called("H100")
+    assert predict.grid_of(predict.FORWARD, HEADLINE, h100, slower).pace == 2
+    times = [predict.forward_ms(OURS, HEADLINE, h100, rows) for rows in ((), known, slower)]
+    assert times[0] == times[1] < 0.6 * times[2]
+    assert predict.forward_ms(FROZEN, HEADLINE, h100, slower) == predict.forward_ms(FROZEN, HEADLINE, h100)
+    # tiles that have not been compiled, and few tokens, which have no tiles of this kind
+    assert predict.grid_of(predict.FORWARD, dataclasses.replace(HEADLINE, R=256), h100, known).pace == 1
+    assert predict.grid_of(predict.FORWARD, dataclasses.replace(HEADLINE, M=1), h100, known) is None
 
 
 def test_gpus_are_known_by_the_drivers_names():

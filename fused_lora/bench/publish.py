@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import charts, groups, scaling_page, table
+from . import charts, compiled, groups, scaling_page, table
 from .peers import FROZEN
 from .results import Results, Row
 from .runner import Group
@@ -65,8 +65,9 @@ def outputs(checkout: Path) -> dict[Path, str]:
     for name, results in files.items():
         plot = charts.ratio_plot(groups.groups_of(results), groups.candidates_of(results), _title(results))
         made[pictures / f"measured-{Path(name).stem}.svg"] = plot
-    made[checkout / "docs" / "scaling.md"] = scaling_page.page(scaling, _where)
-    made |= {pictures / name: plot for name, plot in scaling_page.plots(scaling).items()}
+    known = compiled.read(checkout / "docs" / "codegen.md")
+    made[checkout / "docs" / "scaling.md"] = scaling_page.page(scaling, _where, known)
+    made |= {pictures / name: plot for name, plot in scaling_page.plots(scaling, known).items()}
     return made
 
 
@@ -138,7 +139,12 @@ How to read them:
 - Each candidate is held to float64 truth before it is timed, and a wrong one gets no time.
 - `ours-…` is this project by `impl`; `addmm` the in-place arithmetic of Unsloth and axolotl; `eager` the formula as
   one writes it; `peft` PEFT's own layer; `parametrize` forms `W + scale · B A`.
-- *saved* is kept between forward and backward, without parameters.
+- *saved* is kept between forward and backward, without parameters. *peak* is the most that PyTorch's allocator has out
+  during the work, above what it had before, results and gradients included; what a library takes by other ways, such as
+  a GEMM's packed operands on a CPU, is not in it.
+- `backward` is timed after a forward that is not. On a CPU, calls take turns with copies of their inputs that outgrow
+  its caches (16 at most); the weights stay the same. On a GPU the cache is flushed before every call.
+- `compiled` is `torch.compile` of `eager`: on a GPU in the first shapes alone, on a CPU where a C++ compiler is found.
 - Losses stay in.
 
 Measure your own machine with `fused-lora bench`, or `make gpu` where there is a GPU.
@@ -146,9 +152,11 @@ Measure your own machine with `fused-lora bench`, or `make gpu` where there is a
 
 _MODELS = """## Whole models
 
-A training step, forward, backward and fused Adam on what is trained, of models of real sizes with random weights and
-LoRA in all linear layers. `full` trains every linear layer's W; `peft` has PEFT's layers in their places. `make models`
-measures it where you are. Peak memory is counted on GPUs alone.
+A training step, forward, backward and fused Adam on what is trained, with LoRA in all linear layers, made as a user
+makes it: `ours-…` by `apply_lora`, `peft` by `get_peft_model`, `ours-in-peft` by `fuse` of that. `eager` has the formula
+in the linear layers' places, and `full` trains every parameter. MiniLM is the real all-MiniLM-L6-v2, run by
+Transformers; the blocks are of real sizes, with random weights. Dropout is off. *peak* is of one step, so Adam's state,
+8 bytes a trained parameter in float32, comes on top. `make models` measures it where you are.
 """
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from . import charts, groups, predict, table, traffic
 from .charts import Curve
+from .compiled import Compiled, resident
 from .peers import FROZEN
 from .predict import GPUS, Gpu
 from .results import Results, Row
@@ -21,16 +22,19 @@ _LABELS = {
 }  # fmt: skip
 
 
-def page(files: Mapping[str, Results], where: Callable[[Results], str]) -> str:
-    """files: those of benchmarks/results/scaling/.  where: a line that says what a file was measured on."""
+def page(files: Mapping[str, Results], where: Callable[[Results], str], known: Sequence[Compiled] = ()) -> str:
+    """files: those of benchmarks/results/scaling/.  where: a line that says what a file was measured on.
+
+    known: what the offline compile found.
+    """
     parts = [_INTRODUCTION]
     for name, results in files.items():
         parts.append(_measured(name, results, where(results)))
     parts.append(_kept(files))
-    parts.append(_model())
+    parts.append(_model(known))
     on_gpus = [(results, gpu) for results in files.values() if (gpu := _gpu_of(results)) is not None]
     if on_gpus:
-        parts += [_errors(results, gpu) for results, gpu in on_gpus]
+        parts += [_errors(results, gpu, known) for results, gpu in on_gpus]
     else:
         parts.append(
             "### The model's error\n\n**not measured**: no file in `benchmarks/results/scaling/` is a GPU's.\n"
@@ -38,14 +42,14 @@ def page(files: Mapping[str, Results], where: Callable[[Results], str]) -> str:
     return "\n".join(parts)
 
 
-def plots(files: Mapping[str, Results]) -> dict[str, str]:
+def plots(files: Mapping[str, Results], known: Sequence[Compiled] = ()) -> dict[str, str]:
     """File name -> SVG."""
     made = {}
     for name, results in files.items():
         for axis in AXES:
             made[_plot_name(name, axis)] = _measured_plot(results, axis)
     for axis in AXES[:-1]:
-        made[f"scaling-model-{axis}.svg"] = _model_plot(axis)
+        made[f"scaling-model-{axis}.svg"] = _model_plot(axis, known)
     return made
 
 
@@ -146,22 +150,24 @@ def _layers(axis: str) -> dict[int, Layer]:
     return {value: replace(middle, **{axis: value}) for value in sweep.values[axis]}
 
 
-def _ratio_of(way: str, layer: Layer, gpu: Gpu) -> float:
-    return predict.step_ms(way, layer, gpu) / predict.step_ms(traffic.FROZEN, layer, gpu)
+def _ratio_of(way: str, layer: Layer, gpu: Gpu, known: Sequence[Compiled]) -> float:
+    return predict.step_ms(way, layer, gpu, known) / predict.step_ms(traffic.FROZEN, layer, gpu, known)
 
 
-def _model_plot(axis: str) -> str:
+def _model_plot(axis: str, known: Sequence[Compiled]) -> str:
     gpu = GPUS[1]
     colour = charts.colours([traffic.OURS, *WAYS[2:]], traffic.OURS)
     curves = {
-        way: Curve([(float(v), _ratio_of(way, layer, gpu)) for v, layer in _layers(axis).items()], colour[way], True)
+        way: Curve(
+            [(float(v), _ratio_of(way, layer, gpu, known)) for v, layer in _layers(axis).items()], colour[way], True
+        )
         for way in WAYS[1:]
     }
     title = f"MODEL, not measured: {gpu.name}, a step in 16 bits: {_LABELS[axis]}"
     return charts.curve_plot(curves, title, _LABELS[axis], "time ÷ frozen linear's", log_y=False)
 
 
-def _model() -> str:
+def _model(known: Sequence[Compiled]) -> str:
     middle = SWEEPS["cuda"].middle
     lines = [
         "## A model of GPUs",
@@ -172,6 +178,7 @@ def _model() -> str:
         "|---|---|---|---|",
         *(f"| {g.name} | {g.tflops:g} | {g.gb_per_s:g} | {g.device.multiprocessors} |" for g in GPUS),
         "",
+        *_tiles(known),
         f"A step's time over the frozen linear's; but for the one that varies, sizes are M {middle.M}, K {middle.K}, "
         f"N {middle.N}, R {middle.R}.",
         "",
@@ -189,8 +196,8 @@ def _model() -> str:
         ]
         for value, layer in _layers(axis).items():
             cells = [
-                f"{predict.step_ms(traffic.OURS, layer, g):.3g} | {_ratio_of(traffic.OURS, layer, g):.2f} | "
-                f"{_ratio_of(traffic.EAGER, layer, g):.2f}"
+                f"{predict.step_ms(traffic.OURS, layer, g, known):.3g} | "
+                f"{_ratio_of(traffic.OURS, layer, g, known):.2f} | {_ratio_of(traffic.EAGER, layer, g, known):.2f}"
                 for g in GPUS
             ]
             lines.append(f"| {value} | {' | '.join(cells)} |")
@@ -198,11 +205,37 @@ def _model() -> str:
     return "\n".join(lines)
 
 
+def _tiles(known: Sequence[Compiled]) -> list[str]:
+    """What the offline compile says of the launches with the base product, and what the model takes from it."""
+    lines = [
+        "What the offline compile ([codegen](codegen.md)) says of our launch with the base product. *Held* is how many "
+        "tiles registers and shared memory let one processor have at once; where it is 1, a tile's last writes are not "
+        "hidden behind another's products, which the model leaves out. *Rounds* is the tiles of the busiest processor, "
+        "*idle* what the others wait for it.",
+        "",
+        "| GPU | M | work | tile, warps, stages | form | registers | shared KB | held | tiles | rounds | idle | pace |",
+        "|---" * 12 + "|",
+    ]
+    for gpu in GPUS:
+        for M, layer in _layers("M").items():
+            for work in (predict.FORWARD, predict.INPUT_GRADIENT):
+                grid = predict.grid_of(work, layer, gpu, known)
+                if grid is None or (found := grid.found) is None:
+                    continue
+                cells = (
+                    gpu.name, M, work, found.tile, found.form, found.registers, found.shared_kb, resident(found),
+                    grid.tiles, -(-grid.tiles // grid.multiprocessors), f"{1 - 1 / grid.rounded:.0%}",
+                    f"{grid.pace:.2f}",
+                )  # fmt: skip
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, ""]
+
+
 def _gpu_of(results: Results) -> Gpu | None:
     return predict.gpu_called(results.environment.device) if groups.is_gpu(results) else None
 
 
-def _errors(results: Results, gpu: Gpu) -> str:
+def _errors(results: Results, gpu: Gpu, known: Sequence[Compiled]) -> str:
     """Measured beside modelled."""
     lines = [
         f"### The model's error on {results.environment.device}", "",
@@ -217,7 +250,8 @@ def _errors(results: Results, gpu: Gpu) -> str:
             for candidate, way in ways:
                 if candidate in rows:
                     sizes = _sizes(rows[candidate].shape)
-                    model = predict.step_ms(way, Layer(sizes["M"], sizes["K"], sizes["N"], sizes["R"]), gpu)
+                    layer = Layer(sizes["M"], sizes["K"], sizes["N"], sizes["R"])
+                    model = predict.step_ms(way, layer, gpu, known)
                     measured = rows[candidate].median_ms
                     cells = (f"{axis}={value}", candidate, f"{measured:.4g}", f"{model:.4g}", f"{model / measured:.2f}")
                     lines.append(f"| {' | '.join(cells)} |")
@@ -235,8 +269,9 @@ out_features N, the rank R, and the number of adapters that are loaded. `make sc
 _ASSUMPTIONS = (
     f"A launch takes the longer of its arithmetic at {predict.GEMM_SHARE:.0%} of the datasheet's rate and its memory "
     f"traffic at {predict.MEMORY_SHARE:.0%}, and {predict.START_US:g} µs to start. Operands are read once and results "
-    "written once by each launch; caches, waves of programs and waiting are not modelled. The tiles and the form of "
-    "our kernel are those that its rules choose; tiles that wait for `h` are taken to run at the bare GEMM's pace, "
-    "which is what the offline compile shows of their main loop (`fused-lora codegen`). It is a floor: where it errs "
-    "it should err low."
+    "written once by each launch; caches and waiting are not modelled. The base product comes in the tiles that our "
+    "rules choose, for every way alike, and ends with the processor that has the most of them: with few tokens, a "
+    "library may split the frozen linear's product better than that. The pace of our tiles is the bare GEMM's times "
+    "the ratio of the instructions in their main loops, as the offline compile counts them; where it has not compiled "
+    "a tile, the bare GEMM's. But for the library's choice it is a floor: where it errs it should err low."
 )

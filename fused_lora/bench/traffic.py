@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+# the launches that multiply with W
+BASES = "x Wᵀ", "dy W", "all of it", "dx and g"
 OURS, FROZEN, ADDMM, EAGER, PEFT = "ours", "frozen", "addmm", "eager", "peft, fp32 adapters"
 
 

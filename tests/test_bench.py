@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fused_lora import bench
-from fused_lora.bench import measure, peers, problems, roofline, runner, series, shapes, table
+from fused_lora.bench import measure, peers, roofline, runner, series, shapes, table
 from fused_lora.bench.problems import LayerProblem, NetProblem
 from fused_lora.bench.results import Environment, Results, Row
 from fused_lora.bench.shapes import BACKWARD, DECODE, FORWARD, STEP, Shape
@@ -41,170 +41,6 @@ def a_row(**fields):
 def uncompiled(monkeypatch):
     """Compiling C++ for every group takes long; what is compiled has a test of its own."""
     monkeypatch.setitem(peers.PEERS, "compiled", peers.Peer(peers._compiled, lambda weights: "not in these tests"))
-
-
-class Clock:
-    """Time that passes in calls alone; ``slowness`` stands for a machine with other work."""
-
-    def __init__(self):
-        self.seconds, self.slowness = 0.0, 1.0
-        self.calls = []
-
-    def __call__(self):
-        return self.seconds
-
-    def takes(self, name, ms):
-        def call():
-            self.calls.append(name)
-            self.seconds += ms * 1e-3 * self.slowness
-
-        return call
-
-
-# ---------------------------------------------------------------- measuring
-
-
-def test_every_candidate_is_sampled_once_a_round_in_changing_order():
-    clock = Clock()
-    calls = {name: clock.takes(name, ms) for name, ms in (("frozen", 1.0), ("ours", 1.5), ("eager", 3.0))}
-    plan = measure.Plan(seconds=0.055, min_rounds=2, max_rounds=50, sample_ms=0.0)
-    measured = measure.interleave(calls, measure.HostTimer(clock), plan)
-    assert {name: len(samples) for name, samples in measured.samples.items()} == dict.fromkeys(calls, 10)
-    assert measured.time("ours").median == pytest.approx(1.5)
-    assert measured.ratio("eager", "frozen").median == pytest.approx(3.0)
-    rounds = [tuple(clock.calls[-3 * n : len(clock.calls) - 3 * n + 3]) for n in range(1, 11)]
-    assert all(set(order) == set(calls) for order in rounds)
-    assert len(set(rounds)) > 1
-
-
-def test_short_calls_are_repeated_to_fill_a_sample():
-    clock = Clock()
-    plan = measure.Plan(seconds=0.0, min_rounds=2, max_rounds=2, sample_ms=2.0)
-    measured = measure.interleave({"a": clock.takes("a", 0.03)}, measure.HostTimer(clock), plan)
-    assert len(clock.calls) == 1 + 3 + 2 * 67
-    assert measured.time("a").median == pytest.approx(0.03)
-
-
-def test_the_cache_is_flushed_before_every_call_on_a_gpu(monkeypatch):
-    log = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            log.append("record")
-
-        def synchronize(self):
-            log.append("wait")
-
-        def elapsed_time(self, end):
-            return 3.0
-
-    class Buffer(torch.Tensor):
-        def zero_(self):
-            log.append("flush")
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=100))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch, "empty", lambda size, **options: torch.zeros(size, **options).as_subclass(Buffer))
-    monkeypatch.setattr(measure, "MIN_FLUSH", 16)
-    timer = measure.CudaTimer(CPU)
-    assert timer(lambda: log.append("call"), 2) == 3.0
-    assert log == ["flush", "record", "call", "record", "wait"] * 2
-
-
-def test_what_slows_a_whole_round_cancels_in_the_ratio():
-    samples = {"frozen": [1.0, 8.0, 2.0, 1.0], "ours": [1.1, 8.8, 2.2, 1.1]}
-    spread = measure.Measurement(samples).ratio("ours", "frozen")
-    assert (spread.median, spread.p20, spread.p80) == pytest.approx((1.1, 1.1, 1.1))
-
-
-def test_spread_is_median_and_fifths():
-    spread = measure.Spread.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
-    assert (spread.median, spread.p20, spread.p80) == (3.5, 2.0, 5.0)
-
-
-def test_ours_keeps_x_and_the_thin_product_and_parametrize_a_whole_weight():
-    problem = LayerProblem(STEP, SMALL, "float32", CPU)
-
-    def kept(name):
-        candidate = problem.candidate(name)
-        return measure.saved_bytes(candidate.call, candidate.parameters)
-
-    x, h = SMALL.M * SMALL.K * 4, SMALL.M * SMALL.R * 4
-    assert kept("frozen") == 0
-    assert kept("ours-eager") == x + h
-    assert kept("addmm") == x
-    assert kept("parametrize") >= x + SMALL.N * SMALL.K * 4
-
-
-def test_a_storage_is_counted_once():
-    a = torch.randn(4, 4, requires_grad=True)
-    b = torch.randn(4, 4)
-    assert measure.saved_bytes(lambda: (a * b).sum() + (a * b.t()).sum(), [a]) == 64
-
-
-def test_what_comes_before_the_timed_part_takes_no_time_and_is_done_for_every_call():
-    clock = Clock()
-
-    def ready():
-        clock.takes("before", 7.0)()
-        return clock.takes("timed", 1.0)
-
-    assert measure.HostTimer(clock)(measure.Staged(ready), 3) == pytest.approx(1.0)
-    assert clock.calls == ["before"] * 3 + ["timed"] * 3
-
-
-def test_the_peak_is_the_most_that_was_out_at_once():
-    def call():
-        first, second = torch.zeros(1000), torch.zeros(2000)
-        del first
-        third = torch.zeros(500)
-        return second, third
-
-    old = torch.zeros(5000)
-    assert measure.peak_bytes(call, CPU) == 4 * 3000
-    assert measure.peak_bytes(lambda: old.zero_(), CPU) == 0
-
-
-def test_the_peak_of_a_step_is_what_the_formulas_make():
-    tokens, thin = SMALL.M * 4, SMALL.M * SMALL.R * 4
-
-    def peak(name, work):
-        return measure.peak_bytes(LayerProblem(work, SMALL, "float32", CPU).candidate(name).call, CPU)
-
-    # y, then dx beside it
-    assert peak("frozen", FORWARD) == tokens * SMALL.N
-    assert peak("frozen", STEP) == tokens * (SMALL.N + SMALL.K)
-    # what the forward made was there before
-    assert peak("frozen", BACKWARD) == tokens * SMALL.K
-    assert peak("addmm", FORWARD) == tokens * SMALL.N + thin
-    assert peak("eager", FORWARD) >= 3 * tokens * SMALL.N
-
-
-@pytest.mark.parametrize("work", [FORWARD, BACKWARD, STEP, DECODE])
-def test_calls_take_the_copies_of_their_inputs_in_turn(monkeypatch, work):
-    seen = []
-
-    class Watching(peers.EagerLoRA):
-        def forward(self, x):
-            seen.append(x.data_ptr())
-            return super().forward(x)
-
-    monkeypatch.setitem(peers.PEERS, "addmm", peers.Peer(Watching))
-    problem = LayerProblem(work, SMALL, "float32", CPU)
-    call = problem.candidate("addmm").call
-    results = [call() for _ in range(problem.copies + 1)]
-    assert len(set(seen)) == problem.copies == 16
-    assert seen[-1] == seen[0]
-    assert all(torch.equal(one[key], results[0][key]) for one in results for key in one)
-
-
-def test_copies_outgrow_a_cache_and_stay_few():
-    assert problems.copies_of(CPU, 1 << 23) == 8
-    assert (problems.copies_of(CPU, 100), problems.copies_of(CPU, 1 << 30)) == (16, 1)
-    assert problems.copies_of(torch.device("cuda"), 100) == 1
 
 
 # ---------------------------------------------------------------- checking
@@ -375,6 +211,26 @@ def test_a_loss_is_printed_as_one_and_noise_as_noise():
     assert verdict(1.1, 1.0) == "ours-eager is 10.0% SLOWER than peft, the fastest peer"
     assert verdict(1.0, 1.25) == "ours-eager is 20.0% faster than peft, the fastest peer"
     assert verdict(1.01, 1.0) == "ours-eager is level with peft, the fastest peer (-1.0%, within the noise)"
+
+
+def test_a_table_has_no_column_that_no_candidate_fills():
+    def heads(**fields):
+        rows = [a_row(**fields), a_row(candidate="frozen", tflops=None)]
+        return table.lines(runner.Group("title", "ours-eager", rows, {}, {}))[2].split()
+
+    assert heads() == ["÷", "frozen", "p20-p80", "candidate", "ms", "p20-p80", "saved"]
+    assert heads(tflops=1.5)[-2:] == ["TFLOP/s", "saved"]
+    lines = table.lines(runner.Group("title", "ours-eager", [a_row(tflops=1.5), a_row(candidate="frozen")], {}, {}))
+    assert len({len(line) for line in lines[2:5]}) == 1
+    # what one candidate lacks is a dash in a column that another fills
+    assert "-" in lines[4].split()
+
+
+def test_reasons_are_given_once(capsys):
+    groups = [runner.Group("t", "ours-eager", [], {}, {"a": "no GPU", "b": "no GPU", "c": "none"}) for _ in range(2)]
+    series.conclude(groups, None)
+    out = capsys.readouterr().out
+    assert "not timed: a, b: no GPU\nnot timed: c: none\n" in out
 
 
 @pytest.mark.parametrize(

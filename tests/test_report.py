@@ -157,6 +157,25 @@ def test_plots_place_a_ratio_where_its_axis_says():
     assert ticks[1.0] + 0.36 * wide == pytest.approx(dots[2], abs=0.05)
 
 
+def test_a_plot_hides_no_ratio_of_ours():
+    rows = [row("frozen", 1.0), row("ours-eager", 0.57), row("eager", 1.3)]
+    rows += [row("frozen", 1.0, work="forward"), row("ours-eager", 3.62, work="forward")]
+    found = groups.groups_of(Results(CPU, rows))
+    assert charts.smallest_ratio(found) == pytest.approx(0.4)
+    plot = charts.ratio_plot(found, ["frozen", "ours-eager", "eager"], "t")
+    places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)" cy="\d+" r="5" class="ours"', plot)]
+    ticks = {text: float(x) for x, text in re.findall(r'<text x="([\d.]+)"[^>]*>([≥\d. ]+)</text>', plot)}
+    assert ticks["0.4"] < min(places[1:]) < ticks["0.6"]
+    assert "3.6" in ticks
+    assert max(places) == pytest.approx(ticks["≥ 2"])
+
+
+def test_works_come_in_their_order_whatever_was_measured_first():
+    rows = [row(name, 1.0, work=work) for work in ("train", "decode", "step", "forward") for name in ("frozen", "peft")]
+    page = report.page(Results(CPU, rows), {})
+    assert re.findall(r"<h2>(\w+)</h2>", page) == ["forward", "step", "decode", "train"]
+
+
 # ---------------------------------------------------------------- how it looks
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

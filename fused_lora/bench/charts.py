@@ -11,7 +11,7 @@ from .runner import Group
 from .svg import Svg
 
 PEER_COLOURS = ("orange", "blue", "violet", "olive", "red", "floor")
-# beyond it a ratio is drawn at the edge, with its number
+# beyond it a ratio is drawn at the edge; ours with its number
 LARGEST_RATIO = 2.0
 
 
@@ -20,6 +20,14 @@ def colours(candidates: Sequence[str], ours: str) -> dict[str, str]:
     peers = [name for name in candidates if name not in (FROZEN, ours)]
     found = {name: PEER_COLOURS[place % len(PEER_COLOURS)] for place, name in enumerate(peers)}
     return found | {ours: "ours", FROZEN: "floor"}
+
+
+def smallest_ratio(groups: Sequence[Group]) -> float:
+    """Where the axis of ratios begins: a step of 0.2 below every one, at 0.8 the latest."""
+    ratios = [
+        r for group in groups for row in group.rows for r in (row.ratio_to_frozen, row.ratio_p20) if r is not None
+    ]
+    return min(0.8, math.floor(min(ratios, default=1.0) / 0.2 + 1e-9) * 0.2)
 
 
 def ratio_plot(groups: Sequence[Group], candidates: Sequence[str], title: str) -> str:
@@ -33,12 +41,14 @@ def ratio_plot(groups: Sequence[Group], candidates: Sequence[str], title: str) -
     svg.text(20, 30, title, 15, bold=True)
     _legend(svg, names, colour, 20, 54)
 
+    low = smallest_ratio(groups)
+
     def place(ratio: float) -> float:
-        low = 0.8
         return left + (min(max(ratio, low), LARGEST_RATIO) - low) / (LARGEST_RATIO - low) * (right - left)
 
     bottom = top + step * len(groups)
-    for tick in (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0):
+    for fifth in range(round(5 * low), round(5 * LARGEST_RATIO) + 1):
+        tick = fifth / 5
         x = place(tick)
         svg.line([(x, top - 6), (x, bottom)], "muted" if tick == 1 else "grid", 1)
         label = f"≥ {tick:g}" if tick == LARGEST_RATIO else f"{tick:g}"
@@ -54,6 +64,8 @@ def ratio_plot(groups: Sequence[Group], candidates: Sequence[str], title: str) -
                 svg.line([(place(row.ratio_p20), y), (place(row.ratio_p80), y)], "ours", 2)
             radius = 5 if row.candidate == group.ours else 3.6
             svg.dot(place(row.ratio_to_frozen), y, colour[row.candidate], radius)
+            if row.candidate == group.ours and row.ratio_to_frozen > LARGEST_RATIO:
+                svg.text(place(row.ratio_to_frozen) + 9, y + 4, f"{row.ratio_to_frozen:.1f}", 11.5, "ours")
     return svg.render()
 
 

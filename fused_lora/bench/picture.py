@@ -32,12 +32,15 @@ def draw(results: Results, path: Path) -> None:
                 middle, low, high = (min(value, charts.LARGEST_RATIO) for value in table.pace(row))
                 axes.plot([low, high], [y, y], color=colour[row.candidate], lw=2 if mine else 0.8, zorder=2 + mine)
                 axes.plot([middle], [y], "o", color=colour[row.candidate], ms=7 if mine else 4.5, zorder=3 + mine)
+                if mine and row.ratio_to_frozen > charts.LARGEST_RATIO:
+                    place = (middle + 0.02, y)
+                    axes.annotate(f"{row.ratio_to_frozen:.1f}", place, color=colour[row.candidate], va="center")
         handles = [axes.plot([], [], "o", color=colour[name], label=name)[0] for name in names]
         axes.legend(handles=handles, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False)
         axes.axvline(1, color=muted, lw=1)
         axes.set_yticks(range(len(found)), [charts.short_title(group) for group in found], color=ink)
         axes.set_ylim(len(found) - 0.5, -0.5)
-        axes.set_xlim(0.8, charts.LARGEST_RATIO + 0.03)
+        axes.set_xlim(charts.smallest_ratio(found) - 0.02, charts.LARGEST_RATIO + 0.03)
         axes.grid(axis="x", color=grid)
         axes.tick_params(length=0, labelcolor=ink)
         axes.set_xlabel(

@@ -201,7 +201,10 @@ class NetProblem:
 
         def step() -> Computed:
             trainer.step(next(images), self.labels)
-            return {key: leaf.grad for key, leaf in leaves.items()}
+            gradients = {key: leaf.grad for key, leaf in leaves.items()}
+            for leaf in leaves.values():
+                leaf.grad = None
+            return gradients
 
         return Candidate(step, parameters)
 
@@ -217,7 +220,7 @@ class NetProblem:
 
         def step() -> Computed:
             F.cross_entropy(net(next(images)), self.labels).backward()
-            return {"dhidden": hidden[0].grad}
+            return {"dhidden": hidden.pop().grad}
 
         return Candidate(step, parameters)
 

@@ -153,8 +153,8 @@ Measure your own machine with `fused-lora bench`, or `make gpu` where there is a
 _MODELS = """## Whole models
 
 A training step, forward, backward and fused Adam on what is trained, with LoRA in all linear layers, made as a user
-makes it: `ours-…` by `apply_lora`, `peft` by `get_peft_model`, `ours-in-peft` by `fuse` of that. `eager` has the formula
-in the linear layers' places, and `full` trains every parameter. MiniLM is the real all-MiniLM-L6-v2, run by
+makes it: `ours-…` by `apply_lora`, `peft` by `get_peft_model`, `ours-in-peft` by `fuse` of that. `eager` has the
+formula in the linear layers' places, and `full` trains every parameter. MiniLM is the real all-MiniLM-L6-v2, run by
 Transformers; the blocks are of real sizes, with random weights. Dropout is off. *peak* is of one step, so Adam's state,
 8 bytes a trained parameter in float32, comes on top. `make models` measures it where you are.
 """

@@ -7,9 +7,10 @@ from html import escape
 from pathlib import Path
 
 from . import groups, table
-from .peers import FROZEN
+from .peers import FROZEN, OURS
 from .results import Results, Row
 from .runner import Group
+from .shapes import WORKS
 from .svg import COLOURS, FONT
 
 # longer bars are cut here, and marked
@@ -40,7 +41,7 @@ def page(results: Results, wrong: Mapping[str, str]) -> str:
         "CUDA": env.cuda_version, "Python": env.python_version, "date": env.date,
     }  # fmt: skip
     chips = "".join(f"<li>{escape(key)} <b>{escape(value)}</b></li>" for key, value in facts.items() if value)
-    works = dict.fromkeys(group.title.split("  ")[0] for group in found)
+    works = sorted({group.title.split("  ")[0] for group in found}, key=_place)
     sections = "".join(_section(work, [g for g in found if g.title.split("  ")[0] == work]) for work in works)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -52,6 +53,11 @@ def page(results: Results, wrong: Mapping[str, str]) -> str:
         f"line is the 20th to 80th percentile of the rounds. Candidates took turns; each was held to float64 truth "
         f"first.</p>{sections}</main></body></html>\n"
     )
+
+
+def _place(work: str) -> tuple[int, str]:
+    """Known works in their order, then others."""
+    return (WORKS.index(work) if work in WORKS else len(WORKS), work)
 
 
 def _verdict(found: Sequence[Group]) -> str:
@@ -102,7 +108,8 @@ def _unit(rows: Sequence[Row]) -> float:
 
 def _row(row: Row, ours: bool, unit: float, end: float) -> str:
     ratio, low, high = (value / unit for value in table.pace(row))
-    look = "ours" if ours else "floor" if row.candidate == FROZEN else "peer"
+    others = "floor" if row.candidate == FROZEN else "kin" if row.candidate.startswith(OURS) else "peer"
+    look = "ours" if ours else others
     width, cut = 100 * min(ratio, end) / end, ratio > end * 1.0001
     left, right = (100 * min(value, end) / end for value in (low, high))
     facts = [f"{row.median_ms:.4g} ms"]
@@ -141,7 +148,8 @@ _STYLE = (
     ".row{display:grid;grid-template-columns:1fr auto;gap:0 8px;padding:3px 0}.ratio{font-variant-numeric:tabular-nums}"
     ".track{grid-column:1/3;position:relative;height:9px;background:var(--grid);border-radius:3px;overflow:hidden}"
     ".bar{position:absolute;inset:0 auto 0 0;background:var(--floor);border-radius:3px}"
-    ".ours .bar{background:var(--ours)}.peer .bar{background:var(--blue)}.bar.cut{border-right:4px double var(--paper)}"
+    ".ours .bar,.kin .bar{background:var(--ours)}.kin .bar{opacity:.5}.peer .bar{background:var(--blue)}"
+    ".bar.cut{border-right:4px double var(--paper)}"
     ".track i{position:absolute;top:3.5px;height:2px;background:var(--ink)}"
     ".facts{grid-column:1/3;color:var(--muted);font-size:12px;overflow-wrap:anywhere}"
     ".ours .name,.ours .ratio{font-weight:700;color:var(--ours)}.verdict{margin:8px 0 0;font-size:13px}"

@@ -34,13 +34,14 @@ def compete(
     groups: list[Group] = []
     environment, interrupted = results.environment, False
     print(", ".join(f"{key} {value}" for key, value in vars(environment).items() if value is not None))
-    steps, write = _progress(agenda)
+    steps, write, say = _progress(agenda)
     results.complete = False
     try:
         for make in steps:
             if time.monotonic() >= deadline:
                 break
             problem = make()
+            say(f"{problem.work} {problem.label.split(' (')[0]} {problem.dtype}")
             group = runner.run_group(problem, plan, peak_of(environment.device, problem.dtype), dry)
             groups.append(group)
             results.add(group.rows)
@@ -69,18 +70,25 @@ def conclude(groups: list[Group], path: Path | None) -> None:
     print(f"\nours against the fastest peer, in {len(standings)} groups: {counts}")
     for place in behind:
         print(f"  {place.group}: {place}")
-    for name, why in dict.fromkeys(pair for group in groups for pair in group.absent.items()):
-        print(f"not timed: {name}: {why}")
+    absent: dict[str, dict[str, None]] = {}
+    for name, why in (pair for group in groups for pair in group.absent.items()):
+        absent.setdefault(why, {})[name] = None
+    for why, names in absent.items():
+        print(f"not timed: {', '.join(names)}: {why}")
     for group in groups:
         for name, why in group.red.items():
             print(f"RED, so without a time: {group.title}: {name}: {why}")
     print("not saved: --out FILE saves" if path is None else f"saved: {path}")
 
 
-def _progress(agenda: list[Make]) -> tuple[Iterable[Make], Callable[[str], None]]:
-    """The agenda with a bar on stderr, and how to print beside it; neither where tqdm is not installed."""
+def _progress(agenda: list[Make]) -> tuple[Iterable[Make], Callable[[str], None], Callable[[str], None]]:
+    """The agenda with a bar on the terminal, how to print beside it, and how to say there what is being done.
+
+    No bar where tqdm is not installed, or stderr is not a terminal.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
-        return agenda, print
-    return tqdm(agenda, unit="group", leave=False), tqdm.write
+        return agenda, print, lambda text: None
+    bar = tqdm(agenda, unit="group", leave=False, disable=None, dynamic_ncols=True)
+    return bar, tqdm.write, bar.set_description

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .peers import FROZEN, OURS
 from .results import Row
 from .runner import Group
 
-HEAD = (
-    f"{'÷ frozen':>8}  {'p20-p80':>11}  {'candidate':<14} {'ms':>9}  {'p20-p80':>19} "
-    f"{'TFLOP/s':>8} {'GB/s':>7} {'roofline':>8} {'saved':>8} {'peak':>8}"
-)
+CANDIDATE = "candidate"
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,14 @@ def standing(group: Group) -> Standing | None:
 
 
 def lines(group: Group) -> list[str]:
-    """A heading, a line for each candidate, fastest first, and our standing."""
-    text = ["", group.title, HEAD]
-    text += [_line(row) for row in sorted(group.rows, key=pace)]
-    text += [f"{'RED':>8}  {'':>11}  {name:<14} {why}" for name, why in group.red.items()]
+    """A heading, a line for each candidate, fastest first, and our standing. What no candidate has, has no column."""
+    rows = sorted(group.rows, key=pace)
+    columns = [[head, *map(cell, rows)] for head, cell in COLUMNS]
+    shown = [_padded(cells) for cells in columns if any(cells[1:])]
+    text = ["", group.title, *("  ".join(line).rstrip() for line in zip(*shown, strict=True))]
+    text += [f"RED  {name}  {why}" for name, why in group.red.items()]
     place = standing(group)
-    return text if place is None else [*text, f"          {place}"]
+    return text if place is None else [*text, str(place)]
 
 
 def pace(row: Row) -> tuple[float, float, float]:
@@ -62,21 +62,18 @@ def pace(row: Row) -> tuple[float, float, float]:
     return row.ratio_to_frozen, row.ratio_p20, row.ratio_p80
 
 
-def _line(row: Row) -> str:
-    return (
-        f"{_number(row.ratio_to_frozen, '.3f'):>8}  {_range(row.ratio_p20, row.ratio_p80, '.3f'):>11}  "
-        f"{row.candidate:<14} {row.median_ms:9.4f}  {_range(row.p20_ms, row.p80_ms, '.4f'):>19} "
-        f"{_number(row.tflops, '.3g'):>8} {_number(row.gb_per_s, '.1f'):>7} "
-        f"{_number(row.roofline, '.1%'):>8} {size(row.saved_bytes):>8} {size(row.peak_bytes):>8}"
-    )
+def _padded(cells: list[str]) -> list[str]:
+    """A head and its cells, as wide as the widest; numbers to the right."""
+    width = max(map(len, cells))
+    return [cell.ljust(width) if cells[0] == CANDIDATE else (cell or "-").rjust(width) for cell in cells]
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "" if value is None else format(value, form)
 
 
 def _range(low: float | None, high: float | None, form: str) -> str:
-    return "-" if low is None or high is None else f"{low:{form}}-{high:{form}}"
+    return "" if low is None or high is None else f"{low:{form}}-{high:{form}}"
 
 
 def size(count: float | None) -> str:
@@ -87,3 +84,17 @@ def size(count: float | None) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("÷ frozen", lambda row: _number(row.ratio_to_frozen, ".3f")),
+    ("p20-p80", lambda row: _range(row.ratio_p20, row.ratio_p80, ".3f")),
+    (CANDIDATE, lambda row: row.candidate),
+    ("ms", lambda row: _number(row.median_ms, ".4g")),
+    ("p20-p80", lambda row: _range(row.p20_ms, row.p80_ms, ".4g")),
+    ("TFLOP/s", lambda row: _number(row.tflops, ".3g")),
+    ("GB/s", lambda row: _number(row.gb_per_s, ".3g")),
+    ("roofline", lambda row: _number(row.roofline, ".1%")),
+    ("saved", lambda row: size(row.saved_bytes) if row.saved_bytes is not None else ""),
+    ("peak", lambda row: size(row.peak_bytes) if row.peak_bytes is not None else ""),
+)

@@ -122,7 +122,7 @@ def _legend(svg: Svg, names: Sequence[str], colour: Mapping[str, str], x: float,
     for name in names:
         svg.dot(x + 5, y - 4, colour[name], 5)
         svg.text(x + 15, y, name, 12)
-        x += 30 + 7.2 * len(name)
+        x += 30 + 8 * len(name)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

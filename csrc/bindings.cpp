@@ -11,6 +11,12 @@ TORCH_LIBRARY(fused_lora_native, m) {
   m.def(
       "adapter_grad(Tensor? x, Tensor? g, Tensor? dy, Tensor? h, float scale, "
       "Tensor? seed, float dropout_p, ScalarType dtype_A, ScalarType dtype_B) -> (Tensor? dA, Tensor? dB)");
+  // the mask over 1 - p: (rows, cols)
+  m.def("dropout_mask(Tensor seed, int rows, int cols, float dropout_p, ScalarType dtype) -> Tensor");
+  // with autograd: lora_linear.cpp
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scale, "
+      "Tensor? seed, float dropout_p) -> Tensor");
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -5,7 +5,6 @@ Its operators mean what ``reference.lora_matmul`` and ``reference.adapter_grad``
 
 from __future__ import annotations
 
-import functools
 import importlib
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def _build_problem() -> str | None:
+def _load() -> str | None:
+    """Register the extension's operators; why that can't be, or None."""
     try:
         importlib.import_module("fused_lora._C")  # loading it registers its operators
     except ModuleNotFoundError:
@@ -25,9 +24,13 @@ def _build_problem() -> str | None:
     return None
 
 
+# at import: a call of a layer asks, and a compiler that traces it can't import
+_PROBLEM = _load()
+
+
 def available() -> bool:
     """Whether the extension is built and loads."""
-    return _build_problem() is None
+    return _PROBLEM is None
 
 
 def why_unavailable(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -36,7 +39,7 @@ def why_unavailable(device: torch.device | None = None, dtype: torch.dtype | Non
         return f"the compiled extension computes on the CPU, and the tensors are on {device.type}"
     if dtype is not None and dtype not in DTYPES:
         return f"the compiled extension takes {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {dtype}"
-    return _build_problem()
+    return _PROBLEM
 
 
 def lora_matmul(
@@ -51,3 +54,11 @@ def adapter_grad(
     seed: Tensor | None, dropout_p: float, dtype_A: torch.dtype, dtype_B: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     return torch.ops.fused_lora_native.adapter_grad.default(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scale: float,
+    seed: Tensor | None, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """The layer with its autograd, which ``functional._LoRALinear`` has for the other implementations."""
+    return torch.ops.fused_lora_native.lora_linear.default(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference, validation
+from . import extension, ops, reference, validation
 
 
 def lora_linear(
@@ -37,8 +37,9 @@ def lora_linear(
         bias: (N,) of the weight's dtype, or None.
         dropout_p: in [0, 1), applied to x before A while ``training``. Same rate and scaling as ``nn.Dropout``, to
             1/65536, with its own stream of bits; the seed comes from PyTorch's generator on x's device.
-        impl: "auto", "triton", "native" or "eager". "auto" takes "triton" on CUDA devices where it can run and
-            "eager" elsewhere; another choice that cannot run here raises.
+        impl: "auto", "triton", "native" or "eager". "auto" takes "triton" on CUDA devices where it can run,
+            "native" on CPUs where the extension is built, and "eager" elsewhere; another choice that cannot run here
+            raises.
 
     Returns:
         (..., N) of the weight's dtype. Inside ``torch.autocast`` the compute dtype is autocast's, as for ``F.linear``.
@@ -113,6 +114,8 @@ def _lora_linear(
     if torch.compiler.is_compiling() and _is_symbolic(scale):
         # an operator's number would be compiled in, and compiled anew for each: B carries it instead
         lora_B, scale = lora_B * scale, 1.0
+    if impl == "native" and _nobody_looks(x, weight, lora_A, lora_B, bias):
+        return extension.lora_linear(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
         return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, impl)[0]
     return ops.lora_matmul(
@@ -147,6 +150,19 @@ def _is_symbolic(scale: float) -> bool:
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return not has_static_value(scale)
+
+
+def _nobody_looks(*operands: Tensor | None) -> bool:
+    """Whether C++ may have the operands to itself: they are plain tensors, no compiler traces what is done with them,
+    and no mode watches it, as selective checkpointing does."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(operand) in _PLAIN for operand in operands)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def _any_requires_grad(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:

@@ -73,10 +73,12 @@ def why_unavailable(impl: str, device: torch.device, dtype: torch.dtype) -> str 
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation that runs: the one asked for, or RuntimeError; for "auto", by this rule:
 
-    on a CUDA device "triton" where it can run, everywhere else "eager".
+    on a CPU "native" where the extension is built, on a CUDA device "triton" where it can run, everywhere else "eager".
     """
     if impl == "auto":
         # the CPU is asked first: it is where a microsecond shows
+        if device.type == "cpu":
+            return "native" if extension.available() and dtype in extension.DTYPES else "eager"
         if device.type != "cuda" or why_unavailable("triton", device, dtype) is not None:
             return "eager"
         return "triton"

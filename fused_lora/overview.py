@@ -124,7 +124,7 @@ def _implementation(layer: FusedLoRALinear) -> tuple[str, str | None]:
         return implementation, None
     if layer.impl != "auto":
         return implementation, f"impl={layer.impl!r} was asked for"
-    return implementation, ops.why_unavailable("triton", device, dtype) or "on a CPU 'auto' takes 'eager'"
+    return implementation, ops.why_unavailable("triton", device, dtype) or f"on a CPU 'auto' takes {implementation!r}"
 
 
 def _trained(path: str, module: object) -> list[str]:

@@ -1,6 +1,7 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
 
 import os
+import shutil
 
 import torch
 
@@ -14,6 +15,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 import pytest
+from native_build import build
+
+from fused_lora import extension
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +27,44 @@ def _seeded_and_nan_filled():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+INSTALLED = extension.available()
+
+
+@pytest.fixture(autouse=True)
+def _extension_hidden(monkeypatch):
+    """Whether it is built where the tests run changes none of them: those about it ask for it."""
+    monkeypatch.setattr(extension, "_PROBLEM", "hidden by the tests")
+
+
+@pytest.fixture(scope="session")
+def extension_library(tmp_path_factory):
+    """The path of the extension, built once for all workers and loaded into this one; None for the installed one."""
+    if INSTALLED:
+        return None
+    if "FUSED_LORA_TEST_LIBRARY" in os.environ:
+        # built by whoever started this process
+        torch.ops.load_library(os.environ["FUSED_LORA_TEST_LIBRARY"])
+        return os.environ["FUSED_LORA_TEST_LIBRARY"]
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not here")
+    folder = tmp_path_factory.getbasetemp()
+    library = build((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "native")
+    torch.ops.load_library(library)
+    return library
+
+
+@pytest.fixture
+def native(extension_library, _extension_hidden, monkeypatch):
+    """``fused_lora.extension``, and it is there: ``impl="auto"`` takes it on the CPU."""
+    monkeypatch.setattr(extension, "_PROBLEM", None)
+    return extension
+
+
+@pytest.fixture(params=["eager", "native"])
+def cpu_impl(request):
+    """Each implementation in turn is what ``impl="auto"`` means on the CPU."""
+    if request.param == "native":
+        request.getfixturevalue("native")
+    return request.param

@@ -8,6 +8,8 @@ from torch import nn
 
 from fused_lora import apply_lora, lora_linear, lora_parameters
 
+pytestmark = pytest.mark.usefixtures("cpu_impl")
+
 
 def test_autocast_computes_in_its_dtype_and_gradients_keep_their_parameters():
     leaves = oracle.draw(9, 33, 20, 4).leaves()

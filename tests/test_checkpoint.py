@@ -14,6 +14,8 @@ from torch.utils.checkpoint import (
 
 from fused_lora import FusedLoRALinear, ops
 
+pytestmark = pytest.mark.usefixtures("cpu_impl")
+
 MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 FUSED = (torch.ops.fused_lora.lora_matmul.default,)
 

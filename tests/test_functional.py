@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from fused_lora import functional, lora_linear, ops, reference
 
+pytestmark = pytest.mark.usefixtures("cpu_impl")
+
 SHAPES = [(0, 32, 16, 4), (1, 123, 123, 1), (17, 123, 64, 3), (129, 64, 123, 64), (5, 1, 1, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -64,7 +66,7 @@ def test_manual_seed_repeats_dropout_and_a_second_call_draws_anew():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("impl", ["auto", "triton"])
 @pytest.mark.parametrize("wanted", [w for n in range(6) for w in itertools.combinations(range(5), n)], ids=str)
 def test_every_subset_of_wanted_gradients_gets_exactly_those(wanted, impl):
     inputs = oracle.draw(7, 20, 12, 3)

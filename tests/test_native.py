@@ -11,49 +11,17 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from native_build import ROOT, setup_py
 
 import fused_lora
 from fused_lora import extension, lora_linear, reference
 
-ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # the last has more rows than a block of dropout
 SHAPES = [*itertools.product((0, 1, 17, 129), (1, 3, 16, 64)), (1100, 3)]
+# the most rows that take the pass for few
+FEW = {torch.float32: 16, torch.bfloat16: 4}
 SEED = torch.tensor([-7_000_000_000_000_000_001])
-
-
-def setup_py(*arguments, folder=ROOT, **environment):
-    inherited = {name: value for name, value in os.environ.items() if name != "FUSED_LORA_BUILD_EXT"}
-    command = [sys.executable, "setup.py", *map(str, arguments)]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={**inherited, **environment},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-@pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    """The extension: the installed one, or one that is built outside the tree and found by this module's tests only."""
-    if extension.available():
-        yield extension
-        return
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not here")
-    built = tmp_path_factory.mktemp("native")
-    folders = ("--build-lib", built, "--build-temp", built / "objects")
-    build = setup_py("build_ext", *folders, FUSED_LORA_BUILD_EXT="1")
-    assert build.returncode == 0, build.stdout
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_lora, "__path__", [*fused_lora.__path__, str(built / "fused_lora")])
-        extension._build_problem.cache_clear()
-        assert extension.available(), extension.why_unavailable()
-        yield extension
-    del fused_lora._C, sys.modules["fused_lora._C"]
-    extension._build_problem.cache_clear()
 
 
 @pytest.fixture
@@ -61,9 +29,7 @@ def absent(monkeypatch):
     """The extension is not here, whether it is or not."""
     monkeypatch.setitem(sys.modules, "fused_lora._C", None)
     monkeypatch.delattr(fused_lora, "_C", raising=False)
-    extension._build_problem.cache_clear()
-    yield
-    extension._build_problem.cache_clear()
+    monkeypatch.setattr(extension, "_PROBLEM", extension._load())
 
 
 @pytest.fixture
@@ -142,6 +108,77 @@ def test_matmul_is_as_exact_as_the_reference(native, dropout, dtype):
         inputs = oracle.draw(M, 123, 123, R, dtype, adapter_dtype, bias)
         operands = (inputs.x, inputs.weight.t(), inputs.lora_A.t(), inputs.lora_B.t(), inputs.bias)
         check("lora_matmul", operands, 123 + R, 1.5, SEED if dropout else None, 0.3, dropout == "output")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M", [1, 3, 4, 10, 16])
+def test_few_rows_are_as_exact_as_the_reference_both_ways(native, M, dtype):
+    for (K, N), R, bias in itertools.product(((1, 1), (123, 77), (300, 515)), (1, 5, 64), (True, False)):
+        found = []
+        # so many draws that the smallest result has 64 values to err in
+        for _ in range(-(-64 // min(64, M * K, M * N, M * R))):
+            i = oracle.draw(M, K, N, R, dtype, bias=bias)
+            found.append([])
+            for *operands, on_output in (
+                (i.x, i.weight.t(), i.lora_A.t(), i.lora_B.t(), i.bias, False),
+                (i.dy, i.weight, i.lora_B, i.lora_A, None, True),
+            ):
+                rest, exact = (-1.5, None, 0.0, on_output), [None if t is None else t.double() for t in operands]
+                results = native.lora_matmul(*operands, *rest), reference.lora_matmul(*operands, *rest)
+                found[-1] += zip(*results, reference.lora_matmul(*exact, *rest), strict=True)
+        for name, draws in zip(("y", "h", "dx", "g"), zip(*found, strict=True), strict=True):
+            oracle.within(f"{name} of {(M, K, N, R)}", *(torch.stack(v) for v in zip(*draws, strict=True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_few_has_the_same_bits_in_any_company_and_on_any_threads(native, dtype):
+    M = FEW[dtype]
+    i = oracle.draw(M, 1000, 700, 3, dtype)
+    # the thin product is a library's, and its bits may depend on the company
+    i.lora_A.zero_()
+    i.lora_B.zero_()
+    forward = (i.weight.t(), i.lora_A.t(), i.lora_B.t(), i.bias, 1.5, None, 0.0, False)
+    backward = (i.weight, i.lora_B, i.lora_A, None, 1.5, None, 0.0, True)
+    threads = torch.get_num_threads()
+    for rows, rest in ((i.x, forward), (i.dy, backward)):
+        together, _ = native.lora_matmul(rows, *rest)
+        torch.set_num_threads(3)
+        try:
+            for first, last in ((0, 1), (1, 3), (M - 3, M)):
+                assert torch.equal(together[first:last], native.lora_matmul(rows[first:last], *rest)[0])
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_few_rows_on_older_processors(extension_library, capability):
+    """The same tests in a process where PyTorch, and so the extension, uses fewer instructions."""
+    here = f"{Path(__file__)}::test_few_rows_are_as_exact_as_the_reference_both_ways"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", here]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    if extension_library is not None:
+        environment["FUSED_LORA_TEST_LIBRARY"] = str(extension_library)
+    made = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert made.returncode == 0, made.stdout
+    assert "passed" in made.stdout
+
+
+def test_values_that_are_not_finite_go_where_they_should(native):
+    """Padding is neither read from memory nor multiplied with what stands there."""
+    for dtype, (M, K, N) in itertools.product((torch.float32, torch.bfloat16), ((3, 37, 45), (16, 7, 3))):
+        weight = torch.ones(N, K, dtype=dtype)
+        weight[1, 2] = float("inf")
+        A, B = torch.ones(1, K, dtype=dtype), torch.ones(N, 1, dtype=dtype)
+        y, _ = native.lora_matmul(torch.ones(M, K, dtype=dtype), weight.t(), A.t(), B.t(), None, 1.0, None, 0.0, False)
+        assert torch.equal(y.isfinite().all(0), torch.arange(N) != 1)
+        dx, _ = native.lora_matmul(torch.ones(M, N, dtype=dtype), weight, B, A, None, 1.0, None, 0.0, True)
+        assert torch.equal(dx.isfinite().all(0), torch.arange(K) != 2)
+        dx, _ = native.lora_matmul(
+            torch.full((M, N), float("nan"), dtype=dtype), weight, B, A, None, 1.0, None, 0.0, True
+        )
+        assert dx.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

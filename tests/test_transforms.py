@@ -9,6 +9,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from fused_lora import FusedLoRALinear, lora_linear, reference
 
+pytestmark = pytest.mark.usefixtures("cpu_impl")
+
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("shape", [(4, 5), (2, 2, 5)], ids=str)

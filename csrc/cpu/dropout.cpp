@@ -1,12 +1,14 @@
 #include "dropout.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/full.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
 #include <cstring>
 
 #include "../tensors.h"
+#include "operators.h"
 
 namespace fused_lora::cpu {
 namespace {
@@ -79,6 +81,15 @@ void Dropout::apply(const at::Tensor& src, int64_t first_row, const at::Tensor& 
       keep_elements(from, to, chunk, count, lanes + skipped, least_kept);
     }
   });
+}
+
+at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, double dropout_p, at::ScalarType dtype) {
+  check_floating("dtype", dtype);
+  TORCH_CHECK_VALUE(rows >= 0 && cols >= 0, "rows and cols must be at least 0, got ", rows, " and ", cols);
+  const Dropout dropout(seed, dropout_p);
+  const at::Tensor mask = at::full({rows, cols}, dropout.keep_scale(), seed.options().dtype(dtype));
+  dropout.apply(mask, 0, mask);
+  return mask;
 }
 
 }  // namespace fused_lora::cpu

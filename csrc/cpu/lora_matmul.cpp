@@ -1,11 +1,14 @@
+#include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
 #include "../tensors.h"
 #include "dropout.h"
+#include "few_rows.h"
 #include "operators.h"
 
 namespace fused_lora::cpu {
@@ -26,6 +29,42 @@ void check_operands(const at::Tensor& a2, const at::Tensor& w, const at::Tensor&
     check_dtype("bias", *bias, a2.scalar_type());
     check_shape("bias", *bias, {w.size(1)});
   }
+}
+
+// Whether float32 products should be oneDNN's: PyTorch's own come from MKL, which is at its best on Intel alone.
+bool onednn_is_faster() {
+#ifdef __x86_64__
+  static const bool faster = at::hasMKL() && __builtin_cpu_is("amd");
+  return faster;
+#else
+  return false;
+#endif
+}
+
+// a w without autograd by the operator of oneDNN's that inductor calls; undefined where PyTorch has none.
+at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& w) {
+  static const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  if (!op) {
+    return {};
+  }
+  torch::jit::Stack stack{a, w.t(), c10::IValue(), "none", c10::List<std::optional<at::Scalar>>(), ""};
+  op->callBoxed(stack);
+  return stack.front().toTensor();
+}
+
+// a w + bias. The forward is the product that nn.Linear makes, so that a fresh adapter changes no bit of it; the input
+// gradient is free to take the faster library.
+at::Tensor base_product(const at::Tensor& a, const at::Tensor& w, const std::optional<at::Tensor>& bias,
+                        bool is_input_gradient) {
+  if (bias) {
+    return at::addmm(*bias, a, w);
+  }
+  if (is_input_gradient && a.scalar_type() == at::kFloat && onednn_is_faster()) {
+    if (at::Tensor out = onednn_product(a, w); out.defined()) {
+      return out;
+    }
+  }
+  return at::mm(a, w);
 }
 
 // D(a) u
@@ -62,22 +101,22 @@ std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Te
   const std::optional<Dropout> dropout = seed ? std::make_optional<Dropout>(*seed, dropout_p) : std::nullopt;
   const at::Tensor u2 = u.to(a.scalar_type()), v2 = v.to(a.scalar_type());
 
+  const at::Tensor thin = dropout && !dropout_on_output ? dropped_product(a2, u2, *dropout) : at::mm(a2, u2);
+  at::Tensor out;
+  if (dropout && dropout_on_output) {
+    out = base_product(a2, w, bias, dropout_on_output);
+    add_dropped_product(out, thin, v2, scale, *dropout);
+  } else if (is_for_few_rows(a2, w)) {
+    out = at::empty({a2.size(0), w.size(1)}, a2.options());
+    few_rows(out, a2, w, thin, v2, bias, scale);
+  } else {
+    out = base_product(a2, w, bias, dropout_on_output);
+    out.addmm_(thin, v2, /*beta=*/1, /*alpha=*/scale);
+  }
   auto shape = a.sizes().vec();
   shape.back() = w.size(1);
-  const at::Tensor out = at::empty(shape, a.options());
-  at::Tensor out2 = out.view({a2.size(0), w.size(1)});
-  if (bias) {
-    at::addmm_out(out2, *bias, a2, w);
-  } else {
-    at::mm_out(out2, a2, w);
-  }
-
-  const at::Tensor thin = dropout && !dropout_on_output ? dropped_product(a2, u2, *dropout) : at::mm(a2, u2);
-  if (dropout && dropout_on_output) {
-    add_dropped_product(out2, thin, v2, scale, *dropout);
-  } else {
-    out2.addmm_(thin, v2, /*beta=*/1, /*alpha=*/scale);
-  }
+  // a tensor of its own, not a view: autograd is not watching here
+  out = out.view(shape);
   return {out, thin};
 }
 

@@ -20,4 +20,7 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
     const std::optional<at::Tensor>& h, double scale, const std::optional<at::Tensor>& seed, double dropout_p,
     at::ScalarType dtype_A, at::ScalarType dtype_B);
 
+// (rows, cols) of dtype: 1 / (1 - p) where the mask keeps, 0 elsewhere
+at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, double dropout_p, at::ScalarType dtype);
+
 }  // namespace fused_lora::cpu

@@ -13,7 +13,8 @@ def is_gpu(results: Results) -> bool:
 
 def our_default(results: Results) -> str:
     """The candidate that ``impl="auto"`` means where the results come from."""
-    return OURS + ("triton" if is_gpu(results) else "eager")
+    built = any(row.candidate == f"{OURS}native" for row in results.rows)
+    return OURS + ("triton" if is_gpu(results) else "native" if built else "eager")
 
 
 def groups_of(results: Results) -> list[Group]:

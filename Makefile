@@ -66,12 +66,12 @@ gpu:
 lint: $(INSTALLED)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(RUN)/clang-format --dry-run --Werror $$(git ls-files csrc ':!*.md')
 
 format: $(INSTALLED)
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
-	$(RUN)/clang-format -i $$(git ls-files 'csrc/*')
+	$(RUN)/clang-format -i $$(git ls-files csrc ':!*.md')
 
 types: $(INSTALLED)
 	$(RUN)/mypy

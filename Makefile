@@ -12,7 +12,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-triton36 test-peft bench native gpu docs report scaling models lint format types clean
+.PHONY: help install demo test test-triton36 test-peft bench native gpu docs report scaling models sanitize lint format types clean
 
 help:
 	@echo 'make demo           the main job: fine-tune a real network on MNIST with the fused layer (a few minutes on a CPU)'
@@ -23,6 +23,7 @@ help:
 	@echo 'make scaling        how a layer grows with its sizes, into benchmarks/results/scaling/'
 	@echo 'make models         a training step of whole models, into benchmarks/results/models/'
 	@echo 'make native         build the optional compiled extension'
+	@echo 'make sanitize       the compiled extension under ASan and UBSan, over fuzzed operands'
 	@echo 'make lint types     ruff, clang-format; mypy.  make format mends what lint finds'
 	@echo 'make test-triton36  the kernel tests on Triton 3.6'
 	@echo "make test-peft      PEFT's own LoRA tests, unfused and fused: fusing must break none (about ten minutes)"
@@ -46,6 +47,9 @@ bench: $(INSTALLED)
 
 native: $(INSTALLED)
 	FUSED_LORA_BUILD_EXT=1 $(RUN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation --no-deps -e . $(ARGS)
+
+sanitize: $(INSTALLED)
+	$(RUN)/python tests/sanitize.py $(ARGS)
 
 report: $(INSTALLED)
 	$(RUN)/python docs/draw.py

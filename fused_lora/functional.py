@@ -152,17 +152,18 @@ def _is_symbolic(scale: float) -> bool:
     return not has_static_value(scale)
 
 
-def _nobody_looks(*operands: Tensor | None) -> bool:
+def _nobody_looks(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
     """Whether C++ may have the operands to itself: they are plain tensors, no compiler traces what is done with them,
     and no mode watches it, as selective checkpointing does."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(operand) in _PLAIN for operand in operands)
-    )
+        and type(x) in _PLAIN and type(weight) in _PLAIN and type(lora_A) in _PLAIN and type(lora_B) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+    )  # fmt: skip
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _any_requires_grad(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:

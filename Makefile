@@ -11,6 +11,8 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # a worker for each core
 PYTEST := -m pytest -n auto --dist worksteal
 
+CPP := '*.cpp' '*.h' '*.cu' '*.cuh'
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-triton36 test-peft bench native gpu docs report scaling models sanitize lint format types clean
 
@@ -23,7 +25,7 @@ help:
 	@echo 'make scaling        how a layer grows with its sizes, into benchmarks/results/scaling/'
 	@echo 'make models         a training step of whole models, into benchmarks/results/models/'
 	@echo 'make native         build the optional compiled extension'
-	@echo 'make sanitize       the compiled extension under ASan and UBSan, over fuzzed operands'
+	@echo 'make sanitize       the compiled extension under ASan and UBSan, over fuzzed operands; its CUDA kernels on the host'
 	@echo 'make lint types     ruff, clang-format; mypy.  make format mends what lint finds'
 	@echo 'make test-triton36  the kernel tests on Triton 3.6'
 	@echo "make test-peft      PEFT's own LoRA tests, unfused and fused: fusing must break none (about ten minutes)"
@@ -48,7 +50,13 @@ bench: $(INSTALLED)
 native: $(INSTALLED)
 	FUSED_LORA_BUILD_EXT=1 $(RUN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation --no-deps -e . $(ARGS)
 
+# CUDA kernels run on the shim of the tests: without a GPU, and without nvcc
+SANITIZED := build/sanitized
 sanitize: $(INSTALLED)
+	@mkdir -p $(SANITIZED)
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wno-unknown-pragmas \
+		-Itests/cuda_shim -Icsrc/cuda/kernels -o $(SANITIZED)/fuzz tests/cuda_shim/fuzz.cpp
+	$(SANITIZED)/fuzz 1 150
 	$(RUN)/python tests/sanitize.py $(ARGS)
 
 report: $(INSTALLED)
@@ -70,12 +78,12 @@ gpu:
 lint: $(INSTALLED)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/clang-format --dry-run --Werror $$(git ls-files csrc ':!*.md')
+	$(RUN)/clang-format --dry-run --Werror $$(git ls-files $(CPP))
 
 format: $(INSTALLED)
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
-	$(RUN)/clang-format -i $$(git ls-files csrc ':!*.md')
+	$(RUN)/clang-format -i $$(git ls-files $(CPP))
 
 types: $(INSTALLED)
 	$(RUN)/mypy

@@ -1,4 +1,8 @@
-"""Builds the optional extension ``fused_lora._C`` if FUSED_LORA_BUILD_EXT=1 asks; all else is in pyproject.toml."""
+"""Builds the optional extension ``fused_lora._C`` if FUSED_LORA_BUILD_EXT=1 asks; all else is in pyproject.toml.
+
+CUDA sources join where nvcc is and PyTorch is a CUDA build. FUSED_LORA_CUDA_ARCHS: for which compute capabilities, as
+80 for 8.0; of the last the PTX goes along, for GPUs to come.
+"""
 
 import os
 from pathlib import Path
@@ -7,24 +11,33 @@ from setuptools import setup
 
 # one build serves CPython 3.10 and every later version
 PYTHON_ABI = "0x030A0000"
+CUDA_ARCHS = "80;86;89;90;100;120"
 
 
 def extension_arguments() -> dict:
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
         raise SystemExit(
             f"FUSED_LORA_BUILD_EXT=1 builds against the installed PyTorch, and it cannot be imported here ({error}): "
             "install torch first, then `pip install --no-build-isolation`"
         ) from error
-    folders = ["csrc", "csrc/cpu"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1"]
     sanitized = sanitizers if os.environ.get("FUSED_LORA_SANITIZE") == "1" else []
-    extension = CppExtension(
+    folders, make, include = ["csrc", "csrc/cpu"], CppExtension, []
+    # no -fopenmp for the linker: PyTorch brings the OpenMP runtime, and there must be only one
+    options = {"cxx": ["-O3", "-g0", "-fopenmp", f"-DPy_LIMITED_API={PYTHON_ABI}", *sanitized]}
+    if torch.version.cuda is not None and CUDA_HOME is not None:
+        folders, make = [*folders, "csrc/cuda", "csrc/cuda/kernels"], CUDAExtension
+        options["nvcc"] = ["-O3", *cuda_targets()]
+        include = [str(Path("csrc/cuda/device").resolve())]
+    sources = [source for folder in folders for suffix in ("cpp", "cu") for source in Path(folder).glob(f"*.{suffix}")]
+    extension = make(
         "fused_lora._C",
-        sorted(str(source) for folder in folders for source in Path(folder).glob("*.cpp")),
-        # no -fopenmp for the linker: PyTorch brings the OpenMP runtime, and there must be only one
-        extra_compile_args=["-O3", "-g0", "-fopenmp", f"-DPy_LIMITED_API={PYTHON_ABI}", *sanitized],
+        sorted(map(str, sources)),
+        include_dirs=include,
+        extra_compile_args=options,
         extra_link_args=sanitized,
         py_limited_api=True,
     )
@@ -33,6 +46,15 @@ def extension_arguments() -> dict:
         "cmdclass": {"build_ext": BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
+
+
+def cuda_targets() -> list[str]:
+    """nvcc's options for FUSED_LORA_CUDA_ARCHS."""
+    archs = os.environ.get("FUSED_LORA_CUDA_ARCHS", CUDA_ARCHS).split(";")
+    if not all(arch.isdigit() and int(arch) >= 80 for arch in archs):
+        raise SystemExit(f"FUSED_LORA_CUDA_ARCHS must be numbers of 80 or more, as {CUDA_ARCHS}, got {';'.join(archs)}")
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*targets, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
 setup(**extension_arguments() if os.environ.get("FUSED_LORA_BUILD_EXT") == "1" else {})

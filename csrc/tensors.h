@@ -6,6 +6,8 @@
 #include <c10/util/Exception.h>
 #include <c10/util/accumulate.h>
 
+#include <optional>
+
 namespace fused_lora {
 
 inline void check_shape(const char* name, const at::Tensor& tensor, at::IntArrayRef shape) {
@@ -25,6 +27,32 @@ inline void check_floating(const char* name, at::ScalarType dtype) {
 inline at::Tensor rows(const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(tensor.dim() >= 1, name, " must have at least one dimension, got none");
   return tensor.reshape({c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)), tensor.size(-1)});
+}
+
+// lora_matmul's, a as (M, Q).
+inline void check_matmul_operands(const at::Tensor& a2, const at::Tensor& w, const at::Tensor& u, const at::Tensor& v,
+                                  const std::optional<at::Tensor>& bias) {
+  check_floating("a", a2.scalar_type());
+  check_floating("u", u.scalar_type());
+  check_floating("v", v.scalar_type());
+  check_dtype("w", w, a2.scalar_type());
+  TORCH_CHECK_VALUE(w.dim() == 2, "w must be of shape (Q, P), got ", w.sizes());
+  TORCH_CHECK_VALUE(u.dim() == 2, "u must be of shape (Q, R), got ", u.sizes());
+  check_shape("w", w, {a2.size(1), w.size(1)});
+  check_shape("u", u, {a2.size(1), u.size(1)});
+  check_shape("v", v, {u.size(1), w.size(1)});
+  if (bias) {
+    check_dtype("bias", *bias, a2.scalar_type());
+    check_shape("bias", *bias, {w.size(1)});
+  }
+}
+
+// thin: (M, R), of wide's rows and dtype; wide: (M, C).
+inline void check_thin(const char* thin_name, const at::Tensor& thin, const char* wide_name, const at::Tensor& wide) {
+  check_floating(wide_name, wide.scalar_type());
+  check_dtype(thin_name, thin, wide.scalar_type());
+  TORCH_CHECK_VALUE(thin.dim() == 2, thin_name, " must be of shape (M, R), got ", thin.sizes());
+  check_shape(thin_name, thin, {wide.size(0), thin.size(1)});
 }
 
 // tensor *= factor, a tensor itself: mul_(Scalar) rounds its argument to a 16-bit tensor's dtype before it multiplies.

@@ -1,16 +1,20 @@
 """The optional compiled extension ``fused_lora._C``: built by ``make native``, never needed.
 
-Its operators mean what ``reference.lora_matmul`` and ``reference.adapter_grad`` mean; they run on CPU tensors.
+Its operators mean what ``reference.lora_matmul`` and ``reference.adapter_grad`` mean. They run on CPU tensors, and on
+CUDA tensors where it was built with nvcc against a PyTorch with CUDA.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
 
 
 def _load() -> str | None:
@@ -26,6 +30,9 @@ def _load() -> str | None:
 
 # at import: a call of a layer asks, and a compiler that traces it can't import
 _PROBLEM = _load()
+_HAS_CUDA = _PROBLEM is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "fused_lora_native::lora_matmul", "CUDA"
+)  # fmt: skip
 
 
 def available() -> bool:
@@ -35,11 +42,29 @@ def available() -> bool:
 
 def why_unavailable(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Why the extension cannot compute on tensors of this device and dtype, or None when it can."""
-    if device is not None and device.type != "cpu":
-        return f"the compiled extension computes on the CPU, and the tensors are on {device.type}"
-    if dtype is not None and dtype not in DTYPES:
-        return f"the compiled extension takes {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {dtype}"
-    return _PROBLEM
+    cuda = device if device is not None and device.type == "cuda" else None
+    if device is not None and device.type not in ("cpu", "cuda"):
+        return f"the compiled extension computes on CPUs and CUDA devices, and the tensors are on {device.type}"
+    dtypes = DTYPES if cuda is None else CUDA_DTYPES
+    if dtype is not None and dtype not in dtypes:
+        where = "" if cuda is None else " on a CUDA device"
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        return f"the compiled extension takes {names}{where}, not {dtype}"
+    return _PROBLEM if _PROBLEM is not None or cuda is None else _cuda_problem(cuda)
+
+
+def _cuda_problem(device: torch.device) -> str | None:
+    if not _HAS_CUDA:
+        return "the compiled extension was built without CUDA, which needs nvcc and a PyTorch with CUDA"
+    capability = _capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"the GPU has compute capability {capability}; the compiled extension needs {MIN_CAPABILITY} or later"
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def lora_matmul(

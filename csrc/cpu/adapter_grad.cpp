@@ -10,13 +10,6 @@
 namespace fused_lora::cpu {
 namespace {
 
-void check_operands(const char* thin_name, const at::Tensor& thin, const char* wide_name, const at::Tensor& wide) {
-  check_floating(wide_name, wide.scalar_type());
-  check_dtype(thin_name, thin, wide.scalar_type());
-  TORCH_CHECK_VALUE(thin.dim() == 2, thin_name, " must be of shape (M, R), got ", thin.sizes());
-  check_shape(thin_name, thin, {wide.size(0), thin.size(1)});
-}
-
 // scale · thinᵀ wide: (R, C)
 at::Tensor product(const at::Tensor& thin, const at::Tensor& wide, double scale) {
   at::Tensor grad = at::mm(thin.t(), wide);
@@ -47,13 +40,13 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
   std::optional<at::Tensor> dA, dB;
   if (x && g) {
     const at::Tensor x2 = rows("x", *x);
-    check_operands("g", *g, "x", x2);
+    check_thin("g", *g, "x", x2);
     dA = seed ? dropped_product(*g, x2, scale, Dropout(*seed, dropout_p)) : product(*g, x2, scale);
     dA = dA->to(dtype_A);
   }
   if (dy && h) {
     const at::Tensor dy2 = rows("dy", *dy);
-    check_operands("h", *h, "dy", dy2);
+    check_thin("h", *h, "dy", dy2);
     // hᵀ dy, not dyᵀ h: the narrow matrix on the left is the faster product
     dB = product(*h, dy2, scale).t().to(dtype_B).contiguous();
   }

@@ -14,23 +14,6 @@
 namespace fused_lora::cpu {
 namespace {
 
-void check_operands(const at::Tensor& a2, const at::Tensor& w, const at::Tensor& u, const at::Tensor& v,
-                    const std::optional<at::Tensor>& bias) {
-  check_floating("a", a2.scalar_type());
-  check_floating("u", u.scalar_type());
-  check_floating("v", v.scalar_type());
-  check_dtype("w", w, a2.scalar_type());
-  TORCH_CHECK_VALUE(w.dim() == 2, "w must be of shape (Q, P), got ", w.sizes());
-  TORCH_CHECK_VALUE(u.dim() == 2, "u must be of shape (Q, R), got ", u.sizes());
-  check_shape("w", w, {a2.size(1), w.size(1)});
-  check_shape("u", u, {a2.size(1), u.size(1)});
-  check_shape("v", v, {u.size(1), w.size(1)});
-  if (bias) {
-    check_dtype("bias", *bias, a2.scalar_type());
-    check_shape("bias", *bias, {w.size(1)});
-  }
-}
-
 // Whether float32 products should be oneDNN's: PyTorch's own come from MKL, which is at its best on Intel alone.
 bool onednn_is_faster() {
 #ifdef __x86_64__
@@ -97,7 +80,7 @@ std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Te
   // autograd is the caller's: fused_lora/functional.py
   const at::AutoDispatchBelowADInplaceOrView guard;
   const at::Tensor a2 = rows("a", a);
-  check_operands(a2, w, u, v, bias);
+  check_matmul_operands(a2, w, u, v, bias);
   const std::optional<Dropout> dropout = seed ? std::make_optional<Dropout>(*seed, dropout_p) : std::nullopt;
   const at::Tensor u2 = u.to(a.scalar_type()), v2 = v.to(a.scalar_type());
 

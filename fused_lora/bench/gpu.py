@@ -2,7 +2,7 @@
 
     python -m fused_lora.bench.gpu [--only PART,…] [--skip PART,…] [--minutes N] [--quick] [--device cpu] [--out FILE]
 
-    tests      the kernel tests, on the device
+    tests      the kernel tests, on the device; the compiled extension's too where it is built with CUDA
     races      a thousand launches with the same bits, streams side by side, captured graphs
     sanitizer  every kernel once under compute-sanitizer's memcheck, racecheck and synccheck
     speed      the timing table, each candidate checked first; withheld where tests or races are red
@@ -36,7 +36,8 @@ SHARE = {TESTS: 0.4, RACES: 0.15, SANITIZER: 0.15}
 MINUTES = {"cuda": 12.0, "cpu": 60.0}
 WORKERS = 8
 TOOLS = ("memcheck", "racecheck", "synccheck")
-KERNELS = ("_lora_matmul_kernel", "_decode_kernel", "_adapter_grad_kernel")
+# of their names; the last is in those of the compiled extension's
+KERNELS = ("_lora_matmul_kernel", "_decode_kernel", "_adapter_grad_kernel", "fused_lora4cuda")
 SPEED_DTYPES = {"cuda": ["bfloat16", "float16"], "cpu": ["float32", "bfloat16+float32"]}
 GREEN, RED, UNFINISHED, ABSENT = "green", "RED", "unfinished", "absent"
 
@@ -111,7 +112,13 @@ def _part(
 
 def _tests(checkout: Path, limit_s: float, device: str, quick: bool) -> str:
     """pytest on everything that needs the device, on several cores where pytest-xdist is installed."""
+    import torch
+
+    from .. import extension
+
     command = [sys.executable, "-m", "pytest", "tests/kernels", "-q"]
+    if device == "cuda" and extension.why_unavailable(torch.device("cuda"), torch.float32) is None:
+        command.append("tests/test_native_cuda.py")
     # the one has a part of its own, the other compiles for GPUs that are not here
     command += [f"--ignore=tests/kernels/test_{name}.py" for name in ("device", "codegen")]
     if quick:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from .. import extension
 from ..kernels.configs import DecodeConfig, Form, Schedule
 from ..kernels.entries import Choice, Reduced, Tiled
 from .subjects import ADAPTER_GRADIENTS, FORWARD, INPUT_GRADIENT, Job, Subject, in_one_line, make
@@ -46,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def _choices(subject: Subject) -> Iterator[Choice]:
+def _choices(subject: Subject) -> Iterator[Choice | None]:
     rule = subject.rule
     yield rule
+    if subject.device.type == "cuda" and extension.why_unavailable(subject.device, subject.x.dtype) is None:
+        yield None
     if isinstance(rule, Reduced):
         yield from (Reduced(rule.config, parts) for parts in (1, 3))
         return

@@ -1,4 +1,7 @@
-"""What is tuned, and run under a sanitizer: one launch of one kernel over random operands, with its float64 truth."""
+"""What is tuned, and run under a sanitizer: one launch of one kernel over random operands, with its float64 truth.
+
+A choice of None is the compiled extension's kernel, which chooses for itself.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import extension, reference
 from ..kernels import launch
 from ..kernels.configs import DecodeConfig, Problem, ReductionProblem
 from ..kernels.entries import Choice, Reduced, Tiled
@@ -57,14 +60,14 @@ class Subject(ABC):
         self._judged: list[tuple[Tensor, float]] | None = None
 
     @abstractmethod
-    def call(self, choice: Choice) -> Sequence[Tensor]:
+    def call(self, choice: Choice | None) -> Sequence[Tensor]:
         """Launch it by this choice."""
 
     @abstractmethod
     def plain(self, dtype: torch.dtype) -> Sequence[Tensor]:
         """The same results by plain PyTorch in this dtype."""
 
-    def verdict(self, choice: Choice) -> str | None:
+    def verdict(self, choice: Choice | None) -> str | None:
         """None for right results, else how wrong they are. ``check.py`` derives how wrong they may be."""
         if self._judged is None:
             dtype = self.x.dtype
@@ -95,9 +98,11 @@ class MatmulSubject(Subject):
         self.rule = launch.rule(self.problem, device)
         self.longest_sum = Q
 
-    def call(self, choice: Choice) -> Sequence[Tensor]:
+    def call(self, choice: Choice | None) -> Sequence[Tensor]:
         assert not isinstance(choice, Reduced)
         args = (*self.operands, None, self.weights.scale, self.seed, self.dropout_p, self.backward)
+        if choice is None:
+            return extension.lora_matmul(*args)
         if isinstance(choice, Tiled):
             return launch.lora_matmul(*args, config=choice.tile, schedule=choice.schedule)
         return launch.lora_matmul(*args, config=choice)
@@ -121,7 +126,9 @@ class ReductionSubject(Subject):
         self.rule = launch.rule_reduction(self.problem, device)
         self.longest_sum = job.M
 
-    def call(self, choice: Choice) -> Sequence[Tensor]:
+    def call(self, choice: Choice | None) -> Sequence[Tensor]:
+        if choice is None:
+            return self._both(extension.adapter_grad, self.x.dtype)
         assert isinstance(choice, Reduced)
         return self._both(launch.adapter_grad, self.x.dtype, choice.config, choice.parts)
 
@@ -140,8 +147,10 @@ def make(job: Job, device: torch.device) -> Subject:
     return kind(job, device)
 
 
-def in_one_line(choice: Choice) -> str:
+def in_one_line(choice: Choice | None) -> str:
     """A choice in one line."""
+    if choice is None:
+        return "the compiled extension"
     if isinstance(choice, Tiled):
         t, schedule = choice.tile, choice.schedule
         form = schedule.form.name + (f" {schedule.split}" if schedule.split > 1 else "")

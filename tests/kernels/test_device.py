@@ -5,12 +5,13 @@ minute on a GPU meets no slip of the pen: ``Stage`` holds all that is CUDA's own
 """
 
 import contextlib
+import functools
 
 import oracle
 import pytest
 import torch
 
-from fused_lora import lora_linear
+from fused_lora import extension, lora_linear
 from fused_lora.kernels import launch
 from fused_lora.kernels.configs import Form, Schedule, TileConfig
 
@@ -23,6 +24,10 @@ TOKENS = [4, 300, 5000] if ON_GPU else [4, 40]
 K, N, R = (1024, 1536, 16) if ON_GPU else (64, 64, 16)
 LAUNCHES, STEPS, ROUNDS = (1000, 200, 200) if ON_GPU else (1, 1, 1)
 DEVICE = "cuda" if ON_GPU else "cpu"
+# of a whole step; the compiled extension's kernels are alike, and meet the same streams and graphs
+IMPLS = ["triton"]
+if ON_GPU and extension.why_unavailable(torch.device("cuda"), torch.bfloat16) is None:
+    IMPLS.append("native")
 by_form = pytest.mark.parametrize("schedule", FORMS, ids=lambda s: "rule" if s is None else s.form.name)
 by_tokens = pytest.mark.parametrize("tokens", TOKENS)
 
@@ -80,9 +85,9 @@ def adapter_gradients(inputs, parts=None):
     return launch.adapter_grad(*wide_and_thin, inputs.scale, None, 0.0, *dtypes, parts=parts)
 
 
-def step(inputs):
+def step(inputs, impl="triton"):
     """y, dx, dA, dB, dbias."""
-    return list(oracle.results(inputs, lora_linear, impl="triton").values())
+    return list(oracle.results(inputs, lora_linear, impl=impl).values())
 
 
 def assert_same_bits(work, times):
@@ -117,10 +122,11 @@ def test_a_thousand_adapter_gradients_give_the_same_bits(tokens, parts):
     assert_same_bits(lambda: adapter_gradients(inputs, parts), LAUNCHES)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @by_tokens
-def test_hundreds_of_steps_give_the_same_bits(tokens):
+def test_hundreds_of_steps_give_the_same_bits(tokens, impl):
     inputs = draw(tokens)
-    assert_same_bits(lambda: step(inputs), STEPS)
+    assert_same_bits(lambda: step(inputs, impl), STEPS)
 
 
 @by_form
@@ -138,7 +144,7 @@ WORKS = {
     "PUBLISH": lambda inputs: forward(inputs, Schedule(Form.PUBLISH)),
     "PRODUCE": lambda inputs: forward(inputs, PRODUCE),
     "adapter gradients": lambda inputs: adapter_gradients(inputs, 4),
-    "step": step,
+    **{f"{impl} step": functools.partial(step, impl=impl) for impl in IMPLS},
 }
 by_work = pytest.mark.parametrize("work", WORKS.values(), ids=WORKS.keys())
 

@@ -1,0 +1,38 @@
+// LoRA dropout's bits: those of reference.dropout_mask.
+#pragma once
+
+#include "launches.h"
+#include "primitives.cuh"
+
+namespace fused_lora::cuda {
+
+// lowbias32, https://nullprogram.com/blog/2018/07/31/
+__device__ inline uint32_t mix(uint32_t bits) {
+  bits = (bits ^ (bits >> 16)) * 0x7FEB352D;
+  bits = (bits ^ (bits >> 15)) * 0x846CA68B;
+  return bits ^ (bits >> 16);
+}
+
+// The mask of one matrix, whose elements are numbered row after row.
+struct Dropout {
+  bool active;
+  uint32_t key_low, key_high;
+  int32_t threshold;
+
+  __device__ Dropout(const DropoutArguments& arguments, bool wanted) : active(wanted && arguments.seed != nullptr) {
+    const uint64_t seed = active ? static_cast<uint64_t>(*arguments.seed) : 0;
+    key_low = static_cast<uint32_t>(seed);
+    key_high = static_cast<uint32_t>(seed >> 32);
+    threshold = arguments.threshold;
+  }
+
+  __device__ bool keeps(int64_t element) const {
+    const uint64_t word = static_cast<uint64_t>(element) >> 1;
+    uint32_t bits = mix(static_cast<uint32_t>(word) ^ key_low) ^ key_high;
+    bits = mix(bits ^ static_cast<uint32_t>(word >> 32));
+    const auto lane = static_cast<int16_t>(element & 1 ? bits >> 16 : bits & 0xFFFF);
+    return lane >= threshold - 32768;
+  }
+};
+
+}  // namespace fused_lora::cuda

@@ -1,0 +1,146 @@
+// Forward and input gradient, which differ only in operands and strides (reference.py), in one launch.
+//
+// The columns of [u | w] are tiles. Those of u give thin = a u, and have the lowest tickets; those of w give a w, wait
+// in their epilogue for the thin of their rows, and add scale · thin v. So no tile recomputes thin, whatever the rank;
+// what it costs is one column of tiles more. For few tokens the tiles are flat and Q is cut into parts, so that all of
+// the GPU streams a share of w.
+#include "launches.h"
+#include "parts.cuh"
+#include "tiles.cuh"
+
+namespace fused_lora::cuda {
+namespace {
+
+using FewTokens = Tile<1, 4, 1, 2, 256>;
+using ManyTokens = Tile<2, 4, 4, 4, 64>;
+constexpr int64_t MOST_FEW = FewTokens::OUTER_A;
+
+// Tile `index` of rows × columns, 8 rows at a time: neighbours in time share operands in L2.
+__device__ void place_of(int index, int rows, int columns, int& row, int& column) {
+  const int per_group = 8 * columns, first = index / per_group * 8;
+  const int group = rows - first < 8 ? rows - first : 8;
+  row = first + index % per_group % group;
+  column = index % per_group / group;
+}
+
+template <typename Arithmetic, typename Shape, bool W_ALONG_Q>
+__global__ void __launch_bounds__(Shape::THREADS, LEAST_BLOCKS) lora_matmul(const LoraMatmulArguments arguments) {
+  using Main = Product<Arithmetic, Shape, true, W_ALONG_Q>;
+  using Element = typename Arithmetic::Element;
+  const int64_t M = arguments.M, P = arguments.P, Q = arguments.Q, R = arguments.R;
+  const bool drops_output = arguments.dropout_on_output != 0;
+  const float scale = arguments.scale, keep_scale = arguments.dropout.keep_scale;
+  const auto* bias = static_cast<const Element*>(arguments.bias);
+  auto* out = static_cast<Element*>(arguments.out);
+  auto* thin = static_cast<Element*>(arguments.thin);
+  int* counters = arguments.counters;
+  int* place = reinterpret_cast<int*>(shared_memory());
+  unsigned char* stages = shared_memory() + PLACE_BYTES;
+
+  const int rows = ceil_div(M, Shape::OUTER_A);
+  const int thin_columns = ceil_div(R, Shape::OUTER_B), columns = ceil_div(P, Shape::OUTER_B);
+  const int ticket = take_ticket(counters, place);
+  const int tile = ticket / arguments.split, part = ticket % arguments.split;
+  const bool makes_thin = tile < rows * thin_columns;
+  int row, column;
+  place_of(makes_thin ? tile : tile - rows * thin_columns, rows, makes_thin ? thin_columns : columns, row, column);
+  const int64_t first_m = static_cast<int64_t>(row) * Shape::OUTER_A;
+  const int64_t first_column = static_cast<int64_t>(column) * Shape::OUTER_B;
+
+  const Operand of_a = operand<Element>(arguments.a, true, true, first_m, M);
+  const Operand of_b = makes_thin ? operand<Element>(arguments.u, false, W_ALONG_Q, first_column, R)
+                                  : operand<Element>(arguments.w, false, W_ALONG_Q, first_column, P);
+  const Range range(Q, Main::BLOCK_K, part, arguments.split);
+  const Dropout input_dropout(arguments.dropout, makes_thin && !drops_output);
+  typename Main::Sums sums = {};
+  Main::add(sums, of_a, of_b, range.first, range.end, {input_dropout, Q, 1}, stages);
+
+  const int ms = at_most(M - first_m, Shape::OUTER_A);
+  int* flags = counters + HEADER;
+  float* slots = arguments.slots + static_cast<int64_t>(tile) * arguments.split * SLOT<Shape>;
+  const bool finishes =
+      arguments.split == 1 || sum_parts<Main>(sums, slots, part, arguments.split, ms, flags + rows + tile, place);
+  if (finishes && makes_thin) {
+    const float factor = input_dropout.active ? keep_scale : 1.0f;
+    const int rs = at_most(R - first_column, Shape::OUTER_B);
+    Element* to = thin + first_m * R + first_column;
+    Main::for_each(sums, [&](float& sum, int m, int r) {
+      // rounded here: reference.py rounds at the same point
+      if (m < ms && r < rs) round_to(sum * factor, to[m * R + r]);
+    });
+    raise_flag(flags + row);
+  } else if (finishes) {
+    await_flag(flags + row, thin_columns);
+    const Matrix stored{thin, R, 1, 0};
+    const Operand of_thin = operand<Element>(stored, true, true, first_m, M);
+    const Operand of_v = operand<Element>(arguments.v, false, W_ALONG_Q, first_column, P);
+    const int64_t first = first_m * P + first_column;
+    const Dropout output_dropout(arguments.dropout, drops_output);
+    Main::add(sums, of_thin, of_v, 0, R, {Dropout(arguments.dropout, false), 0, 0}, stages,
+              [&](float value, int m, int p) {
+                value *= scale;
+                if (!output_dropout.active) return value;
+                return output_dropout.keeps(first + computed_anew(m) * P + p) ? value * keep_scale : 0.0f;
+              });
+    const int ps = at_most(P - first_column, Shape::OUTER_B);
+    Element* to = out + first;
+    Main::for_each(sums, [&](float& sum, int m, int p) {
+      if (m >= ms || p >= ps) return;
+      const float offset = bias == nullptr ? 0.0f : to_float(bias[first_column + p]);
+      round_to(sum + offset, to[m * P + p]);
+    });
+  }
+  leave(counters, rows);
+}
+
+template <typename Arithmetic, typename Shape, bool W_ALONG_Q>
+int launch_with(const LoraMatmulArguments& arguments, void* stream) {
+  using Main = Product<Arithmetic, Shape, true, W_ALONG_Q>;
+  const int tiles = ceil_div(arguments.M, Shape::OUTER_A) *
+                    (ceil_div(arguments.R, Shape::OUTER_B) + ceil_div(arguments.P, Shape::OUTER_B));
+  return launch(lora_matmul<Arithmetic, Shape, W_ALONG_Q>, tiles * arguments.split, Shape::THREADS,
+                PLACE_BYTES + Main::SHARED_BYTES, stream, arguments);
+}
+
+template <typename Arithmetic>
+int launch_in(const Plan& plan, const LoraMatmulArguments& arguments, void* stream) {
+  // vectors go along the contiguous dimension of w, which is u's and v's too: Wᵀ, Aᵀ and Bᵀ, or W, B and A
+  if (arguments.w.stride_0 == 1) {
+    return plan.few ? launch_with<Arithmetic, FewTokens, true>(arguments, stream)
+                    : launch_with<Arithmetic, ManyTokens, true>(arguments, stream);
+  }
+  return plan.few ? launch_with<Arithmetic, FewTokens, false>(arguments, stream)
+                  : launch_with<Arithmetic, ManyTokens, false>(arguments, stream);
+}
+
+}  // namespace
+
+Plan plan_lora_matmul(Arithmetic arithmetic, int64_t M, int64_t P, int64_t Q, int64_t R, int32_t multiprocessors) {
+  Plan plan{};
+  plan.few = M <= MOST_FEW;
+  const int64_t outer_a = plan.few ? FewTokens::OUTER_A : ManyTokens::OUTER_A;
+  const int64_t outer_b = plan.few ? FewTokens::OUTER_B : ManyTokens::OUTER_B;
+  const int64_t block_k = (plan.few ? FewTokens::K_BYTES : ManyTokens::K_BYTES) / element_bytes(arithmetic);
+  const int64_t rows = ceil_div(M, outer_a), tiles = rows * (ceil_div(R, outer_b) + ceil_div(P, outer_b));
+  // few tokens: three blocks on every multiprocessor keep enough loads on their way; many: each has its own work to do
+  plan.split = plan.few ? parts_for(tiles, ceil_div(Q, block_k), multiprocessors, 3, 1)
+                        : parts_for(tiles, ceil_div(Q, block_k), multiprocessors, 1, 4);
+  plan.counters = static_cast<int32_t>(HEADER + rows + (plan.split > 1 ? tiles : 0));
+  plan.slot_floats = plan.split > 1 ? tiles * plan.split * outer_a * outer_b : 0;
+  return plan;
+}
+
+int launch_lora_matmul(Arithmetic arithmetic, const Plan& plan, const LoraMatmulArguments& arguments, void* stream) {
+  switch (arithmetic) {
+    case Arithmetic::kBFloat16:
+      return launch_in<BFloat16Arithmetic>(plan, arguments, stream);
+    case Arithmetic::kHalf:
+      return launch_in<HalfArithmetic>(plan, arguments, stream);
+    case Arithmetic::kTf32:
+      return launch_in<Tf32Arithmetic>(plan, arguments, stream);
+    default:
+      return launch_in<ExactArithmetic>(plan, arguments, stream);
+  }
+}
+
+}  // namespace fused_lora::cuda

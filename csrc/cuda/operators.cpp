@@ -1,0 +1,220 @@
+// The GPU's part of the operators whose schemas are in ../bindings.cpp: checks, memory, stream, one launch each.
+#include <ATen/Context.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../tensors.h"
+#include "kernels/launches.h"
+
+namespace fused_lora::cuda {
+namespace {
+
+constexpr int32_t kLanes = 1 << 16;
+
+Arithmetic arithmetic_for(const char* name, at::ScalarType dtype) {
+  if (dtype == at::kBFloat16) return Arithmetic::kBFloat16;
+  if (dtype == at::kHalf) return Arithmetic::kHalf;
+  TORCH_CHECK_TYPE(dtype == at::kFloat, name, " must be float32, bfloat16 or float16 on a GPU, got ", dtype);
+  return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST ? Arithmetic::kExact
+                                                                                             : Arithmetic::kTf32;
+}
+
+void check_device(const char* name, const at::Tensor& tensor, at::Device device) {
+  TORCH_CHECK_VALUE(tensor.device() == device, name, " must be on ", device, ", got ", tensor.device());
+}
+
+// Kernels convert float32 to 16 bits as they read it; any other adapter's dtype is converted here: it is thin.
+at::Tensor readable(const at::Tensor& adapter, at::ScalarType dtype) {
+  return adapter.scalar_type() == dtype || adapter.scalar_type() == at::kFloat ? adapter : adapter.to(dtype);
+}
+
+Matrix matrix(const at::Tensor& tensor, at::ScalarType dtype) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1),
+          tensor.scalar_type() == at::kFloat && dtype != at::kFloat};
+}
+
+DropoutArguments dropout_for(const std::optional<at::Tensor>& seed, double p, at::Device device) {
+  if (!seed) return {nullptr, 0, 1.0f};
+  check_shape("seed", *seed, {1});
+  check_dtype("seed", *seed, at::kLong);
+  check_device("seed", *seed, device);
+  TORCH_CHECK_VALUE(p >= 0 && p < 1, "dropout_p must be in [0, 1), got ", p);
+  const int32_t threshold = std::min(static_cast<int32_t>(std::nearbyint(p * kLanes)), kLanes - 1);
+  return {seed->const_data_ptr<int64_t>(), threshold, static_cast<float>(kLanes) / (kLanes - threshold)};
+}
+
+int32_t multiprocessors(at::Device device) {
+  int count = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index()));
+  return count;
+}
+
+// Zeros by which blocks of one launch hand results to each other; a launch leaves them zero. Those of a stream serve
+// its launches in turn, so no launch needs a memset. While a graph is captured nothing may be kept that was not there
+// before: a stream without enough of them gets its own, zeroed by the graph.
+at::Tensor counters(int32_t count, at::Device device, cudaStream_t stream) {
+  constexpr int64_t kLeast = 1 << 14;
+  static std::mutex mutex;
+  // never destroyed: the CUDA runtime may be gone by then
+  static auto& known = *new std::map<std::pair<c10::DeviceIndex, cudaStream_t>, at::Tensor>;
+  // kept, because a captured graph may hold their addresses
+  static auto& outgrown = *new std::vector<at::Tensor>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  at::Tensor& kept = known[{device.index(), stream}];
+  if (kept.defined() && kept.numel() >= count) return kept;
+  const auto options = at::TensorOptions().dtype(at::kInt).device(device);
+  const at::Tensor made = at::zeros({std::max<int64_t>(count, kLeast)}, options);
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return made;
+  if (kept.defined()) outgrown.push_back(kept);
+  return kept = made;
+}
+
+// What a launch needs beside its operands, for as long as the stream does.
+struct Scratch {
+  at::Tensor slots, zeros;
+
+  Scratch(const Plan& plan, at::Device device, cudaStream_t stream)
+      : slots(at::empty({plan.slot_floats}, at::TensorOptions().dtype(at::kFloat).device(device))),
+        zeros(counters(plan.counters, device, stream)) {}
+};
+
+std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Tensor& w, const at::Tensor& u,
+                                               const at::Tensor& v, const std::optional<at::Tensor>& bias, double scale,
+                                               const std::optional<at::Tensor>& seed, double dropout_p,
+                                               bool dropout_on_output) {
+  // autograd is the caller's: fused_lora/functional.py
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::ScalarType dtype = a.scalar_type();
+  const Arithmetic arithmetic = arithmetic_for("a", dtype);
+  const at::Tensor a2 = rows("a", a);
+  check_matmul_operands(a2, w, u, v, bias);
+  for (const auto& [name, tensor] : {std::pair("w", w), std::pair("u", u), std::pair("v", v)}) {
+    check_device(name, tensor, a.device());
+  }
+  if (bias) check_device("bias", *bias, a.device());
+  const DropoutArguments dropout = dropout_for(seed, dropout_p, a.device());
+  const int64_t M = a2.size(0), P = w.size(1), Q = w.size(0), R = u.size(1);
+  const c10::cuda::CUDAGuard on_device(a.device());
+
+  auto shape = a.sizes().vec();
+  shape.back() = P;
+  at::Tensor out = at::empty(shape, a.options()), thin = at::empty({M, R}, a.options());
+  if (out.numel() == 0 && thin.numel() == 0) return {out, thin};
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Plan plan = plan_lora_matmul(arithmetic, M, P, Q, R, multiprocessors(a.device()));
+  const Scratch scratch(plan, a.device(), stream);
+  const at::Tensor u2 = readable(u, dtype), v2 = readable(v, dtype);
+  const at::Tensor bias2 = bias ? bias->contiguous() : at::Tensor();
+  const LoraMatmulArguments arguments{M,
+                                      P,
+                                      Q,
+                                      R,
+                                      matrix(a2, dtype),
+                                      matrix(w, dtype),
+                                      matrix(u2, dtype),
+                                      matrix(v2, dtype),
+                                      bias ? bias2.const_data_ptr() : nullptr,
+                                      static_cast<float>(scale),
+                                      dropout_on_output,
+                                      dropout,
+                                      out.mutable_data_ptr(),
+                                      thin.mutable_data_ptr(),
+                                      scratch.slots.mutable_data_ptr<float>(),
+                                      scratch.zeros.mutable_data_ptr<int32_t>(),
+                                      plan.split};
+  C10_CUDA_CHECK(static_cast<cudaError_t>(launch_lora_matmul(arithmetic, plan, arguments, stream)));
+  return {out, thin};
+}
+
+// A gradient as its kernel stores it: float32 unless it is of the operands' dtype.
+at::Tensor gradient(at::IntArrayRef shape, at::ScalarType wanted, const at::Tensor& like) {
+  return at::empty(shape, like.options().dtype(wanted == like.scalar_type() ? wanted : at::kFloat));
+}
+
+std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
+    const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& g, const std::optional<at::Tensor>& dy,
+    const std::optional<at::Tensor>& h, double scale, const std::optional<at::Tensor>& seed, double dropout_p,
+    at::ScalarType dtype_A, at::ScalarType dtype_B) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  check_floating("dtype_A", dtype_A);
+  check_floating("dtype_B", dtype_B);
+  const bool wants_A = x && g, wants_B = dy && h;
+  if (!wants_A && !wants_B) return {};
+  const at::Tensor& like = wants_A ? *x : *dy;
+  const at::ScalarType dtype = like.scalar_type();
+  const Arithmetic arithmetic = arithmetic_for(wants_A ? "x" : "dy", dtype);
+  const DropoutArguments dropout = dropout_for(seed, dropout_p, like.device());
+  AdapterGradArguments arguments{};
+  std::optional<at::Tensor> x2, dy2, dA, dB;
+  const c10::cuda::CUDAGuard on_device(like.device());
+  if (wants_A) {
+    x2 = rows("x", *x);
+    check_thin("g", *g, "x", *x2);
+    check_device("g", *g, like.device());
+    dA = gradient({g->size(1), x2->size(1)}, dtype_A, like);
+    arguments.M = g->size(0), arguments.R = g->size(1);
+    arguments.dA = {matrix(*x2, dtype),     matrix(*g, dtype), x2->size(1),   1,
+                    dA->mutable_data_ptr(), dA->stride(0),     dA->stride(1), dA->scalar_type() == at::kFloat};
+  }
+  if (wants_B) {
+    dy2 = rows("dy", *dy);
+    check_thin("h", *h, "dy", *dy2);
+    check_dtype("dy", *dy2, dtype);
+    check_device("dy", *dy2, like.device());
+    check_device("h", *h, like.device());
+    if (wants_A) check_shape("h", *h, g->sizes());
+    dB = gradient({dy2->size(1), h->size(1)}, dtype_B, like);
+    arguments.M = h->size(0), arguments.R = h->size(1);
+    arguments.dB = {matrix(*dy2, dtype),    matrix(*h, dtype), dy2->size(1),  0,
+                    dB->mutable_data_ptr(), dB->stride(1),     dB->stride(0), dB->scalar_type() == at::kFloat};
+  }
+  const int64_t elements = (dA ? dA->numel() : 0) + (dB ? dB->numel() : 0);
+  if (elements > 0) {
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const Plan plan = plan_adapter_grad(arithmetic, arguments.M, arguments.dA.columns, arguments.dB.columns,
+                                        arguments.R, multiprocessors(like.device()));
+    const Scratch scratch(plan, like.device(), stream);
+    arguments.scale = static_cast<float>(scale);
+    arguments.dropout = dropout;
+    arguments.slots = scratch.slots.mutable_data_ptr<float>();
+    arguments.counters = scratch.zeros.mutable_data_ptr<int32_t>();
+    arguments.split = plan.split;
+    C10_CUDA_CHECK(static_cast<cudaError_t>(launch_adapter_grad(arithmetic, arguments, stream)));
+  }
+  return {dA ? std::make_optional(dA->to(dtype_A)) : dA, dB ? std::make_optional(dB->to(dtype_B)) : dB};
+}
+
+// The mask over 1 - p, as what dropout on the output leaves of ones: (rows, cols).
+at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, double dropout_p, at::ScalarType dtype) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const auto options = seed.options().dtype(dtype);
+  const at::Tensor one = at::ones({1, 1}, options), column = one.expand({rows, 1}), row = one.expand({1, cols});
+  return std::get<0>(lora_matmul(column, at::zeros({1, cols}, options), one, row, std::nullopt, 1.0, seed, dropout_p,
+                                 /*dropout_on_output=*/true));
+}
+
+}  // namespace
+}  // namespace fused_lora::cuda
+
+TORCH_LIBRARY_IMPL(fused_lora_native, CUDA, m) {
+  m.impl("lora_matmul", &fused_lora::cuda::lora_matmul);
+  m.impl("adapter_grad", &fused_lora::cuda::adapter_grad);
+  m.impl("dropout_mask", &fused_lora::cuda::dropout_mask);
+}

@@ -1,0 +1,163 @@
+"""The CUDA kernels of csrc/cuda on the host: built by g++ against the shim, called through ctypes on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import subprocess
+from ctypes import c_float, c_int32, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fused_lora.reference import dropout_threshold, keep_scale
+
+SHIM = Path(__file__).parent
+CSRC = SHIM.parents[1] / "csrc" / "cuda"
+COMPILE = ["g++", "-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", f"-I{SHIM}", f"-I{CSRC / 'kernels'}"]
+BFLOAT16, HALF, EXACT, TF32 = range(4)
+ARITHMETIC = {torch.bfloat16: BFLOAT16, torch.float16: HALF, torch.float32: EXACT}
+
+
+class Plan(ctypes.Structure):
+    _fields_ = (("few", c_int32), ("split", c_int32), ("counters", c_int32), ("slot_floats", c_int64))
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("stride_0", c_int64), ("stride_1", c_int64), ("is_float32", c_int32))
+
+    @classmethod
+    def of(cls, tensor, base):
+        """As the launch reads it: only float32 over a 16-bit base is converted on the way."""
+        return cls(tensor.data_ptr(), *tensor.stride(), tensor.dtype == torch.float32 != base)
+
+
+class DropoutArguments(ctypes.Structure):
+    _fields_ = (("seed", c_void_p), ("threshold", c_int32), ("keep_scale", c_float))
+
+    @classmethod
+    def of(cls, seed, p):
+        return cls(None if seed is None else seed.data_ptr(), dropout_threshold(p), keep_scale(p))
+
+
+class LoraMatmulArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in "MPQR"), *((name, Matrix) for name in "awuv"),
+        ("bias", c_void_p), ("scale", c_float), ("dropout_on_output", c_int32), ("dropout", DropoutArguments),
+        ("out", c_void_p), ("thin", c_void_p), ("slots", c_void_p), ("counters", c_void_p), ("split", c_int32),
+    )  # fmt: skip
+
+
+class Reduction(ctypes.Structure):
+    _fields_ = (
+        ("wide", Matrix), ("thin", Matrix), ("columns", c_int64), ("has_dropout", c_int32),
+        ("out", c_void_p), ("stride_r", c_int64), ("stride_column", c_int64), ("out_is_float32", c_int32),
+    )  # fmt: skip
+
+
+class AdapterGradArguments(ctypes.Structure):
+    _fields_ = (
+        ("M", c_int64), ("R", c_int64), ("dA", Reduction), ("dB", Reduction), ("scale", c_float),
+        ("dropout", DropoutArguments), ("slots", c_void_p), ("counters", c_void_p), ("split", c_int32),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """As in fibers.h. multiprocessors: what the plan takes the GPU to have."""
+
+    seed: int = 1
+    resident: int = 4
+    delayed: int = 0
+    multiprocessors: int = 2
+
+
+DEFAULT = Schedule()
+
+
+def compile(source: Path, output: Path, *options: str) -> None:
+    made = subprocess.run([*COMPILE, *options, "-o", output, "-x", "c++", source], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+
+
+class Kernels:
+    """lora_matmul and adapter_grad with the operators' contract, on CPU tensors."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.library.set_schedule.argtypes = (c_uint64, c_int32, c_int32)
+        self.library.plan_matmul.argtypes = self.library.plan_grad.argtypes = (
+            c_int32, c_int64, c_int64, c_int64, c_int64, c_int32, ctypes.POINTER(Plan),
+        )  # fmt: skip
+        self.library.sizes.restype = c_int64
+        for which, structure in enumerate((Plan, LoraMatmulArguments, AdapterGradArguments)):
+            assert self.library.sizes(which) == ctypes.sizeof(structure)
+
+    def lora_matmul(
+        self, a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, schedule=DEFAULT, arithmetic=None
+    ):  # fmt: skip
+        a2 = _rows(a)
+        (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
+        arithmetic = ARITHMETIC[a.dtype] if arithmetic is None else arithmetic
+        out, thin = a.new_empty((*a.shape[:-1], P)), a.new_empty((M, R))
+        plan = self.plan("plan_matmul", arithmetic, M, P, Q, R, schedule)
+        slots, counters = _scratch(plan)
+        arguments = LoraMatmulArguments(
+            M, P, Q, R, *(Matrix.of(operand, a.dtype) for operand in (a2, w, u, v)),
+            None if bias is None else bias.data_ptr(), scale, dropout_on_output, DropoutArguments.of(seed, dropout_p),
+            out.data_ptr(), thin.data_ptr(), slots.data_ptr(), counters.data_ptr(), plan.split,
+        )  # fmt: skip
+        if math.prod(out.shape) > 0:
+            failed = self.library.launch_matmul(arithmetic, ctypes.byref(plan), ctypes.byref(arguments))
+            _finished(failed, counters)
+        return out, thin
+
+    def adapter_grad(
+        self, x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B, schedule=DEFAULT, arithmetic=None
+    ):  # fmt: skip
+        pairs = [(None if wide is None else _rows(wide), thin) for wide, thin in ((x, g), (dy, h))]
+        thin = next(thin for _, thin in pairs if thin is not None)
+        (M, R), base = thin.shape, thin.dtype
+        arithmetic = ARITHMETIC[base] if arithmetic is None else arithmetic
+        K, N = (0 if wide is None else wide.shape[1] for wide, _ in pairs)
+        dA = None if x is None else thin.new_empty((R, K), dtype=dtype_A)
+        dB = None if dy is None else thin.new_empty((N, R), dtype=dtype_B)
+        plan = self.plan("plan_grad", arithmetic, M, K, N, R, schedule)
+        slots, counters = _scratch(plan)
+        reductions = [
+            Reduction()
+            if wide is None
+            else Reduction(
+                Matrix.of(wide, base), Matrix.of(thin, base), wide.shape[1], out is dA,
+                out.data_ptr(), *(out.stride() if out is dA else out.stride()[::-1]), out.dtype == torch.float32,
+            )
+            for (wide, thin), out in zip(pairs, (dA, dB), strict=True)
+        ]  # fmt: skip
+        arguments = AdapterGradArguments(
+            M, R, *reductions, scale, DropoutArguments.of(seed, dropout_p),
+            slots.data_ptr(), counters.data_ptr(), plan.split,
+        )  # fmt: skip
+        if (K + N) * R > 0:
+            _finished(self.library.launch_grad(arithmetic, ctypes.byref(arguments)), counters)
+        return dA, dB
+
+    def plan(self, function, arithmetic, *sizes_and_schedule):
+        *sizes, schedule = sizes_and_schedule
+        self.library.set_schedule(schedule.seed, schedule.resident, schedule.delayed)
+        plan = Plan()
+        getattr(self.library, function)(arithmetic, *sizes, schedule.multiprocessors, ctypes.byref(plan))
+        return plan
+
+
+def _rows(tensor):
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _scratch(plan):
+    return torch.empty(plan.slot_floats), torch.zeros(plan.counters, dtype=torch.int32)
+
+
+def _finished(failed, counters):
+    assert failed == 0, {1: "threads wait for what never comes", 2: "too much shared memory"}[failed]
+    assert not counters.any(), "the launch left counters that are not zero"

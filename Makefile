@@ -56,7 +56,7 @@ sanitize: $(INSTALLED)
 	@mkdir -p $(SANITIZED)
 	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wno-unknown-pragmas \
 		-Itests/cuda_shim -Icsrc/cuda/kernels -o $(SANITIZED)/fuzz tests/cuda_shim/fuzz.cpp
-	$(SANITIZED)/fuzz 1 150
+	$(SANITIZED)/fuzz 1 60
 	$(RUN)/python tests/sanitize.py $(ARGS)
 
 report: $(INSTALLED)

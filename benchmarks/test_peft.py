@@ -23,7 +23,7 @@ from transformers import BertConfig, BertModel
 from fused_lora.bench import measure
 from fused_lora.bench.results import Environment
 from fused_lora.demo.net import LAYERS, RichBoyNet
-from fused_lora.integrations.peft import fuse, unfuse
+from fused_lora.integrations.peft import fuse, summary, unfuse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CANDIDATES = ("peft", "fused")
@@ -90,10 +90,12 @@ class Row:
     """Milliseconds a step, with their 20th and 80th percentiles; ratios are of times within a round.
 
     saved_bytes: what one forward keeps for the backward, without parameters.
+    implementation: what the layers run, by ``summary``.
     """
 
     case: str
     candidate: str
+    implementation: str
     rounds: int
     median_ms: float
     p20_ms: float
@@ -152,7 +154,8 @@ def measured(case: Case) -> tuple[dict[str, Callable[[], Any]], list[Row]]:
     rows = []
     for name in CANDIDATES:
         time, ratio = found.time(name), found.ratio(name, "peft")
-        rows.append(Row(str(case), name, len(found.samples[name]), time.median, time.p20, time.p80,
+        runs = summary(fused).layers[0].implementation if name == "fused" else "peft"
+        rows.append(Row(str(case), name, runs, len(found.samples[name]), time.median, time.p20, time.p80,
                         ratio.median, ratio.p20, ratio.p80, saved[name]))  # fmt: skip
     return calls, rows
 

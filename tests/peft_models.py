@@ -34,7 +34,8 @@ def peft_model(net=None, **fields):
 
 
 def fused_model(net=None, **fields):
-    return fuse(peft_model(net, **fields))
+    # "auto" would leave dropout on so little data to PEFT
+    return fuse(peft_model(net, **fields), impl="eager" if fields.get("lora_dropout") else "auto")
 
 
 def draw_x(*shape, dtype=torch.float32):

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from fused_lora import reference
+from fused_lora import ops, reference
 from fused_lora.integrations.peft import fuse, summary, unfuse
 
 
@@ -294,6 +294,18 @@ def test_dropout_of_several_adapters_is_pefts(calls):
     assert torch.equal(*outputs)
     assert not calls
     assert "each with a dropout mask of its own" in str(summary(model))
+
+
+def test_without_the_extension_dropout_on_little_data_is_pefts(calls, monkeypatch):
+    model = fuse(peft_model(lora_dropout=0.5, target_modules=["first"]))
+    little, much = draw_x(), draw_x(-(-(1 << 16) // K), K)
+    monkeypatch.setattr(ops.extension, "available", lambda: False)
+    for x, made in ((little, 0), (much, 1), (little, 1)):
+        model(x)
+        assert len(calls) == made
+    model.eval()(little)
+    fuse(model, impl="eager").train()(little)
+    assert len(calls) == 3
 
 
 def test_dropout_of_everything_is_pefts(calls):

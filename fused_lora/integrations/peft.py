@@ -9,6 +9,9 @@ Where the numbers differ from PEFT's:
 - float32 adapters over a 16-bit base are rounded to the base's dtype, as autocast would do, and x is not copied to
   float32; PEFT computes its LoRA branch in float32. The gradients of A and B come back in float32 in both.
 - The dropout mask has the same rate and scaling, but other random bits, and is not stored.
+
+On a CPU without the compiled extension a mask is some thirty small operations, which PEFT's outruns where x is small;
+there ``impl="auto"`` leaves a call with dropout to PEFT.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ _PEFT_FORWARD = lora.Linear.forward
 _PLAIN = (nn.Parameter, Tensor)
 _LINEAR, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# elements of x from which plain PyTorch makes our mask in no more time than PEFT's (benchmarks/test_peft.py)
+_LEAST_DROPPED = 1 << 16
 
 
 class FusedLinear(lora.Linear):
@@ -45,7 +50,7 @@ class FusedLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = _call_of(self)
         # adapter_names, alora_offsets and whatever else PEFT passes on is PEFT's to understand
-        if args or kwargs or isinstance(call, str) or not _takes(call, x):
+        if args or kwargs or isinstance(call, str) or not _takes(call, x, self.impl):
             return _PEFT_FORWARD(self, x, *args, **kwargs)
         return lora_linear(
             x, call.weight, call.lora_A, call.lora_B, call.scale, call.bias, dropout_p=call.dropout_p, impl=self.impl
@@ -195,15 +200,23 @@ def _more_than(kinds: tuple[type[nn.Module], ...], module: nn.Module) -> str | N
     return None
 
 
-def _takes(call: _Call, x: Tensor) -> bool:
+def _takes(call: _Call, x: Tensor, impl: str) -> bool:
     """Whether ``lora_linear`` computes this call on ``x``, here and now."""
     if type(x) not in _PLAIN:
+        return False
+    if call.dropout_p > 0.0 and impl == "auto" and _dropout_is_slower(x):
         return False
     device_type = x.device.type
     if not torch.is_autocast_enabled(device_type):
         return x.dtype == call.weight.dtype
     compute = torch.get_autocast_dtype(device_type)
     return torch.float64 not in (x.dtype, call.weight.dtype) and call.lora_A.dtype in (compute, torch.float32)
+
+
+def _dropout_is_slower(x: Tensor) -> bool:
+    """Than PEFT's. Not under a compiler, which fuses the mask's operations."""
+    few = x.is_cpu and not torch.compiler.is_compiling() and x.numel() < _LEAST_DROPPED
+    return few and ops.choose_impl("auto", x.device, x.dtype) == "eager"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,7 +229,7 @@ def summary(model: nn.Module) -> Summary:
 
     A layer that runs PEFT's code shows as "peft". What depends on the single call can't be seen here: PEFT's code
     also runs for a batch of mixed adapters (``adapter_names``), for an x of another dtype than the base's outside
-    autocast, and for tensor subclasses.
+    autocast, for tensor subclasses, and for a small x with dropout on a CPU without the compiled extension.
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, lora.LoraLayer)}
     in_layers = {id(module) for layer in layers.values() for module in layer.modules()}  # type: ignore[attr-defined]

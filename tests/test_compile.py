@@ -3,6 +3,7 @@
 import io
 
 import oracle
+import peft_models
 import pytest
 import torch
 import torch._inductor.config
@@ -10,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch._dynamo.utils import counters
 
-from fused_lora import FusedLoRALinear, apply_lora, lora_linear
+from fused_lora import FusedLoRALinear, LoRAConfig, add_adapter, apply_lora, lora_linear, reference, set_adapter
 
 IN_FORWARD, IN_BACKWARD = "fused_lora.lora_matmul.default", "fused_lora.adapter_grad.default"
 
@@ -113,12 +114,117 @@ def test_second_derivatives_through_a_compiled_call_are_refused():
         torch.autograd.grad(y.sum(), leaves.x, create_graph=True)[0].sum().backward()
 
 
+# ---------------------------------------------------------------- inductor
+
+
+# with fallback_random, inductor draws what eager PyTorch draws: the masks are those of the same torch.manual_seed
+inductor = torch._inductor.config.patch(compile_threads=1, fallback_random=True)
+WIDTHS, DROPOUT = (33, 24, 16), 0.25
+
+
+def small_net(dtype):
+    """Two layers with dropout, each with two adapters of rank 4 that differ in scale; float32 adapters."""
+    net = nn.Sequential(nn.Linear(*WIDTHS[:2]), nn.Tanh(), nn.Linear(*WIDTHS[1:])).to(dtype)
+    apply_lora(net, rank=4, alpha=8, dropout=DROPOUT)
+    add_adapter(net, "other", LoRAConfig(rank=4, alpha=3, dropout=DROPOUT))
+    for layer in (net[0], net[2]):
+        for adapter in layer.adapters.values():
+            nn.init.normal_(adapter.lora_B, std=0.5)
+    return net
+
+
+def step(net, x, seed):
+    """y, dx and the adapters' gradients of a step whose masks are drawn from this seed."""
+    x = x.detach().requires_grad_()
+    torch.manual_seed(seed)
+    y = net(x)
+    y.backward(torch.ones_like(y))
+    return {"y": y.detach(), "dx": x.grad}
+
+
+def gradients(net):
+    """Of the active adapters, by name; the layers forget them."""
+    found = {}
+    for number in (0, 2):
+        for name in ("lora_A", "lora_B"):
+            parameter = getattr(net[number], name)
+            found[f"{number}.{name}"], parameter.grad = parameter.grad, None
+    return found
+
+
+def plainly(net, x, seed, dtype):
+    """The same step in ordinary PyTorch of one dtype, from the same masks."""
+    x = x.detach().to(dtype).requires_grad_()
+    torch.manual_seed(seed)
+    y, leaves = x, {}
+    for number in (0, 2):
+        layer = net[number]
+        A, B = (parameter.detach().to(dtype).requires_grad_() for parameter in (layer.lora_A, layer.lora_B))
+        leaves |= {f"{number}.lora_A": A, f"{number}.lora_B": B}
+        drawn = torch.randint(torch.iinfo(torch.int64).max, (1,))
+        mask = reference.dropout_mask(drawn, *y.shape, DROPOUT)
+        weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+        y = reference.eager_lora_linear(y, weight, A, B, layer.scale, bias, mask, DROPOUT)
+        y = y.tanh() if number == 0 else y
+    y.backward(torch.ones_like(y))
+    return {"y": y.detach(), "dx": x.grad} | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+@inductor
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inductor_trains_a_net_on_the_masks_of_eager_through_tokens_adapters_and_scales(dtype):
+    net = small_net(dtype)
+    function = compiled_once(net, "inductor")
+    every = []
+    for seed, (tokens, name, alpha) in enumerate(
+        ((17, "default", 8.0), (40, "default", 8.0), (40, "other", 3.0), (7, "other", -5.0), (17, "default", 8.0))
+    ):
+        set_adapter(net, name)
+        for number in (0, 2):
+            net[number].adapters[name].alpha = alpha
+        x = torch.randn(tokens, WIDTHS[0]).to(dtype)
+        got = step(function, x, seed) | gradients(net)
+        low, exact = plainly(net, x, seed, dtype), plainly(net, x, seed, torch.float64)
+        assert {key: value.shape for key, value in got.items()} == {key: value.shape for key, value in exact.items()}
+        assert got["0.lora_A"].dtype == torch.float32
+        every.append((got, low, exact))
+    for key in every[0][0]:
+        # the steps together, as the oracle takes its draws: one small tensor is luck
+        oracle.within(
+            key, *(torch.cat([result[key].flatten() for result in results]) for results in zip(*every, strict=True))
+        )
+    assert_one_graph()
+
+
 @torch._inductor.config.patch(compile_threads=1)
-def test_inductor_compiles_a_training_step_that_keeps_the_budget():
+def test_a_step_of_inductors_own_random_numbers_masks_forward_and_backward_alike():
+    # A is the identity and W zero: y = scale · D(x), and dx must have y's zeros
+    eye, zero = torch.eye(64), torch.zeros(64, 64)
     function = compiled_once(lora_linear, "inductor")
+    masks = []
+    for tokens in (32, 32, 17):
+        x = torch.ones(tokens, 64, requires_grad=True)
+        y = function(x, zero, eye, eye, 1.0, dropout_p=0.5)
+        y.sum().backward()
+        assert 0.4 < (y == 0).double().mean().item() < 0.6
+        assert torch.equal(x.grad == 0, y == 0)
+        masks.append(y == 0)
+    assert not torch.equal(masks[0], masks[1])
+    assert_one_graph()
+
+
+@inductor
+def test_inductor_trains_a_fused_peft_model_as_peft_would():
+    model = peft_models.fused_model(lora_dropout=0.0)
+    function = compiled_once(model, "inductor")
+    low, exact = peft_models.twins(model)
     for tokens in (17, 40):
-        inputs = oracle.draw(tokens, 33, 20, 4)
-        oracle.check(inputs, oracle.results(inputs, function))
+        x = peft_models.draw_x(tokens, peft_models.K)
+        wanted = [peft_models.results(twin, x.to(dtype)) for twin, dtype in ((low, x.dtype), (exact, torch.float64))]
+        got = {name.removeprefix("_orig_mod."): value for name, value in peft_models.results(function, x).items()}
+        assert set(got) == set(wanted[1])
+        for name in got:
+            oracle.within(name, got[name], wanted[0][name], wanted[1][name])
     assert_one_graph()
 
 

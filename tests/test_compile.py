@@ -12,6 +12,7 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch._dynamo.utils import counters
 
 from fused_lora import FusedLoRALinear, LoRAConfig, add_adapter, apply_lora, lora_linear, reference, set_adapter
+from fused_lora.bench.measure import saved_bytes
 
 IN_FORWARD, IN_BACKWARD = "fused_lora.lora_matmul.default", "fused_lora.adapter_grad.default"
 
@@ -90,6 +91,21 @@ def test_a_compiled_step_masks_forward_and_backward_alike():
     y.sum().backward()
     assert 0.4 < (y == 0).double().mean().item() < 0.6
     assert torch.equal(x.grad == 0, y == 0)
+
+
+@pytest.mark.parametrize("frozen", [(), ("lora_A",), ("lora_B",)], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_compiled_step_keeps_for_its_backward_what_an_eager_one_keeps(frozen, dropout):
+    layer = FusedLoRALinear(20, 12, rank=3, dropout=dropout)
+    for name in frozen:
+        getattr(layer, name).requires_grad_(False)
+    # inductor's choice of what to keep, without its code
+    function = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
+    x = torch.randn(6, 20, requires_grad=True)
+    compiled, eager = (saved_bytes(lambda call=call: call(x), [*layer.parameters()]) for call in (function, layer))
+    x_bytes, h_bytes, seed_bytes = 6 * 20 * 4, 6 * 3 * 4, 8 * (dropout > 0)
+    assert eager == x_bytes * ("lora_A" not in frozen) + h_bytes * ("lora_B" not in frozen) + seed_bytes
+    assert compiled == eager
 
 
 def test_autocast_inside_a_compiled_function():

@@ -275,6 +275,19 @@ def test_every_operator_passes_opcheck(seed):
             torch.library.opcheck(operator, args)
 
 
+@pytest.mark.parametrize("impl", ["eager", "native", "triton"])
+def test_every_operator_gives_shapes_without_computing(impl):
+    # on meta tensors there is nothing that an implementation could compute on
+    for name, calls in examples(torch.tensor([4]), 0.5).items():
+        operator = getattr(torch.ops.fused_lora, name.partition("::")[2]).default
+        for args in calls:
+            wanted = operator(*args)
+            on_meta = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args]
+            got = operator(*on_meta[:-1], impl)
+            assert [(t.shape, t.dtype, t.stride()) for t in got] == [(t.shape, t.dtype, t.stride()) for t in wanted]
+            assert all(t.is_meta for t in got)
+
+
 # ---------------------------------------------------------------- export
 
 

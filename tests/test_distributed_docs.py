@@ -22,15 +22,11 @@ def memory_table():
 def overhead_table(file):
     rows = json.loads(file.read_text())["rows"]
     times = {(row["problem"], row["candidate"]): row for row in rows}
-    lines = ["| step | eager, µs | compiled, µs | compiled ÷ eager | of the frozen layers |", "|---|---|---|---|---|"]
+    lines = ["| step | eager, µs | compiled, µs | compiled ÷ eager |", "|---|---|---|---|"]
     for problem in dict.fromkeys(row["problem"] for row in rows if row["candidate"] == "compiled"):
         eager, compiled = times[problem, "eager"], times[problem, "compiled"]
-        frozen = times.get((problem, "frozen compiled"))
-        cells = (
-            *(f"{row['us']['median']:.0f}" for row in (eager, compiled)),
-            *("–" if row is None else f"{row['ratio']['median']:.2f}" for row in (compiled, frozen)),
-        )
-        lines.append(f"| {problem.removeprefix('step, ')} | {' | '.join(cells)} |")
+        cells = f"{eager['us']['median']:.0f} | {compiled['us']['median']:.0f} | {compiled['ratio']['median']:.2f}"
+        lines.append(f"| {problem.removeprefix('step, ')} | {cells} |")
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from fused_lora.bench import measure
 from fused_lora.bench.results import Environment
 from fused_lora.demo.net import RichBoyNet
 
-PLAN = measure.Plan(seconds=8.0, min_rounds=15, max_rounds=200, sample_ms=20.0)
+PLAN = measure.Plan(seconds=6.0, min_rounds=15, max_rounds=200, sample_ms=20.0)
 Calls = dict[str, Callable[[], object]]
 
 
@@ -33,19 +33,26 @@ def forward_calls() -> Calls:
     return {"linear": call(linear), "ours": call(layer)}
 
 
-def step_calls(module: nn.Module, x: torch.Tensor) -> Calls:
+def step_calls(module: nn.Module, x: torch.Tensor, prefix: str = "") -> Calls:
     """Forward and backward, eager and compiled, of the same parameters."""
-    compiled = torch.compile(module, fullgraph=True)
+    # what was compiled before would have its guards tried first
+    torch._dynamo.reset()
+    # a gradient as a network gives it: that of a sum is one number, expanded, and 16-bit products of it are slow
+    dy = torch.randn_like(module(x))
 
     def call(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
         def step() -> None:
-            function(x).sum().backward()
+            function(x).backward(dy)
             module.zero_grad(set_to_none=True)
             x.grad = None
 
         return step
 
-    return {"eager": call(module), "compiled": call(compiled)}
+    return {f"{prefix}eager": call(module), f"{prefix}compiled": call(torch.compile(module, fullgraph=True))}
+
+
+# candidate -> the one that it is divided by; "frozen" is the base alone, without adapters
+BASES = {"ours": "linear", "compiled": "eager", "frozen compiled": "frozen eager"}
 
 
 def layer(size: int, rank: int, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> FusedLoRALinear:
@@ -54,26 +61,25 @@ def layer(size: int, rank: int, dtype: torch.dtype = torch.float32, dropout: flo
     return made
 
 
-def problems() -> dict[str, tuple[Calls, str]]:
-    """Title -> (candidates, the one that the others are divided by)."""
+def problems() -> Iterator[tuple[str, Calls]]:
+    """Title and candidates."""
     torch.manual_seed(0)
-
-    def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(*shape, dtype=dtype).requires_grad_()
-
+    yield "call, 1×16×16, rank 4, no grad", forward_calls()
     half = torch.bfloat16
-    return {
-        "call, 1×16×16, rank 4, no grad": (forward_calls(), "linear"),
-        "step, 10×64×64, rank 4, float32": (step_calls(layer(64, 4), x(10, 64)), "eager"),
-        "step, 512×2048×2048, rank 16, float32": (step_calls(layer(2048, 16), x(512, 2048)), "eager"),
-        "step, 512×2048×2048, rank 16, bfloat16": (
-            step_calls(layer(2048, 16, half), x(512, 2048, dtype=half)), "eager",
-        ),
-        "step, 512×2048×2048, rank 16, float32, dropout 0.1": (
-            step_calls(layer(2048, 16, dropout=0.1), x(512, 2048)), "eager",
-        ),
-        "step, RichBoyNet, batch 10, rank 1": (step_calls(apply_lora(RichBoyNet(), rank=1), x(10, 784)), "eager"),
-    }  # fmt: skip
+    for tokens, size, rank, dtype in (
+        (10, 64, 4, torch.float32),
+        (512, 2048, 16, torch.float32),
+        (512, 2048, 16, half),
+    ):
+        title = f"step, {tokens}×{size}×{size}, rank {rank}, {str(dtype).removeprefix('torch.')}"
+        x = torch.randn(tokens, size, dtype=dtype).requires_grad_()
+        yield title, step_calls(layer(size, rank, dtype), x)
+        yield title, step_calls(nn.Linear(size, size, dtype=dtype).requires_grad_(False), x, "frozen ")
+        if tokens > 10 and dtype != half:
+            yield f"{title}, dropout 0.1", step_calls(layer(size, rank, dtype, dropout=0.1), x)
+    title, x = "step, RichBoyNet, batch 10, rank 1", torch.randn(10, 784).requires_grad_()
+    yield title, step_calls(apply_lora(RichBoyNet(), rank=1), x)
+    yield title, step_calls(RichBoyNet().requires_grad_(False), x, "frozen ")
 
 
 def main() -> None:
@@ -83,16 +89,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default, metavar="FILE")
     out = parser.parse_args().out
     rows = []
-    for title, (calls, base) in problems().items():
+    for title, calls in problems():
         measured = measure.interleave(calls, measure.HostTimer(), PLAN)
         for name in calls:
+            base = BASES.get(name, name)
             time, ratio = measured.time(name), measured.ratio(name, base)
             microseconds = {key: round(1e3 * value, 3) for key, value in dataclasses.asdict(time).items()}
             rows.append({
                 "problem": title, "candidate": name, "rounds": len(measured.samples[name]), "us": microseconds,
                 "divided_by": base, "ratio": {key: round(v, 4) for key, v in dataclasses.asdict(ratio).items()},
             })  # fmt: skip
-            print(f"{title:52} {name:9} {microseconds['median']:12.2f} µs  ×{ratio.median:.3f}", flush=True)
+            print(f"{title:52} {name:15} {microseconds['median']:12.2f} µs  ×{ratio.median:.3f}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"environment": dataclasses.asdict(environment), "rows": rows}, indent=1) + "\n")
     print(f"saved: {out}")

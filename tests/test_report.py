@@ -14,6 +14,7 @@ import pytest
 
 from fused_lora import bench
 from fused_lora.bench import charts, groups, publish, report
+from fused_lora.bench.peers import PEERS
 from fused_lora.bench.results import Environment, Results, Row
 from fused_lora.bench.svg import COLOURS
 
@@ -168,6 +169,15 @@ def test_a_plot_hides_no_ratio_of_ours():
     assert ticks["0.4"] < min(places[1:]) < ticks["0.6"]
     assert "3.6" in ticks
     assert max(places) == pytest.approx(ticks["≥ 2"])
+
+
+@pytest.mark.parametrize("ours", ["ours-triton", "ours-native"])
+def test_no_two_candidates_share_a_colour(ours):
+    # on a GPU there is no ours-native, on a CPU none of the kernels' forms
+    left_out = "ours-native" if ours == "ours-triton" else "ours-triton"
+    colours = charts.colours([name for name in PEERS if name != left_out], ours)
+    assert len(set(colours.values())) == len(colours)
+    assert colours[ours] == "ours"
 
 
 def test_works_come_in_their_order_whatever_was_measured_first():

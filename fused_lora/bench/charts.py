@@ -10,7 +10,7 @@ from .peers import FROZEN, OURS
 from .runner import Group
 from .svg import Svg
 
-PEER_COLOURS = ("orange", "blue", "violet", "olive", "red", "floor")
+PEER_COLOURS = ("orange", "blue", "violet", "olive", "red", "cyan", "pink", "brown", "muted")
 # beyond it a ratio is drawn at the edge; ours with its number
 LARGEST_RATIO = 2.0
 

@@ -18,6 +18,9 @@ COLOURS = {
     "violet": ("#8a4fc7", "#bd93ec"),
     "red": ("#c2334d", "#f0808f"),
     "olive": ("#77801d", "#bcc658"),
+    "cyan": ("#0e88a6", "#62c9e2"),
+    "pink": ("#c0478e", "#ee94c8"),
+    "brown": ("#8a5a3b", "#cb9c7a"),
 }
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 

@@ -43,7 +43,7 @@ def test_every_step_is_the_same_step_and_the_base_is_not_written():
 def test_full_fine_tuning_trains_every_weight_and_lora_none():
     problem = models.ModelProblem(BLOCK, CPU)
     weights = [w.weight for w in problem.weights.values()]
-    full = problem.candidate("full").parameters
+    full = list(problem.build("full")[0].parameters())
     assert all(p.requires_grad for p in full)
     assert sum(p.numel() for p in full) == sum(p.numel() for p in problem.net.parameters())
     assert not {p.data_ptr() for p in full} & {w.data_ptr() for w in weights}
@@ -51,6 +51,18 @@ def test_full_fine_tuning_trains_every_weight_and_lora_none():
         lora = {id(p): p for p in problem.candidate(name).parameters if p.requires_grad}
         assert len(lora) == 2 * len(weights)
         assert max(p.numel() for p in lora.values()) < min(w.numel() for w in weights)
+
+
+def test_no_weight_counts_as_kept_for_the_backward():
+    problem = models.ModelProblem(BLOCK, CPU)
+    kept = {}
+    for name in ("frozen", problem.ours(), "ours-in-peft", "peft", "eager", "full"):
+        candidate = problem.candidate(name)
+        kept[name] = measure.saved_bytes(candidate.call, candidate.parameters)
+    # in float32 and without a bias all of these keep x and h
+    assert kept[problem.ours()] == kept["ours-in-peft"] == kept["peft"] == kept["eager"]
+    weights = sum(w.weight.nbytes for w in problem.weights.values())
+    assert kept["frozen"] < kept["eager"] < kept["full"] < kept["frozen"] + weights
 
 
 def test_the_candidates_are_made_as_a_user_makes_them_and_share_what_is_frozen():

@@ -138,7 +138,8 @@ class ModelProblem:
             x.grad = None
             return results
 
-        return Candidate(step, (*_tensors(net), *adapters.values()))
+        # a peer's module may hold the frozen tensors without registering them
+        return Candidate(step, (*_tensors(net), *_tensors(self.net), *adapters.values()))
 
     def exact(self) -> ModelProblem:
         exact = copy.copy(self)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from fused_lora import FusedLoRALinear, apply_lora
 from fused_lora.bench import measure
@@ -61,6 +62,19 @@ def layer(size: int, rank: int, dtype: torch.dtype = torch.float32, dropout: flo
     return made
 
 
+class Encoder(nn.Module):
+    """BERT of MiniLM's sizes, from embeddings on, without its own dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+        config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        self.bert = BertModel(config, add_pooling_layer=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bert(inputs_embeds=x).last_hidden_state
+
+
 def problems() -> Iterator[tuple[str, Calls]]:
     """Title and candidates."""
     torch.manual_seed(0)
@@ -80,6 +94,9 @@ def problems() -> Iterator[tuple[str, Calls]]:
     title, x = "step, RichBoyNet, batch 10, rank 1", torch.randn(10, 784).requires_grad_()
     yield title, step_calls(apply_lora(RichBoyNet(), rank=1), x)
     yield title, step_calls(RichBoyNet().requires_grad_(False), x, "frozen ")
+    title, x = "step, BERT of MiniLM's sizes, 8×64 tokens, rank 8", torch.randn(8, 64, 384).requires_grad_()
+    yield title, step_calls(apply_lora(Encoder(), rank=8), x)
+    yield title, step_calls(Encoder().requires_grad_(False), x, "frozen ")
 
 
 def main() -> None:

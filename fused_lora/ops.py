@@ -77,8 +77,8 @@ def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     can; everywhere else "eager". On a CUDA device that is reasoned, not measured: the two compute alike, and Triton's
     tiles are chosen for each GPU.
 
-    On a CPU it is measured, on one thread (benchmarks/results/native): beside "eager", a step of RichBoyNet and a
-    token's forward take a fifth to a half less, and a step of 512 tokens the same.
+    On a CPU it is measured (benchmarks/results/native): beside "eager", a step of RichBoyNet and a token's forward take
+    a third to a half less, and a step of 512 tokens the same.
     """
     if impl == "auto":
         # the CPU is asked first: it is where a microsecond shows

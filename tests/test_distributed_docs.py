@@ -22,11 +22,16 @@ def memory_table():
 def overhead_table(file):
     rows = json.loads(file.read_text())["rows"]
     times = {(row["problem"], row["candidate"]): row for row in rows}
-    lines = ["| step | eager, µs | compiled, µs | compiled ÷ eager |", "|---|---|---|---|"]
+    lines = [
+        "| step | eager, µs | compiled, µs | compiled ÷ eager | frozen base: compiled ÷ eager |",
+        "|---|---|---|---|---|",
+    ]
     for problem in dict.fromkeys(row["problem"] for row in rows if row["candidate"] == "compiled"):
         eager, compiled = times[problem, "eager"], times[problem, "compiled"]
+        frozen = times.get((problem, "frozen compiled"))
         cells = f"{eager['us']['median']:.0f} | {compiled['us']['median']:.0f} | {compiled['ratio']['median']:.2f}"
-        lines.append(f"| {problem.removeprefix('step, ')} | {cells} |")
+        base = "–" if frozen is None else f"{frozen['ratio']['median']:.2f}"
+        lines.append(f"| {problem.removeprefix('step, ')} | {cells} | {base} |")
     return "\n".join(lines)
 
 

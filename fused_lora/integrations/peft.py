@@ -214,7 +214,7 @@ def _takes(call: _Call, x: Tensor, impl: str) -> bool:
 
 
 def _dropout_is_slower(x: Tensor) -> bool:
-    """Than PEFT's. Not under a compiler, which fuses the mask's operations."""
+    """Than PEFT's. Not asked under a compiler, into whose graph a size of x would go."""
     few = x.is_cpu and not torch.compiler.is_compiling() and x.numel() < _LEAST_DROPPED
     return few and ops.choose_impl("auto", x.device, x.dtype) == "eager"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # what pytest-benchmark's tables are headed by, where it is not the work's own name
 HEADINGS = {TRAIN: "whole model", MODEL: "whole model"}
 MOST_MS, FEWEST, MOST = 200.0, 3, 100
+# for the rounds of a group, where `fused-lora bench` takes more: there are many groups
+GROUP_SECONDS = 2.0
 WEIGHED = pytest.StashKey[dict[str, list[Row]]]()
 
 
@@ -61,7 +63,8 @@ def _measured(work: str, shape: Shape | Case | None, dtype: str, quick: bool) ->
     else:
         assert shape is not None
         problem = LayerProblem(work, shape, dtype, DEVICE)
-    return problem, run_group(problem, measure.plan_for(DEVICE, quick))
+    plan = measure.plan_for(DEVICE, quick)
+    return problem, run_group(problem, replace(plan, seconds=min(plan.seconds, GROUP_SECONDS)))
 
 
 def _row(name: str, group: Group) -> Row:

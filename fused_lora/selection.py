@@ -207,7 +207,8 @@ def _nothing_matches(model: nn.Module, config: LoRAConfig, candidates: list[str]
 
 
 def _near(wanted: Iterable[str], tails: list[str], paths: Sequence[str] = ()) -> str:
-    near = [name for want in wanted for name in difflib.get_close_matches(want, [*tails, *paths], n=3, cutoff=0.4)]
+    names = dict.fromkeys([*tails, *paths])
+    near = [name for want in wanted for name in difflib.get_close_matches(want, names, n=3, cutoff=0.4)]
     return ", ".join(map(repr, near or tails[:10]))
 
 

@@ -31,6 +31,10 @@ def problems() -> Iterator[Problem]:
     yield NetProblem("float32", CPU)
     for dtype in ("float32", "bfloat16", "bfloat16+float32"):
         yield LayerProblem(FORWARD, shapes["decode-2048-m1"], dtype, CPU)
+    for name in ("decode-4096-m4", "decode-4096-m16"):
+        for dtype in ("float32", "bfloat16"):
+            yield LayerProblem(FORWARD, shapes[name], dtype, CPU)
+    yield LayerProblem(FORWARD, shapes["richboynet-3"], "float32", CPU)
     for dtype in ("float32", "bfloat16", "bfloat16+float32"):
         yield LayerProblem(STEP, shapes["square-2048"], dtype, CPU)
 

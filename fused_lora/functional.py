@@ -37,9 +37,8 @@ def lora_linear(
         bias: (N,) of the weight's dtype, or None.
         dropout_p: in [0, 1), applied to x before A while ``training``. Same rate and scaling as ``nn.Dropout``, to
             1/65536, with its own stream of bits; the seed comes from PyTorch's generator on x's device.
-        impl: "auto", "triton", "native" or "eager". "auto" takes "triton" on CUDA devices where it can run,
-            "native" on CPUs where the extension is built, and "eager" elsewhere; another choice that cannot run here
-            raises.
+        impl: "auto", "triton", "native" or "eager". "auto" chooses by the rule of ``ops.choose_impl``; another choice
+            that cannot run here raises.
 
     Returns:
         (..., N) of the weight's dtype. Inside ``torch.autocast`` the compute dtype is autocast's, as for ``F.linear``.

@@ -16,8 +16,8 @@ using at::BFloat16;
 
 // at least the elements of the widest chunk
 constexpr int64_t kUnit = 32;
-// a thread has at least this many multiplications to do
-constexpr int64_t kGrain = 1 << 15;
+// multiplications for a thread: fewer take less time than to wake it
+constexpr int64_t kGrain = 1 << 18;
 
 // The lines of a matrix, its rows or its columns, whichever are contiguous.
 template <typename T>
@@ -204,7 +204,6 @@ FUSED_LORA_INLINE void add_matrix(float* sums, int64_t M, float scale, const Row
 }
 
 // Columns from begin * kUnit on.
-
 template <typename T, int L>
 FUSED_LORA_INLINE void sums_of_lines(const Operands<T>& of, int64_t begin, int64_t end) {
   using C = Chunk<T, L>;
@@ -343,8 +342,8 @@ void few_rows_of(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w
 }  // namespace
 
 bool is_for_few_rows(const at::Tensor& a, const at::Tensor& w) {
-  // measured on AVX-512: up to 16 rows in float32 twice as fast as MKL's products on AMD; in bfloat16 oneDNN's, of
-  // bfloat16 instructions, are faster from 5 rows on
+  // measured on AVX-512 (benchmarks/native.py): up to 16 rows in float32 it is faster than MKL's products on AMD; in
+  // bfloat16 oneDNN's, of bfloat16 instructions, overtake it
   const int64_t most_rows = a.scalar_type() == at::kFloat ? 16 : a.scalar_type() == at::kBFloat16 ? 4 : 0;
   return version<float>() != nullptr && a.size(0) >= 1 && a.size(0) <= most_rows && w.size(0) >= 1 && w.size(1) >= 1 &&
          (w.stride(0) == 1 || w.stride(1) == 1);

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -77,6 +78,16 @@ def concatenate_adapters(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> tu
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for A, B, _ in adapters for tensor in (A, B)))
     columns = [B if s == scale else B * (s / scale) for _, B, s in adapters]
     return torch.cat([A.to(dtype) for A, _, _ in adapters]), torch.cat([B.to(dtype) for B in columns], 1), scale
+
+
+def add_adapter(y: Tensor, x: Tensor, adapter: tuple[Tensor, Tensor, float], dropout_p: float) -> Tensor:
+    """``y + scale · (D(x) Aᵀ) Bᵀ`` of PyTorch's own operations, with the mask of ``nn.Dropout`` in training.
+
+    y: (..., N).  x: (..., K).  adapter: (lora_A (R, K), lora_B (N, R), scale).  For what is beside a fused call.
+    """
+    lora_A, lora_B, scale = adapter
+    h = F.linear(F.dropout(x, dropout_p), lora_A.to(x.dtype))
+    return y + F.linear(h * scale, lora_B.to(h.dtype))
 
 
 def _in_compute_dtype(
@@ -239,6 +250,9 @@ def _backward(
     needs_x, needs_W, needs_A, needs_B, needs_bias = needs
     dx = dW = g = dA = dB = dbias = None
     dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+    if seed is not None and impl == "eager" and needs_x and needs_A and not torch.compiler.is_compiling():
+        # made once for both
+        seed = reference.whole_mask(seed, dy2.shape[0], weight.shape[1], dropout_p)
     if needs_x:
         dx, g = ops.lora_matmul(dy, weight, lora_B, lora_A, None, scale, seed, dropout_p, True, impl)
     elif needs_A:

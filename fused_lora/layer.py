@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
-from .functional import concatenate_adapters, lora_linear
+from .functional import add_adapter, concatenate_adapters, lora_linear
 from .lora_adapter import LoRAAdapter
 from .switching import Adapted
 
@@ -220,9 +220,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
             dropout_p=dropout, training=self.training, impl=self.impl,
         )  # fmt: skip
         for dropout, group in others:
-            lora_A, lora_B, scale = concatenate_adapters(group)
-            h = F.linear(F.dropout(x, dropout), lora_A.to(x.dtype))
-            y = y + F.linear(h, lora_B.to(h.dtype)) * scale
+            y = add_adapter(y, x, concatenate_adapters(group), dropout)
         return y
 
     def active_modules(self) -> list[LoRAAdapter]:

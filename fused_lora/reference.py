@@ -90,10 +90,14 @@ def eager_lora_linear(
 ) -> Tensor:
     """The forward as frameworks write it: five kernels, ordinary autograd.
 
-    mask: (M, K) of bool as :func:`dropout_mask` makes it, or None for no dropout.
+    mask: (M, K) as :func:`dropout_mask` makes it, or None for no dropout.
     """
-    dropped = x if mask is None else x * mask.view(x.shape) * keep_scale(dropout_p)
+    dropped = _drop(x, mask, dropout_p)
     return F.linear(x, weight, bias) + F.linear(F.linear(dropped, lora_A), lora_B) * scale
+
+
+def _drop(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    return x if mask is None else x * mask.view(x.shape) * keep_scale(dropout_p)
 
 
 def eager_backward(
@@ -132,14 +136,11 @@ def eager_backward(
         if needs_bias:
             dbias = dy2.sum(0)
     assert total_dh is not None
-    multiplier = None if mask is None else mask * keep_scale(dropout_p)
     if needs_x:
-        lora_dx = total_dh @ A
-        lora_dx = lora_dx if multiplier is None else lora_dx * multiplier
+        lora_dx = _drop(total_dh @ A, mask, dropout_p)
         dx = lora_dx if dx is None else dx + lora_dx
     if needs_A and x is not None:
-        dropped = _rows(x) if multiplier is None else _rows(x) * multiplier
-        dA = (total_dh.t() @ dropped).to(lora_A.dtype)
+        dA = (total_dh.t() @ _drop(_rows(x), mask, dropout_p)).to(lora_A.dtype)
     return dx, dW, dA, dB, dbias
 
 
@@ -149,6 +150,8 @@ def eager_backward(
 
 _MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # the second as a signed int32
 _LANES = 1 << 16
+# rows x columns that a block of the mask may hold: small enough to stay in a core's cache
+_BLOCK_ELEMENTS = 1 << 17
 
 
 def dropout_threshold(p: float) -> int:
@@ -169,6 +172,23 @@ def dropout_mask(seed: Tensor, rows: int, cols: int, p: float, first_row: int = 
     The Triton kernels compute the same bits (``kernels/tiles.py``).
     """
     return (_lanes(seed, rows, cols, first_row) >= dropout_threshold(p) - _LANES // 2).view(rows, cols)
+
+
+def whole_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
+    """The mask of a whole (rows, cols) tensor, as numbers: what the operators below also take for a seed."""
+    blocks = [keep for _, keep in _mask_blocks(seed, p, rows, cols)]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _mask_blocks(seed: Tensor, p: float, rows: int, cols: int) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows of a (rows, cols) tensor, each with its part of the mask, as numbers."""
+    if seed.dim() == 2:
+        yield slice(0, rows), seed
+        return
+    step = max(1, _BLOCK_ELEMENTS // max(cols, 1))
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        yield slice(first, first + count), _keep(seed, count, cols, p, first)
 
 
 def _keep(seed: Tensor, rows: int, cols: int, p: float, first_row: int) -> Tensor:
@@ -205,9 +225,6 @@ def _mix(bits: Tensor) -> Tensor:
 # The operators of ops.py, eagerly: the same results, in place, with no temporary of the output's size
 # --------------------------------------------------------------------------------------------------
 
-# rows x columns that a dropout block may hold: small enough to stay in a core's cache
-_BLOCK_ELEMENTS = 1 << 17
-
 
 def lora_matmul(
     a: Tensor,
@@ -223,7 +240,8 @@ def lora_matmul(
     """``out = a w + scale · (a u) v + bias`` and the thin product ``a u``.
 
     a: (..., Q).  w: (Q, P).  u: (Q, R).  v: (R, P).  bias: (P,) or None.  u and v are rounded to a's dtype.
-    seed: (1,) of int64 for dropout, else None: on a's elements inside ``a u``, or on those of ``(a u) v``.
+    seed: (1,) of int64, or a :func:`whole_mask`, for dropout, else None: on a's elements inside ``a u``, or on those of
+        ``(a u) v``.
     Returns out (..., P) and thin (M, R), both in a's dtype.
     """
     a2 = _rows(a)
@@ -245,11 +263,11 @@ def lora_matmul(
         out2.addmm_(thin, v, alpha=scale)
     elif dropout_on_output:
         thin = torch.mm(a2, u)
-        for block, keep in _mask_blocks(seed, dropout_p, out2):
+        for block, keep in _mask_blocks(seed, dropout_p, *out2.shape):
             out2[block].add_(torch.mm(thin[block], v).mul_(keep), alpha=scale * keep_scale(dropout_p))
     else:
         thin = a.new_empty((a2.shape[0], u.shape[1]))
-        for block, keep in _mask_blocks(seed, dropout_p, a2):
+        for block, keep in _mask_blocks(seed, dropout_p, *a2.shape):
             torch.mm(a2[block] * keep, u, out=thin[block])
         thin.mul_(keep_scale(dropout_p))
         out2.addmm_(thin, v, alpha=scale)
@@ -284,7 +302,7 @@ def _thin_product(thin: Tensor, wide: Tensor, scale: float, seed: Tensor | None,
         return product if scale == 1.0 else product.mul_(scale)
     dtype = torch.promote_types(wide.dtype, torch.float32)
     total = torch.zeros(thin.shape[1], wide.shape[1], dtype=dtype, device=wide.device)
-    for block, keep in _mask_blocks(seed, dropout_p, wide):
+    for block, keep in _mask_blocks(seed, dropout_p, *wide.shape):
         total += torch.mm(thin[block].t(), wide[block] * keep)
     return total.mul_(scale * keep_scale(dropout_p))
 
@@ -311,12 +329,3 @@ def _onednn_is_faster() -> bool:
 def _rows(x: Tensor) -> Tensor:
     """(..., C) as (M, C): a view wherever the strides allow it."""
     return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-
-
-def _mask_blocks(seed: Tensor, p: float, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of a (M, C) tensor, each with its part of the dropout mask, as numbers."""
-    rows, cols = like.shape
-    step = max(1, _BLOCK_ELEMENTS // max(cols, 1))
-    for first in range(0, rows, step):
-        count = min(step, rows - first)
-        yield slice(first, first + count), _keep(seed, count, cols, p, first)

@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from fused_lora import ops, reference
+from fused_lora.bench.measure import saved_bytes
 from fused_lora.integrations.peft import fuse, summary, unfuse
 
 
@@ -296,13 +297,17 @@ def test_dropout_of_several_adapters_is_pefts(calls):
     assert "each with a dropout mask of its own" in str(summary(model))
 
 
-def test_without_the_extension_dropout_on_little_data_is_pefts(calls, monkeypatch):
-    model = fuse(peft_model(lora_dropout=0.5, target_modules=["first"]))
-    little, much = draw_x(), draw_x(-(-(1 << 16) // K), K)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_the_extension_little_data_has_the_mask_of_nn_dropout(calls, monkeypatch, dtype):
     monkeypatch.setattr(ops.extension, "available", lambda: False)
-    for x, made in ((little, 0), (much, 1), (little, 1)):
-        model(x)
-        assert len(calls) == made
+    model = fuse(peft_model(lora_dropout=0.5, target_modules=["first"])).to(dtype)
+    little, much = draw_x(dtype=dtype), draw_x(-(-(1 << 16) // K), K, dtype=dtype)
+    same_as_peft(model, little)
+    models = (model, unfuse(copy.deepcopy(model)))
+    kept, pefts = (saved_bytes(lambda m=m: layer(m)(little), m.parameters()) for m in models)
+    assert kept <= pefts
+    assert not calls
+    model(much)
     model.eval()(little)
     fuse(model, impl="eager").train()(little)
     assert len(calls) == 3

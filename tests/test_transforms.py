@@ -30,6 +30,29 @@ def test_first_and_second_derivatives_by_finite_differences(frozen, dropout_p, s
     assert gradgradcheck(function, args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_second_derivatives_are_within_the_budget_in_every_dtype(dtype, dropout_p):
+    inputs = oracle.draw(64, 24, 16, 4, dtype=dtype)
+    torch.manual_seed(3)
+    mask = reference.dropout_mask(torch.randint(torch.iinfo(torch.int64).max, (1,)), 64, 24, dropout_p)
+
+    def second(of, forward, **options):
+        leaves = of.leaves()
+        wanted = (leaves.x, leaves.lora_A, leaves.lora_B)
+        torch.manual_seed(3)
+        y = forward(leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, leaves.scale, leaves.bias, **options)
+        grads = torch.autograd.grad(y, wanted, of.dy, create_graph=True)
+        return torch.autograd.grad(grads, wanted, [grad.detach() for grad in grads])
+
+    dropped = {"dropout_p": dropout_p}
+    got = second(inputs, lora_linear, **dropped)
+    low = second(inputs, reference.eager_lora_linear, mask=mask, **dropped)
+    exact = second(inputs.to(torch.float64), reference.eager_lora_linear, mask=mask, **dropped)
+    for name, *values in zip(("x", "A", "B"), got, low, exact, strict=True):
+        oracle.within(name, *values)
+
+
 def operands(dtype=torch.float32):
     i = oracle.draw(6, 10, 8, 3, dtype=dtype)
     return i, (i.x, i.weight, i.lora_A, i.lora_B, 1.5, i.bias)

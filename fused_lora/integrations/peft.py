@@ -8,10 +8,9 @@ Where the numbers differ from PEFT's:
 
 - float32 adapters over a 16-bit base are rounded to the base's dtype, as autocast would do, and x is not copied to
   float32; PEFT computes its LoRA branch in float32. The gradients of A and B come back in float32 in both.
-- The dropout mask has the same rate and scaling, but other random bits, and is not stored.
-
-On a CPU without the compiled extension a mask is some thirty small operations, which PEFT's outruns where x is small;
-there ``impl="auto"`` leaves a call with dropout to PEFT.
+- The dropout mask has the same rate and scaling, but other random bits, and is not stored. On a CPU without the
+  compiled extension it is some thirty small operations, which ``nn.Dropout``'s outruns where x is small: there
+  ``impl="auto"`` takes that one, as PEFT does.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from peft import LoraModel
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops, validation
-from ..functional import concatenate_adapters, lora_linear
+from ..functional import add_adapter, concatenate_adapters, lora_linear
 from ..overview import LayerRow, Summary
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,7 +38,7 @@ _PEFT_FORWARD = lora.Linear.forward
 _PLAIN = (nn.Parameter, Tensor)
 _LINEAR, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# elements of x from which plain PyTorch makes our mask in no more time than PEFT's (benchmarks/test_peft.py)
+# elements of x from which plain PyTorch makes our mask in no more time than nn.Dropout's (benchmarks/test_peft.py)
 _LEAST_DROPPED = 1 << 16
 
 
@@ -50,11 +50,12 @@ class FusedLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = _call_of(self)
         # adapter_names, alora_offsets and whatever else PEFT passes on is PEFT's to understand
-        if args or kwargs or isinstance(call, str) or not _takes(call, x, self.impl):
+        if args or kwargs or isinstance(call, str) or not _takes(call, x):
             return _PEFT_FORWARD(self, x, *args, **kwargs)
-        return lora_linear(
-            x, call.weight, call.lora_A, call.lora_B, call.scale, call.bias, dropout_p=call.dropout_p, impl=self.impl
-        )
+        weight, bias, lora_A, lora_B, scale, dropout_p = call
+        if dropout_p > 0.0 and self.impl == "auto" and _mask_is_slow(x):
+            return add_adapter(F.linear(x, weight, bias), x, (lora_A, lora_B, scale), dropout_p)
+        return lora_linear(x, weight, lora_A, lora_B, scale, bias, dropout_p=dropout_p, impl=self.impl)
 
     def _get_name(self) -> str:
         # PEFT prints "lora." before it, and people look for "lora.Linear"
@@ -200,11 +201,9 @@ def _more_than(kinds: tuple[type[nn.Module], ...], module: nn.Module) -> str | N
     return None
 
 
-def _takes(call: _Call, x: Tensor, impl: str) -> bool:
+def _takes(call: _Call, x: Tensor) -> bool:
     """Whether ``lora_linear`` computes this call on ``x``, here and now."""
     if type(x) not in _PLAIN:
-        return False
-    if call.dropout_p > 0.0 and impl == "auto" and _dropout_is_slower(x):
         return False
     device_type = x.device.type
     if not torch.is_autocast_enabled(device_type):
@@ -213,8 +212,9 @@ def _takes(call: _Call, x: Tensor, impl: str) -> bool:
     return torch.float64 not in (x.dtype, call.weight.dtype) and call.lora_A.dtype in (compute, torch.float32)
 
 
-def _dropout_is_slower(x: Tensor) -> bool:
-    """Than PEFT's. Not asked under a compiler, into whose graph a size of x would go."""
+def _mask_is_slow(x: Tensor) -> bool:
+    """Whether ``nn.Dropout`` makes its mask sooner than we ours. Not asked under a compiler, into whose graph a size of
+    x would go."""
     few = x.is_cpu and not torch.compiler.is_compiling() and x.numel() < _LEAST_DROPPED
     return few and ops.choose_impl("auto", x.device, x.dtype) == "eager"
 
@@ -229,7 +229,7 @@ def summary(model: nn.Module) -> Summary:
 
     A layer that runs PEFT's code shows as "peft". What depends on the single call can't be seen here: PEFT's code
     also runs for a batch of mixed adapters (``adapter_names``), for an x of another dtype than the base's outside
-    autocast, for tensor subclasses, and for a small x with dropout on a CPU without the compiled extension.
+    autocast, and for tensor subclasses.
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, lora.LoraLayer)}
     in_layers = {id(module) for layer in layers.values() for module in layer.modules()}  # type: ignore[attr-defined]

@@ -74,8 +74,9 @@ class LoRAAdapter(nn.Module):
             rank=A.shape[0], alpha=alpha, dropout=dropout, use_rslora=bool(use_rslora), trains_bias=bias is not None,
             init=init,
         )  # fmt: skip
-        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self._parameters.update(
+            lora_A=nn.Parameter(A), lora_B=nn.Parameter(B), bias=None if bias is None else nn.Parameter(bias)
+        )
 
     @classmethod
     def beside(cls, linear: nn.Linear, *, trains_bias: bool = False, **options: Any) -> LoRAAdapter:

@@ -91,9 +91,10 @@ def problems() -> Iterator[tuple[str, Calls]]:
         yield title, step_calls(nn.Linear(size, size, dtype=dtype).requires_grad_(False), x, "frozen ")
         if tokens > 10 and dtype != half:
             yield f"{title}, dropout 0.1", step_calls(layer(size, rank, dtype, dropout=0.1), x)
-    title, x = "step, RichBoyNet, batch 10, rank 1", torch.randn(10, 784).requires_grad_()
-    yield title, step_calls(apply_lora(RichBoyNet(), rank=1), x)
-    yield title, step_calls(RichBoyNet().requires_grad_(False), x, "frozen ")
+    for batch in (10, 512):
+        title, x = f"step, RichBoyNet, batch {batch}, rank 1", torch.randn(batch, 784).requires_grad_()
+        yield title, step_calls(apply_lora(RichBoyNet(), rank=1), x)
+        yield title, step_calls(RichBoyNet().requires_grad_(False), x, "frozen ")
     title, x = "step, BERT of MiniLM's sizes, 8×64 tokens, rank 8", torch.randn(8, 64, 384).requires_grad_()
     yield title, step_calls(apply_lora(Encoder(), rank=8), x)
     yield title, step_calls(Encoder().requires_grad_(False), x, "frozen ")

@@ -250,8 +250,8 @@ def _backward(
     needs_x, needs_W, needs_A, needs_B, needs_bias = needs
     dx = dW = g = dA = dB = dbias = None
     dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
-    if seed is not None and impl == "eager" and needs_x and needs_A and not torch.compiler.is_compiling():
-        # made once for both
+    if seed is not None and impl == "eager" and (torch.compiler.is_compiling() or (needs_x and needs_A)):
+        # made once for both, and by a compiler in one loop; in forward too it would be the same mask, and be kept
         seed = reference.whole_mask(seed, dy2.shape[0], weight.shape[1], dropout_p)
     if needs_x:
         dx, g = ops.lora_matmul(dy, weight, lora_B, lora_A, None, scale, seed, dropout_p, True, impl)

@@ -20,13 +20,15 @@ class LoRAAdapter(nn.Module):
         bias: (N,), of which the adapter trains a copy instead of the layer's own; None where it trains none.
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    bias: nn.Parameter | None
     rank: int
     alpha: float
     dropout: float
     use_rslora: bool
     trains_bias: bool
     init: str
-    bias: nn.Parameter | None
 
     def __init__(
         self,

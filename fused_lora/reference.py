@@ -176,6 +176,9 @@ def dropout_mask(seed: Tensor, rows: int, cols: int, p: float, first_row: int = 
 
 def whole_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
     """The mask of a whole (rows, cols) tensor, as numbers: what the operators below also take for a seed."""
+    if torch.compiler.is_compiling():
+        # blocks are for caches, and a graph of blocks would be one number of rows'
+        return _keep(seed, rows, cols, p, 0)
     blocks = [keep for _, keep in _mask_blocks(seed, p, rows, cols)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 

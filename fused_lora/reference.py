@@ -151,7 +151,7 @@ def eager_backward(
 _MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # the second as a signed int32
 _LANES = 1 << 16
 # rows x columns that a block of the mask may hold: small enough to stay in a core's cache
-_BLOCK_ELEMENTS = 1 << 17
+_BLOCK_ELEMENTS = 1 << 18
 
 
 def dropout_threshold(p: float) -> int:
@@ -185,13 +185,10 @@ def whole_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
 
 def _mask_blocks(seed: Tensor, p: float, rows: int, cols: int) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows of a (rows, cols) tensor, each with its part of the mask, as numbers."""
-    if seed.dim() == 2:
-        yield slice(0, rows), seed
-        return
     step = max(1, _BLOCK_ELEMENTS // max(cols, 1))
     for first in range(0, rows, step):
-        count = min(step, rows - first)
-        yield slice(first, first + count), _keep(seed, count, cols, p, first)
+        block = slice(first, min(first + step, rows))
+        yield block, seed[block] if seed.dim() == 2 else _keep(seed, block.stop - first, cols, p, first)
 
 
 def _keep(seed: Tensor, rows: int, cols: int, p: float, first_row: int) -> Tensor:

@@ -1,18 +1,14 @@
-"""Several adapters at once, switched off by one thread alone, and nothing paid for those that are not active."""
+"""Several adapters at once, and nothing paid for those that are not active."""
 
-import contextlib
 import copy
 import math
-import pickle
-import threading
 
 import oracle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
+from two_adapters import X, net, trained, two
 
 from fused_lora import (
     FusedLoRALinear,
@@ -29,28 +25,6 @@ from fused_lora import (
     summary,
     unmerge,
 )
-
-X = torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
-
-
-def net():
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5))
-
-
-def trained(model):
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    return model
-
-
-def two(**second):
-    """A model with "cats" (rank 2) and "dogs" (rank 3, another scale), both trained, "cats" active."""
-    model = apply_lora(net(), rank=2, adapter="cats")
-    add_adapter(model, "dogs", LoRAConfig(rank=3, alpha=5, **second))
-    return trained(model)
 
 
 def by_hand(layer, x, names):
@@ -185,6 +159,23 @@ def test_extending_an_adapter_to_more_layers_keeps_the_first_ones_training():
     assert [p.requires_grad for p in lora_parameters(model)] == [True] * 4
 
 
+def test_switching_allocates_no_tensor_and_keeps_every_parameter():
+    model = two()
+    before = [id(p) for p in model.parameters()]
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            raise AssertionError(f"{func} was called")
+
+    with Spy():
+        set_adapter(model, "dogs")
+        set_adapter(model, ["dogs", "cats"])
+        with disable_adapters(model):
+            pass
+        set_adapter(model, None)
+    assert [id(p) for p in model.parameters()] == before
+
+
 # ---------------------------------------------------------------- dropout of several
 
 
@@ -287,161 +278,3 @@ def test_combinations_that_cannot_be_made_change_nothing(arguments, error, messa
     with pytest.raises(error, match=message):
         add_weighted_adapter(model, *arguments)
     assert list(model.state_dict()) == names
-
-
-# ---------------------------------------------------------------- disabled, by one thread alone
-
-
-def in_thread(action):
-    result = []
-    thread = threading.Thread(target=lambda: result.append(action()))
-    thread.start()
-    thread.join()
-    return result[0]
-
-
-def test_a_thread_that_disables_adapters_leaves_them_to_the_others():
-    model, expected = two(), net()(X)
-    tuned = model(X)
-    entered, leave, seen = threading.Event(), threading.Event(), {}
-
-    def disable():
-        with disable_adapters(model), disable_adapters(model[0]):
-            entered.set()
-            leave.wait(30)
-            seen["within"] = model(X)
-        seen["after"] = model(X)
-
-    thread = threading.Thread(target=disable)
-    thread.start()
-    assert entered.wait(30)
-    assert torch.equal(model(X), tuned)
-    with disable_adapters(model):
-        assert torch.equal(model(X), expected)
-        assert torch.equal(in_thread(lambda: model(X)), tuned)
-    leave.set()
-    thread.join(30)
-    assert torch.equal(seen["within"], expected)
-    assert torch.equal(seen["after"], tuned)
-    assert not any(m._switch.used for m in model.modules() if isinstance(m, FusedLoRALinear))
-
-
-def test_many_threads_disable_and_compute_at_once_and_each_sees_its_own():
-    model, base = two(), net()(X)
-    tuned, wrong = model(X), []
-
-    def work(off):
-        context = disable_adapters(model) if off else contextlib.nullcontext()
-        for _ in range(50):
-            with context if not off else disable_adapters(model):
-                if not torch.equal(model(X), base if off else tuned):
-                    wrong.append(off)
-
-    threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not wrong
-
-
-def test_disabling_survives_nesting_exceptions_and_copies():
-    model, expected = two(), net()(X)
-    tuned = model(X)
-    with contextlib.suppress(KeyError), disable_adapters(model):
-        with disable_adapters(model[2]):
-            assert torch.equal(model(X), expected)
-        assert torch.equal(model(X), expected)
-        assert "adapters are disabled" in str(summary(model))
-        for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(duplicate(X), tuned)
-        raise KeyError
-    assert torch.equal(model(X), tuned)
-
-
-def test_recomputing_in_a_backward_on_autograds_own_thread_sees_what_the_forward_saw():
-    """A device's backward runs on a thread of autograd's; here a new thread runs the backward, as that one would."""
-    model = two()
-    x = X.clone().requires_grad_()
-    with disable_adapters(model):
-        (expected,) = torch.autograd.grad(model(x).sin().sum(), x)
-        y = checkpoint(model, x, use_reentrant=False).sin().sum()
-        (got,) = in_thread(lambda: torch.autograd.grad(y, x))
-    assert torch.equal(got, expected)
-
-
-def test_compiled_models_follow_the_thread_and_compile_once_for_each_state():
-    torch._dynamo.reset()
-    model, expected = two(), net()(X)
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    with torch.no_grad():
-        tuned = model(X)
-        for _ in range(4):
-            torch.testing.assert_close(compiled(X), tuned)
-            with disable_adapters(model):
-                assert torch.equal(compiled(X), expected)
-                torch.testing.assert_close(in_thread(lambda: compiled(X)), tuned)
-    # on, off, and on while another thread has them off; a thread of its own guards its grad mode too
-    assert counter.frame_count <= 4
-    torch._dynamo.reset()
-
-
-def test_switching_allocates_no_tensor_and_keeps_every_parameter():
-    model = two()
-    before = [id(p) for p in model.parameters()]
-
-    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            raise AssertionError(f"{func} was called")
-
-    with Spy():
-        set_adapter(model, "dogs")
-        set_adapter(model, ["dogs", "cats"])
-        with disable_adapters(model):
-            pass
-        set_adapter(model, None)
-    assert [id(p) for p in model.parameters()] == before
-
-
-# ---------------------------------------------------------------- weights of two modules
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.mid, self.head = nn.Embedding(10, 12), nn.Linear(12, 12), nn.Linear(12, 10, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, x):
-        return self.head(self.mid(self.embed(x)))
-
-
-def test_a_shared_weight_is_said_and_not_merged():
-    model, tokens = Tied(), torch.arange(10)
-    with pytest.warns(UserWarning, match=r"embed.weight and head.weight are one tensor: the adapter acts on head"):
-        apply_lora(model, rank=2)
-    trained(model)
-    tuned, weight = model(tokens), model.embed.weight.clone()
-    for action in (merge, merge_and_unload):
-        with pytest.raises(ValueError, match=r"head.weight must be its own to be merged into, and embed.weight"):
-            action(model)
-    assert torch.equal(model.embed.weight, weight)
-    assert not model.mid.merged
-    # as the message says
-    model.head.weight = nn.Parameter(model.head.weight.detach().clone(), requires_grad=False)
-    merge_and_unload(model)
-    torch.testing.assert_close(model(tokens), tuned)
-    assert torch.equal(model.embed.weight, weight)
-
-
-def test_a_shared_weight_trained_whole_is_not_put_into_the_other_module():
-    model, tokens = Tied(), torch.arange(10)
-    with pytest.warns(UserWarning, match=r"are one tensor: the adapter trains a copy for head alone"):
-        apply_lora(model, rank=2, target_modules=["mid"], modules_to_save=["head"])
-    with torch.no_grad():
-        model.head.adapters["default"].weight.add_(1.0)
-    with pytest.raises(ValueError, match=r"head.weight must be its own to be merged into"):
-        merge_and_unload(model)
-    with disable_adapters(model):
-        assert torch.equal(model(tokens), model.mid(model.embed(tokens)) @ model.embed.weight.t())

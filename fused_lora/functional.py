@@ -80,7 +80,7 @@ def concatenate_adapters(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> tu
     return torch.cat([A.to(dtype) for A, _, _ in adapters]), torch.cat([B.to(dtype) for B in columns], 1), scale
 
 
-def add_adapter(y: Tensor, x: Tensor, adapter: tuple[Tensor, Tensor, float], dropout_p: float) -> Tensor:
+def plus_adapter(y: Tensor, x: Tensor, adapter: tuple[Tensor, Tensor, float], dropout_p: float) -> Tensor:
     """``y + scale · (D(x) Aᵀ) Bᵀ`` of PyTorch's own operations, with the mask of ``nn.Dropout`` in training.
 
     y: (..., N).  x: (..., K).  adapter: (lora_A (R, K), lora_B (N, R), scale).  For what is beside a fused call.

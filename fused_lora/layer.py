@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
-from .functional import add_adapter, concatenate_adapters, lora_linear
+from .functional import concatenate_adapters, lora_linear, plus_adapter
 from .lora_adapter import LoRAAdapter
 from .switching import Adapted
 
@@ -220,7 +220,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
             dropout_p=dropout, training=self.training, impl=self.impl,
         )  # fmt: skip
         for dropout, group in others:
-            y = add_adapter(y, x, concatenate_adapters(group), dropout)
+            y = plus_adapter(y, x, concatenate_adapters(group), dropout)
         return y
 
     def active_modules(self) -> list[LoRAAdapter]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops, validation
-from ..functional import add_adapter, concatenate_adapters, lora_linear
+from ..functional import concatenate_adapters, lora_linear, plus_adapter
 from ..overview import LayerRow, Summary
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -54,7 +54,7 @@ class FusedLinear(lora.Linear):
             return _PEFT_FORWARD(self, x, *args, **kwargs)
         weight, bias, lora_A, lora_B, scale, dropout_p = call
         if dropout_p > 0.0 and self.impl == "auto" and _mask_is_slow(x):
-            return add_adapter(F.linear(x, weight, bias), x, (lora_A, lora_B, scale), dropout_p)
+            return plus_adapter(F.linear(x, weight, bias), x, (lora_A, lora_B, scale), dropout_p)
         return lora_linear(x, weight, lora_A, lora_B, scale, bias, dropout_p=dropout_p, impl=self.impl)
 
     def _get_name(self) -> str:

@@ -108,6 +108,24 @@ def test_a_compiled_step_keeps_for_its_backward_what_an_eager_one_keeps(frozen, 
     assert compiled == eager
 
 
+def test_inductor_keeps_the_seed_and_not_the_mask():
+    layer, x = FusedLoRALinear(64, 48, rank=3, dropout=0.5), torch.randn(128, 64, requires_grad=True)
+    function = torch.compile(layer, fullgraph=True)
+    compiled, eager = (saved_bytes(lambda call=call: call(x), [*layer.parameters()]) for call in (function, layer))
+    assert compiled == eager
+
+
+def test_a_compiled_backward_makes_the_mask_once_for_both_operators():
+    backend = AotEagerAndRecordGraphs()
+    layer, x = FusedLoRALinear(20, 12, rank=3, dropout=0.5), torch.randn(6, 20, requires_grad=True)
+    torch.compile(layer, fullgraph=True, backend=backend)(x).sum().backward()
+    (graph,) = (module.graph for module in backend.bw_graphs)
+    operators = {str(node.target): node for node in graph.nodes if str(node.target).startswith("fused_lora")}
+    in_dx, in_dA = operators[IN_FORWARD].args[6], operators[IN_BACKWARD].args[5]
+    assert in_dx is in_dA
+    assert in_dx.meta["val"].shape == x.shape
+
+
 def test_autocast_inside_a_compiled_function():
     inputs = oracle.draw(9, 33, 20, 4).leaves()
     args = (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, 2.0, inputs.bias)

@@ -1,6 +1,6 @@
 """Many processes on this machine, each check compared with one process: DDP, fully_shard, tensor parallel, checkpoints.
 
-The checks are in distributed_checks.py. A process group starts once for its size and runs all of them.
+The checks are in distributed_checks.py and beside it. A process group starts once for its size and runs all of them.
 """
 
 import json

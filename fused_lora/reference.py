@@ -222,7 +222,7 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# The operators of ops.py, eagerly: the same results, in place, with no temporary of the output's size
+# The operators of ops.py, eagerly: the same results, in place, with no temporary of the output's size and dtype
 # --------------------------------------------------------------------------------------------------
 
 

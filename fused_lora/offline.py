@@ -22,7 +22,7 @@ ARCHS = (80, 86, 89, 90, 100, 120)
 RANKS = (8, 16, 32, 64, 128)
 TOKENS = (8192, 256, 16)
 HEAD = ("GPU", "work", "dtype", "R", "M", "tile, warps, stages", "form", "loads", "registers", "spills", "shared KB",
-        "instruction", "loop", "plain", "waits")  # fmt: skip
+        "instruction", "loop", "plain", "waits", "ptxas")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +94,8 @@ def _table(found: list[Found]) -> list[str]:
             (f"sm_{case.arch}", row.work, _plain_name(case.dtype), str(case.R), str(case.M),
              "×".join(map(str, row.tile[:3])) + f", {row.tile[3]}, {row.tile[4]}", row.form, row.loads,
              str(got.registers), str(got.spill_bytes), f"{got.shared_bytes / 1024:.0f}",
-             ", ".join(got.matrix_instructions), str(row.loop or "–"), str(row.plain_loop or "–"), str(got.loop_waits))
+             ", ".join(got.matrix_instructions), str(row.loop or "–"), str(row.plain_loop or "–"), str(got.loop_waits),
+             got.assembler)
         )  # fmt: skip
     return [f"| {' | '.join(row)} |" for row in rows]
 
@@ -114,9 +115,20 @@ Written by `fused-lora codegen --markdown docs/codegen.md`; no GPU was used. Eve
 makes, with the tile, the form and the kind of loads that the rules choose for M tokens; 16 tokens take the few-token
 kernel, whose tile is BLOCK_P×BLOCK_Q×BLOCK_R. *loop* counts the machine instructions in the main loop of the tiles that
 wait for `h`, *plain* those of the bare GEMM of the same tile, *waits* those of the loop that wait for memory or for
-matrix instructions. Spills, ptxas warnings, another matrix instruction than the GPU's, and a loop over 1.05 × plain
-fail the command; the loop of a tile that recomputes `h` is exempt, and so are adapter gradients and few tokens, which
-have no bare GEMM to be compared with.
+matrix instructions, *ptxas* is the assembler that Triton took. Spills, its warnings, another matrix instruction than
+the GPU's, and a loop over 1.05 × plain fail the command; the loop of a tile that recomputes `h` is exempt, and so are
+adapter gradients and few tokens, which have no bare GEMM to be compared with.
+
+Two faults of assemblers come without a warning, so the machine code of every launch is searched for them:
+
+- **A uniform register is read that nothing has written.** ptxas 12.8.93, which Triton 3.6.0 and 3.7.1 bring for
+  Hopper, makes such code of two wgmma whose second operands take turns in one place of shared memory. On an H100 `h`
+  was wrong by its whole size, for 16-bit layers with a transposed `lora_A` and an odd rank. The kernels now have both
+  operands in shared memory before the first product.
+- **A register of a wgmma's first operand is written again before the wgmma has read it.** ptxas before 13.3 does so to
+  a wgmma that is still under way when the loop turns
+  ([triton#9433](https://github.com/triton-lang/triton/issues/9433)). Dropout's mask makes such an operand, so the
+  kernel waits for that product within the turn.
 """
 
 

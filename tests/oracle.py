@@ -2,14 +2,20 @@
 
 Budget: against the truth, an error of at most twice that of the eager computation in the same dtype, plus one rounding
 of the largest |truth|. It follows from the inputs alone, never from the machine or from what a kernel happens to give.
+
+A kernel sums a float32 product in one chain, term after term, where a library splits the sum as it likes and rounds
+less. So a kernel is held to the eager computation with its float32 products in one chain: ``in_one_chain``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import re
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora import reference
 
@@ -70,23 +76,59 @@ def results(inputs: Inputs, forward, **options) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in zip(NAMES, (y, *grads), strict=True) if value is not None}
 
 
-def check(inputs: Inputs, got: dict[str, Tensor], mask: Tensor | None = None, dropout_p: float = 0.0) -> None:
-    """Assert that ``got``, of :func:`results`' form, is within the budget."""
-    _check([_with_expectations(inputs, got, mask=mask, dropout_p=dropout_p)])
+class in_one_chain(TorchDispatchMode):  # noqa: N801  # read as a phrase: with in_one_chain()
+    """Inside, a product of float32 matrices adds its terms one after the other, each fused with its multiplication."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = func.overloadpacket.__name__
+        if not _MATRIX_PRODUCTS.search(name) or args[0].dtype != torch.float32:
+            return func(*args, **kwargs)
+        out = kwargs.get("out")
+        if name == "mm":
+            result = _chain(*args)
+        elif name in ("addmm", "addmm_"):
+            result = kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * _chain(*args[1:])
+            out = args[0] if name == "addmm_" else out
+        elif name == "_linear_pointwise" and args[2] is None:
+            result = _chain(args[0], args[1].t())
+        else:
+            raise NotImplementedError(f"{func} is not summed in one chain yet")
+        return result if out is None else out.copy_(result)
 
 
-def check_shape(forward, M, K, N, R, **options) -> None:
-    """:func:`check` on fresh draws: so many that even the smallest result has 64 values to err in."""
-    fewest = min(M * N, M * K, R * K, N * R, N) or 64
+_MATRIX_PRODUCTS = re.compile(r"mm|mv|dot|matmul|linear|einsum")
+
+
+def _chain(a: Tensor, b: Tensor) -> Tensor:
+    total = a.new_zeros(a.shape[0], b.shape[1])
+    for q in range(a.shape[1]):
+        total = torch.addcmul(total.double(), a[:, q : q + 1].double(), b[q : q + 1].double()).float()
+    return total
+
+
+def check(
+    inputs: Inputs, got: dict[str, Tensor], mask: Tensor | None = None, dropout_p: float = 0.0, kernel: bool = False
+) -> None:
+    """Assert that ``got``, of :func:`results`' form, is within the budget. kernel: that of a kernel's sums."""
+    _check([_with_expectations(inputs, got, kernel, mask=mask, dropout_p=dropout_p)])
+
+
+def check_shape(forward, M, K, N, R, kernel=False, **options) -> None:
+    """:func:`check` on fresh draws: so many that what every result hangs on has 64 values to err in."""
+    fewest = min(M * N, M * K, M * R, R * K, N * R, N) or 64
     draws = [draw(M, K, N, R, **options) for _ in range(-(-64 // min(fewest, 64)))]
-    _check([_with_expectations(inputs, results(inputs, forward)) for inputs in draws])
+    _check([_with_expectations(inputs, results(inputs, forward), kernel) for inputs in draws])
 
 
-def _with_expectations(inputs: Inputs, got: dict[str, Tensor], **dropout) -> dict[str, tuple[Tensor, ...]]:
+def _with_expectations(
+    inputs: Inputs, got: dict[str, Tensor], kernel: bool, **dropout
+) -> dict[str, tuple[Tensor, ...]]:
     """name -> (got, eager in the same dtype, exact in float64)."""
     exact = results(inputs.to(torch.float64), reference.eager_lora_linear, **dropout)
-    # float32 adapters over a 16-bit weight are rounded to it, as autocast would
-    low = results(inputs.to(inputs.weight.dtype), reference.eager_lora_linear, **dropout)
+    with in_one_chain() if kernel else contextlib.nullcontext():
+        # float32 adapters over a 16-bit weight are rounded to it, as autocast would
+        low = results(inputs.to(inputs.weight.dtype), reference.eager_lora_linear, **dropout)
     assert set(got) == set(exact)
     return {name: (got[name], low[name], exact[name]) for name in exact}
 

@@ -5,22 +5,25 @@ Works on any machine with Triton, whose wheel brings ptxas, but not while Triton
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
 import re
 import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import sass
 from .configs import Device
 from .launch import Call
 
@@ -45,26 +48,27 @@ MATRIX_INSTRUCTION = {
 }
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class Resources:
     """Of one program: registers per thread, bytes spilled, bytes of shared memory.
 
-    warnings: ptxas's, by code.  matrix_instructions: PTX's names.  loops: machine instructions in each innermost loop
-    that has matrix instructions, fewest first; matrix_counts: how many of each are those; loop_waits: how many of the
-    first one's wait for memory or for them.
+    assembler: ptxas's version.  warnings: its, by code.  matrix_instructions: PTX's names.  loops: machine instructions
+    in each innermost loop that has matrix instructions, fewest first; matrix_counts: how many of each are those;
+    loop_waits: how many of the first one's wait for memory or for them.  miscompiled: what ``sass.py`` finds wrong.
     """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
+    assembler: str
     warnings: tuple[str, ...]
     matrix_instructions: tuple[str, ...]
     loops: tuple[int, ...]
     matrix_counts: tuple[int, ...]
     loop_waits: int
+    miscompiled: tuple[str, ...]
 
 
 def compile_call(call: Call, arch: int) -> Resources:
@@ -89,9 +93,33 @@ def compile_call(call: Call, arch: int) -> Resources:
             attributes[(index,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(call.kernel, signature, constants, attributes)
-    options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return _read(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
+    key = source.hash(), arch, call.config.num_warps, call.config.num_stages
+    if key not in _known:
+        _known[key] = _read(*_compile(source, *key[1:]))
+    return _known[key]
+
+
+# the bare GEMM of a tile is asked for at every rank
+_known: dict[tuple[str, int, int, int], Resources] = {}
+
+
+@functools.cache
+def assembler(arch: int) -> str:
+    """The version of the ptxas that Triton takes for a GPU of compute capability arch."""
+    done = subprocess.run([get_ptxas(arch).path, "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"V(\d+\.\d+\.\d+)", done.stdout)
+    return "unknown" if found is None else found[1]
+
+
+def _compile(source: ASTSource, arch: int, num_warps: int, num_stages: int) -> tuple[Any, str]:
+    """The compiled kernel, and what ptxas said of it."""
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        # of a kernel in the cache nothing would be said
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return compiled, log.getvalue()
 
 
 def _type(value: Any) -> str:
@@ -104,58 +132,22 @@ def _type(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-@functools.lru_cache(maxsize=256)
-def _read(ptx: str, cubin: bytes, shared: int) -> Resources:
-    target = re.search(r"\.target sm_(\w+)", ptx)
-    assert target is not None
-    tool = _TOOLS / ("ptxas-blackwell" if int(re.sub(r"\D", "", target[1])) >= 100 else "ptxas")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
-        file.write_text(ptx)
-        command = [str(tool), "-v", f"--gpu-name=sm_{target[1]}", str(file), "-o", str(file.with_suffix(".cubin"))]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"ptxas failed: {done.stderr.strip()}")
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)]
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    assert registers is not None
-    loops = sorted(_matrix_loops(cubin), key=len)
-    waits = sum(bool(re.search(r"DEPBAR|SYNCS", instruction)) for instruction in loops[0]) if loops else 0
+def _read(compiled: Any, log: str) -> Resources:
+    registers = re.search(r"Used (\d+) registers", log)
+    if registers is None:
+        raise RuntimeError(f"ptxas must say how many registers are used, got: {log.strip() or 'nothing'}")
+    instructions = sass.disassemble(compiled.asm["cubin"])
+    loops = sorted(sass.matrix_loops(instructions), key=len)
+    matrix = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", compiled.asm["ptx"])
     return Resources(
         registers=int(registers[1]),
-        spill_bytes=sum(spills),
-        shared_bytes=shared,
-        warnings=tuple(sorted(set(re.findall(r"\((C\d+)\)", done.stderr)))),
-        matrix_instructions=tuple(sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", ptx)))),
-        loops=tuple(len(loop) for loop in loops),
-        matrix_counts=tuple(sum(bool(_MATRIX.search(text)) for text in loop) for loop in loops),
-        loop_waits=waits,
+        spill_bytes=sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)),
+        shared_bytes=compiled.metadata.shared,
+        assembler=assembler(compiled.metadata.target.arch),
+        warnings=tuple(sorted(set(re.findall(r"\((C\d+)\)", log)))),
+        matrix_instructions=tuple(sorted(set(matrix))),
+        loops=tuple(map(len, loops)),
+        matrix_counts=tuple(sum(bool(sass.MATRIX.search(one.name)) for one in loop) for loop in loops),
+        loop_waits=sum(bool(re.search(r"DEPBAR|SYNCS", one.name)) for one in loops[0]) if loops else 0,
+        miscompiled=(*sass.unwritten_reads(instructions), *sass.early_writes(instructions)),
     )
-
-
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
-_MATRIX = re.compile(r"\b([HQI]GMMA|HMMA|UTC\w*MMA)\b")
-
-
-def _matrix_loops(cubin: bytes) -> list[list[str]]:
-    """The bodies of the innermost loops with matrix instructions: from a backward branch's target to the branch."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run(
-            [str(_TOOLS / "cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True
-        )
-    instructions = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(done.stdout)]
-    place = {address: index for index, (address, _) in enumerate(instructions)}
-    loops = []
-    for index, (address, text) in enumerate(instructions):
-        branch = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)\b", text)
-        if branch is not None and int(branch[1], 16) < address and int(branch[1], 16) in place:
-            loops.append((place[int(branch[1], 16)], index))
-    found = []
-    for first, last in loops:
-        inner = any(first <= head and tail <= last and (head, tail) != (first, last) for head, tail in loops)
-        body = [text for _, text in instructions[first : last + 1]]
-        if not inner and any(_MATRIX.search(text) for text in body):
-            found.append(body)
-    return found

@@ -4,6 +4,8 @@ One launch. All tokens are one tile of ROWS rows; w's columns are tiles, and Q i
 programs than multiprocessors. A program takes a ticket: the lowest make the parts of ``thin = a u``, the others parts
 of ``a w``, each in a float32 slot of its own, and the last to arrive at a tile sums its slots, in their order. Whoever
 waits for thin has a higher ticket, so what it waits for is running or done, whatever order programs start in.
+
+No bit of a token's results hangs on how many others come along: the rule cuts Q by the sizes of w and u alone.
 """
 
 from __future__ import annotations

@@ -195,6 +195,15 @@ def _products(
             a = tl.load(a_tile_ptr + a_offs)
         else:
             a = tl.load(a_tile_ptr + a_offs, mask=mask_q[None, :], other=0.0)
+        # u is in its final dtype before the first product, so that its tile and w's lie apart in shared memory: where
+        # they take turns in one place, ptxas 12.8 multiplies by addresses that nothing has computed (docs/codegen.md)
+        if WITH_THIN:
+            if EVEN_Q:
+                u = tl.load(u_ptr + u_offs, mask=mask_r[None, :], other=0.0)
+            else:
+                u = tl.load(u_ptr + u_offs, mask=mask_q[:, None] & mask_r[None, :], other=0.0)
+            u = round_to(u, dtype)
+            u_offs += step * stride_uq
         if WITH_BASE:
             if DESCRIPTORS:
                 w = w_ptr.load([pid_p * BLOCK_P, q]).T if W_ALONG_Q else w_ptr.load([q, pid_p * BLOCK_P])
@@ -205,15 +214,14 @@ def _products(
             acc = dot(a, w, acc, PRECISION)
             w_offs += step * stride_wq
         if WITH_THIN:
-            if EVEN_Q:
-                u = tl.load(u_ptr + u_offs, mask=mask_r[None, :], other=0.0)
-            else:
-                u = tl.load(u_ptr + u_offs, mask=mask_q[:, None] & mask_r[None, :], other=0.0)
             if DROP_INPUT:
                 columns = tl.arange(0, BLOCK_Q).to(tl.int64) + q
                 a = tl.where(keep_mask(seed, first_m + offs_m, columns, Q, threshold), a, 0.0)
-            thin = dot(a, round_to(u, dtype), thin, PRECISION)
-            u_offs += step * stride_uq
+            thin = dot(a, u, thin, PRECISION)
+            if DROP_INPUT:
+                # what is done with it here waits for the product, so that the next step's mask can't be computed into
+                # registers that this step's product has yet to read, as ptxas before 13.3 does (docs/codegen.md)
+                thin = tl.where(mask_r[None, :], thin, 0.0)
         a_offs += step * stride_aq
     return acc, thin
 

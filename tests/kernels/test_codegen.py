@@ -100,7 +100,7 @@ def test_shipped_launches_compile_without_spills_or_warnings_to_the_instruction_
 
 
 def found(form="PUBLISH", dtype=torch.bfloat16, **changes):
-    got = Resources(128, 0, 1024, (), ("wgmma.mma_async",), (100, 130), (4, 8), 3)
+    got = Resources(128, 0, 1024, "12.8.93", (), ("wgmma.mma_async",), (100, 130), (4, 8), 3, ())
     case = Case(90, 8192, 64, 64, 16, dtype, dtype)
     return Found(case, "forward", (128, 128, 64, 8, 3), form, "pointers", dataclasses.replace(got, **changes), got)
 
@@ -111,6 +111,7 @@ def found(form="PUBLISH", dtype=torch.bfloat16, **changes):
         (found(), None),
         (found(spill_bytes=8), "8 bytes of spills"),
         (found(warnings=("C7514",)), "ptxas warns: C7514"),
+        (found(miscompiled=("0070: UMOV UR4, UR5",)), "ptxas 12.8.93 miscompiles: 0070: UMOV UR4, UR5"),
         (found(matrix_instructions=("mma.sync",)), "no wgmma.mma_async"),
         (found(loops=(), matrix_counts=()), "no main loop with the matrix instructions of the bare GEMM"),
         (found(matrix_counts=(2, 8)), "no main loop with the matrix instructions of the bare GEMM"),

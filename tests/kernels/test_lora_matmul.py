@@ -30,7 +30,7 @@ def operands(inputs):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_output_and_every_gradient_are_within_the_budget(shape, dtype, device):
-    oracle.check_shape(triton, *shape, dtype=dtype, bias=shape[0] % 2 == 1, device=device)
+    oracle.check_shape(triton, *shape, dtype=dtype, bias=shape[0] % 2 == 1, device=device, kernel=True)
 
 
 @pytest.mark.parametrize("base", [torch.float16, torch.bfloat16], ids=str)
@@ -41,7 +41,7 @@ def test_float32_adapters_over_a_16_bit_weight_are_rounded_inside_and_get_float3
     assert got["dA"].dtype == got["dB"].dtype == torch.float32
     assert got["dx"].dtype == got["y"].dtype == base
     rounded = inputs.to(base)
-    oracle.check(rounded, got)
+    oracle.check(rounded, got, kernel=True)
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
@@ -53,7 +53,7 @@ def test_dropout_is_the_reference_mask_in_forward_and_in_every_gradient(shape, d
     mask = reference.dropout_mask(seed, shape[0], shape[1], dropout_p)
     torch.manual_seed(7)
     got = oracle.results(inputs, triton, dropout_p=dropout_p)
-    oracle.check(inputs, got, mask, dropout_p)
+    oracle.check(inputs, got, mask, dropout_p, kernel=True)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**40 + 12345, 2**63 - 1])
@@ -78,13 +78,16 @@ def strided_views(x):
 
 
 @pytest.mark.parametrize("layout", ["every second column", "rows apart", "transposed"])
-def test_any_strides_of_x_weight_and_adapters_give_the_same_bits(layout, dtype, device):
+def test_any_strides_of_x_weight_and_adapters_are_within_the_budget(layout, dtype, device):
     inputs = oracle.draw(33, 50, 35, 5, dtype=dtype, device=device)
-    plain = launch.lora_matmul(*operands(inputs), None, 0.0, False)
+    with oracle.in_one_chain():
+        eager = reference.lora_matmul(*operands(inputs), None, 0.0, False)
+    exact = reference.lora_matmul(*operands(inputs.to(torch.float64)), None, 0.0, False)
     for name in ("x", "weight", "lora_A", "lora_B"):
         setattr(inputs, name, strided_views(getattr(inputs, name))[layout])
-    for got, expected in zip(launch.lora_matmul(*operands(inputs), None, 0.0, False), plain, strict=True):
-        assert torch.equal(got, expected)
+    got = launch.lora_matmul(*operands(inputs), None, 0.0, False)
+    for name, *values in zip(("out", "thin"), got, eager, exact, strict=True):
+        oracle.within(name, *values)
 
 
 def test_expanded_x_and_gradient(device):
@@ -95,7 +98,8 @@ def test_expanded_x_and_gradient(device):
     y = triton(x, inputs.weight, A, B, inputs.scale, inputs.bias)
     grads = torch.autograd.grad(y, (x, A, B), inputs.dy)
     exact = oracle.results(inputs.to(torch.float64), reference.eager_lora_linear)
-    low = oracle.results(inputs, reference.eager_lora_linear)
+    with oracle.in_one_chain():
+        low = oracle.results(inputs, reference.eager_lora_linear)
     for name, value in zip(("y", "dx", "dA", "dB"), (y, *grads), strict=True):
         oracle.within(name, value, low[name], exact[name])
 
@@ -104,11 +108,18 @@ def test_leading_dimensions_are_kept(device):
     inputs = oracle.draw(24, 33, 20, 3, device=device)
     flat = triton(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, 2.0)
     deep = triton(inputs.x.view(2, 3, 4, 33), inputs.weight, inputs.lora_A, inputs.lora_B, 2.0)
-    one = triton(inputs.x[5], inputs.weight, inputs.lora_A, inputs.lora_B, 2.0)
     assert deep.shape == (2, 3, 4, 20)
     assert torch.equal(deep.view(24, 20), flat)
-    assert one.shape == (20,)
-    assert torch.equal(one, flat[5])
+
+
+def test_a_vector_is_one_row_of_another_kernel_and_within_the_budget(device):
+    inputs = oracle.draw(24, 33, 20, 3, device=device)
+    weights = (inputs.weight, inputs.lora_A, inputs.lora_B)
+    rows = torch.stack([triton(x, *weights, 2.0) for x in inputs.x])
+    with oracle.in_one_chain():
+        eager = reference.eager_lora_linear(inputs.x, *weights, 2.0)
+    exact = reference.eager_lora_linear(inputs.x.double(), *(weight.double() for weight in weights), 2.0)
+    oracle.within("y", rows, eager, exact)
 
 
 CONFIGS = [
@@ -126,7 +137,8 @@ def test_every_tile_shape_computes_the_same(config, rank, device):
     for on_output in (False, True):
         seed = torch.tensor([3], device=device)
         got = launch.lora_matmul(*operands(inputs), seed, 0.25, on_output, config=config)
-        expected = reference.lora_matmul(*operands(inputs), seed, 0.25, on_output)
+        with oracle.in_one_chain():
+            expected = reference.lora_matmul(*operands(inputs), seed, 0.25, on_output)
         exact = reference.lora_matmul(*operands(inputs.to(torch.float64)), seed, 0.25, on_output)
         for name, *values in zip(("out", "thin"), got, expected, exact, strict=True):
             oracle.within(name, *values)

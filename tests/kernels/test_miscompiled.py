@@ -26,7 +26,7 @@ SCANNED = {
     ],
     "float32 adapters": [
         ((8192, 4096, 4096, 16), B, F, False, True, None), ((300, 64, 256, 32), H, F, False, True, 2),
-        ((16, 123, 64, 20), B, F, False, True, 3), ((33, 64, 4096, 5), B, F, False, False, 4),
+        ((16, 123, 64, 20), B, F, False, True, 3), ((300, 123, 64, 16), B, F, False, False, 3),
     ],
     "dropout": [
         ((8192, 4096, 4096, 64), B, B, True, False, None), ((256, 4096, 4096, 64), B, B, True, False, None),

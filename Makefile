@@ -14,7 +14,7 @@ PYTEST := -m pytest -n auto --dist worksteal
 CPP := '*.cpp' '*.h' '*.cu' '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-triton36 test-peft bench native gpu docs report scaling models sanitize lint format types clean
+.PHONY: help install demo test test-triton36 test-torch test-peft bench native gpu docs report scaling models sanitize lint format types clean
 
 help:
 	@echo 'make demo           the main job: fine-tune a real network on MNIST with the fused layer (a few minutes on a CPU)'
@@ -28,6 +28,7 @@ help:
 	@echo 'make sanitize       the compiled extension under ASan and UBSan, over fuzzed operands; its CUDA kernels on the host'
 	@echo 'make lint types     ruff, clang-format; mypy.  make format mends what lint finds'
 	@echo 'make test-triton36  the kernel tests on Triton 3.6'
+	@echo 'make test-torch     the compile tests that need no GPU on another PyTorch; TORCH=2.8.0'
 	@echo "make test-peft      PEFT's own LoRA tests, unfused and fused: fusing must break none (about ten minutes)"
 
 install: $(INSTALLED)
@@ -94,10 +95,19 @@ test-triton36: pyproject.toml
 	@$(VENV_TRITON36)/bin/python $(PIP_INSTALL) torch==2.13.0 triton==3.6.0 'numpy<2.4' safetensors pytest pytest-xdist
 	$(VENV_TRITON36)/bin/python $(PYTEST) tests/kernels $(ARGS)
 
+# the oldest PyTorch that is supported, unless another is named
+TORCH ?= 2.8.0
+VENV_TORCH := .venv-torch$(TORCH)
+test-torch:
+	@test -x $(VENV_TORCH)/bin/python || $(PYTHON) -m venv $(VENV_TORCH)
+	@$(VENV_TORCH)/bin/python $(PIP_INSTALL) torch==$(TORCH) 'numpy<2.4' safetensors setuptools pytest
+	$(VENV_TORCH)/bin/python -m pytest tests/test_compile_cuda.py tests/kernels/test_workspace.py \
+		tests/kernels/test_compiled.py $(ARGS)
+
 # the tests are those in the source distribution of the PEFT that is installed
 test-peft: $(INSTALLED)
 	@$(RUN)/python $(PIP_INSTALL) -c constraints.txt -e '.[peft-suite]'
 	$(RUN)/python tests/peft_suite/run.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV_TRITON36) build dist *.egg-info demo-output site
+	rm -rf $(VENV) $(VENV_TRITON36) .venv-torch* build dist *.egg-info demo-output site

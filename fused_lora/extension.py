@@ -56,15 +56,20 @@ def why_unavailable(device: torch.device | None = None, dtype: torch.dtype | Non
 def _cuda_problem(device: torch.device) -> str | None:
     if not _HAS_CUDA:
         return "the compiled extension was built without CUDA, which needs nvcc and a PyTorch with CUDA"
-    capability = _capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"the GPU has compute capability {capability}; the compiled extension needs {MIN_CAPABILITY} or later"
+    gpu = capability(device)
+    if gpu < MIN_CAPABILITY:
+        return f"the GPU has compute capability {gpu}; the compiled extension needs {MIN_CAPABILITY} or later"
     return None
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; one without an index is the current one."""
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def lora_matmul(

@@ -6,7 +6,6 @@ compute. They carry no autograd of their own: ``functional.py`` does.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -40,14 +39,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
+# asked at import, as extension.py asks for the extension; looking for it does not import it
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    return _TRITON_INSTALLED
 
 
 def why_unavailable(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -64,10 +61,15 @@ def why_unavailable(impl: str, device: torch.device, dtype: torch.dtype) -> str 
         return None
     if device.type != "cuda":
         return f"Triton needs a CUDA device (or TRITON_INTERPRET=1), and the tensors are on {device.type}"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if _capability(index) < MIN_CAPABILITY:
-        return f"the GPU has compute capability {_capability(index)}; the Triton kernels need {MIN_CAPABILITY} or later"
+    capability = extension.capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"the GPU has compute capability {capability}; the Triton kernels need {MIN_CAPABILITY} or later"
     return None
+
+
+# A compiler that traces a call asks once and keeps the answer: what is installed, and what a GPU can do, stays. This is
+# torch.compiler.assume_constant_result without its import of Dynamo, which would double that of this package.
+why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -86,7 +88,11 @@ def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
             return "native" if extension.available() and dtype in extension.DTYPES else "eager"
         if device.type != "cuda":
             return "eager"
-        return next((name for name in ("triton", "native") if why_unavailable(name, device, dtype) is None), "eager")
+        # a loop: Dynamo of torch 2.8 knows no next() with a default
+        for name in ("triton", "native"):
+            if why_unavailable(name, device, dtype) is None:
+                return name
+        return "eager"
     if impl != "eager":
         why = why_unavailable(impl, device, dtype)
         if why is not None:

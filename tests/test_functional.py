@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_lora import functional, lora_linear, ops, reference
+from fused_lora import extension, functional, lora_linear, ops, reference
 
 pytestmark = pytest.mark.usefixtures("cpu_impl")
 
@@ -158,7 +158,7 @@ def test_any_strides(layout):
 def test_an_old_gpu_runs_eagerly_and_says_why_and_a_future_one_runs_triton(capability, runs, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(ops, "triton_installed", lambda: True)
-    monkeypatch.setattr(ops, "_capability", lambda index: capability)
+    monkeypatch.setattr(extension, "_capability", lambda index: capability)
     gpu = torch.device("cuda", 0)
     assert ops.choose_impl("auto", gpu, torch.float16) == ("triton" if runs else "eager")
     if runs:

@@ -164,7 +164,7 @@ def built(monkeypatch):
     def build(cuda=True, capability=(9, 0)):
         monkeypatch.setattr(extension, "_PROBLEM", None)
         monkeypatch.setattr(extension, "_HAS_CUDA", cuda)
-        monkeypatch.setattr(extension, "_capability", lambda device: capability)
+        monkeypatch.setattr(extension, "_capability", lambda index: capability)
         monkeypatch.setattr(ops, "triton_installed", lambda: False)
 
     return build

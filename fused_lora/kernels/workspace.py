@@ -2,12 +2,20 @@
 
 A launch that uses them sets them back itself, so launches on one stream share one set in turn, without a memset.
 Two graphs captured on one stream share its counters too: replay them in turn, as graphs that share memory are.
+
+They are allocated on a thread of their own. A memory pool that is current on the caller's thread must not own them:
+``torch.compile(mode="reduce-overhead")`` makes one current for its warm-up, before it captures anything, and refuses
+tensors that stay in it. Since torch 2.8 a pool is current on one thread alone (``torch.cuda.use_mem_pool`` says so). A
+pool of our own within it would not do: in 2.8 the outer one wins (pytorch/pytorch#161193).
+That the module does this is tested with a simulated allocator; that torch does what is said here was read in its
+sources, of 2.8, 2.11 and 2.13, and has not run on a GPU.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -22,6 +30,8 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 _spares: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
 # kept, because a captured graph may hold their addresses
 _outgrown: list[Tensor] = []
+# two threads on one stream must find one set
+_lock = threading.Lock()
 
 
 def counters(device: torch.device, count: int) -> Tensor | None:
@@ -30,25 +40,50 @@ def counters(device: torch.device, count: int) -> Tensor | None:
     That is while a CUDA graph is captured, unless this stream has had counters before or a spare set, put aside at the
     first use of the device, is left.
     """
-    if device.type != "cuda":
-        return _grown((device, threading.get_ident()), count)
-    stream = torch.cuda.current_stream(device)
-    key = (device, stream.cuda_stream)
-    with torch.cuda.device(device):
-        if not torch.cuda.is_current_stream_capturing():
-            if not _spares[device]:
-                _spares[device] = [torch.zeros(LEAST, dtype=torch.int32, device=device) for _ in range(SPARES)]
-            return _grown(key, count)
+    on_gpu = device.type == "cuda"
+    key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else threading.get_ident())
     known = _counters.get(key)
-    if known is None and _spares[device]:
-        known = _counters[key] = _spares[device].pop()
+    if known is not None and known.numel() >= count and (_spares[device] or not on_gpu):
+        return known
+    with _lock:
+        return _found(key, count) if on_gpu and _capturing(device) else _made(key, count)
+
+
+def _capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _found(key: tuple[torch.device, int], count: int) -> Tensor | None:
+    """Counters that are there already."""
+    known, spares = _counters.get(key), _spares[key[0]]
+    if known is None and spares:
+        known = _counters[key] = spares.pop()
     return known if known is not None and known.numel() >= count else None
 
 
-def _grown(key: tuple[torch.device, int], count: int) -> Tensor:
-    known = _counters.get(key)
+def _made(key: tuple[torch.device, int], count: int) -> Tensor:
+    """Counters that are there or made now, and spare ones with them."""
+    device, known = key[0], _counters.get(key)
+    if device.type == "cuda" and not _spares[device]:
+        _spares[device] += _zeros(device, SPARES * LEAST).split(LEAST)
     if known is None or known.numel() < count:
+        made = _zeros(device, max(next_power_of_2(count), LEAST))
         if known is not None:
             _outgrown.append(known)
-        known = _counters[key] = torch.zeros(max(next_power_of_2(count), LEAST), dtype=torch.int32, device=key[0])
+        known = _counters[key] = made
     return known
+
+
+def _zeros(device: torch.device, count: int) -> Tensor:
+    """count int32 zeros, for any stream; no pool of this thread owns them."""
+
+    def finished() -> Tensor:
+        zeros = torch.zeros(count, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            # they are written on this thread's stream, and used on another
+            torch.cuda.current_stream(device).synchronize()
+        return zeros
+
+    with ThreadPoolExecutor(max_workers=1) as elsewhere:
+        return elsewhere.submit(finished).result()

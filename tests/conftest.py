@@ -62,9 +62,20 @@ def native(extension_library, _extension_hidden, monkeypatch):
     return extension
 
 
+def named(impl, request):
+    """The implementation, and it is there: "native" unhides the extension for the test that names it."""
+    if impl == "native":
+        request.getfixturevalue("native")
+    return impl
+
+
 @pytest.fixture(params=["eager", "native"])
 def cpu_impl(request):
     """Each implementation in turn is what ``impl="auto"`` means on the CPU."""
-    if request.param == "native":
-        request.getfixturevalue("native")
-    return request.param
+    return named(request.param, request)
+
+
+@pytest.fixture
+def impl(request):
+    """For tests that are parametrized by it, ``indirect``: what they name is there."""
+    return named(request.param, request)

@@ -26,7 +26,7 @@ LAUNCHES, STEPS, ROUNDS = (1000, 200, 200) if ON_GPU else (1, 1, 1)
 DEVICE = "cuda" if ON_GPU else "cpu"
 # of a whole step; the compiled extension's kernels are alike, and meet the same streams and graphs
 IMPLS = ["triton"]
-if ON_GPU and extension.why_unavailable(torch.device("cuda"), torch.bfloat16) is None:
+if extension.why_unavailable(torch.device(DEVICE), torch.bfloat16) is None:
     IMPLS.append("native")
 by_form = pytest.mark.parametrize("schedule", FORMS, ids=lambda s: "rule" if s is None else s.form.name)
 by_tokens = pytest.mark.parametrize("tokens", TOKENS)
@@ -122,7 +122,7 @@ def test_a_thousand_adapter_gradients_give_the_same_bits(tokens, parts):
     assert_same_bits(lambda: adapter_gradients(inputs, parts), LAUNCHES)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 @by_tokens
 def test_hundreds_of_steps_give_the_same_bits(tokens, impl):
     inputs = draw(tokens)
@@ -139,19 +139,20 @@ def test_more_tiles_than_run_at_once_hand_over_in_a_small_tile(schedule):
     assert_same_bits(lambda: launch.lora_matmul(*args, config=tile, schedule=schedule), 20 if ON_GPU else 1)
 
 
+# by name: the implementation that it takes, and the work
 WORKS = {
-    "forward": forward,
-    "PUBLISH": lambda inputs: forward(inputs, Schedule(Form.PUBLISH)),
-    "PRODUCE": lambda inputs: forward(inputs, PRODUCE),
-    "adapter gradients": lambda inputs: adapter_gradients(inputs, 4),
-    **{f"{impl} step": functools.partial(step, impl=impl) for impl in IMPLS},
+    "forward": ("triton", forward),
+    "PUBLISH": ("triton", lambda inputs: forward(inputs, Schedule(Form.PUBLISH))),
+    "PRODUCE": ("triton", lambda inputs: forward(inputs, PRODUCE)),
+    "adapter gradients": ("triton", lambda inputs: adapter_gradients(inputs, 4)),
+    **{f"{impl} step": (impl, functools.partial(step, impl=impl)) for impl in IMPLS},
 }
-by_work = pytest.mark.parametrize("work", WORKS.values(), ids=WORKS.keys())
+by_work = pytest.mark.parametrize(("impl", "work"), WORKS.values(), ids=WORKS.keys(), indirect=["impl"])
 
 
 @by_work
 @pytest.mark.parametrize("tokens", [(TOKENS[0], TOKENS[1]), (TOKENS[1], TOKENS[-1])], ids=str)
-def test_two_streams_at_once_do_not_meet_in_the_counters(work, tokens):
+def test_two_streams_at_once_do_not_meet_in_the_counters(impl, work, tokens):
     streams = [Stage.stream(), Stage.stream()]
     inputs = [draw(count) for count in tokens]
     expected = [[result.clone() for result in work(one)] for one in inputs]
@@ -169,7 +170,7 @@ def test_two_streams_at_once_do_not_meet_in_the_counters(work, tokens):
 @by_work
 @by_tokens
 @pytest.mark.parametrize("warm", [True, False] if ON_GPU else [True], ids=lambda warm: "warmed up" if warm else "cold")
-def test_a_captured_graph_replays_with_changed_inputs(tokens, work, warm):
+def test_a_captured_graph_replays_with_changed_inputs(tokens, impl, work, warm):
     inputs, stream = draw(tokens), Stage.stream()
     # compiled before the capture
     work(inputs)

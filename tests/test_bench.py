@@ -6,12 +6,13 @@ import argparse
 import functools
 import json
 import os
+import sys
 import types
 
 import pytest
 import torch
 
-from fused_lora import bench
+from fused_lora import bench, reference
 from fused_lora.bench import measure, peers, roofline, runner, series, shapes, table
 from fused_lora.bench.problems import LayerProblem, NetProblem
 from fused_lora.bench.results import Environment, Results, Row
@@ -327,3 +328,71 @@ def test_on_a_gpu_the_targets_come_first_in_every_dtype_and_llama_covers_tokens_
     assert {shape.R for _, shape, _, _ in made} >= {8, 16, 32, 64, 128}
     for name in ("llama-7b", "llama-8b", "llama-70b"):
         assert any(shape.name.startswith(name) for _, shape, _, _ in made)
+
+
+# ---------------------------------------------------------------- LoRAFusion's kernels
+
+
+@pytest.fixture
+def lorafusion(monkeypatch):
+    """A stand-in with the names and the signature of LoRAFusion 0.1.0; ``get_hardware_config`` may be replaced."""
+
+    def fused_linear_lora(x, linear_w, lora_a, lora_b, alpha, seed=None, dropout_p=0.0, linear_bias=None):
+        # theirs cannot shape the result of two dimensions
+        batch, tokens, _ = x.shape
+        y = reference.eager_lora_linear(x, linear_w, lora_a, lora_b, alpha, linear_bias)
+        return y.reshape(batch, tokens, -1)
+
+    known = types.SimpleNamespace(get_hardware_config=lambda: None)
+    kernels = types.SimpleNamespace(fused_linear_lora=fused_linear_lora)
+    ops = types.SimpleNamespace(lora_v1=kernels)
+    for name, module in (
+        ("lorafusion", types.SimpleNamespace(ops=ops)),
+        ("lorafusion.ops", ops),
+        ("lorafusion.ops.lora_v1", kernels),
+        ("lorafusion.ops.triton_ops", types.SimpleNamespace(config=known)),
+        ("lorafusion.ops.triton_ops.config", known),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    return known
+
+
+def test_lorafusion_is_called_as_it_wants_and_held_to_the_truth(monkeypatch, lorafusion):
+    monkeypatch.setitem(peers.PEERS, "lorafusion", peers.Peer(peers.LoRAFusionLoRA))
+    group = runner.run_group(LayerProblem(STEP, SMALL, "float32", CPU), HASTY)
+    assert group.red == {}
+    assert "lorafusion" in {row.candidate for row in group.rows}
+
+
+def test_lorafusion_is_timed_where_its_kernels_run_and_nowhere_else(monkeypatch, lorafusion):
+    def why(device="cuda", dtype=torch.bfloat16, adapter=torch.bfloat16, rank=16):
+        weight = types.SimpleNamespace(device=torch.device(device), dtype=dtype)
+        lora_A = types.SimpleNamespace(dtype=adapter)
+        return peers._why_no_lorafusion(types.SimpleNamespace(weight=weight, lora_A=lora_A, rank=rank))
+
+    assert why() is None
+    assert "CUDA devices alone" in why(device="cpu")
+    assert "16 bits" in why(dtype=torch.float32, adapter=torch.float32)
+    assert "the base's dtype" in why(adapter=torch.float32)
+    assert "powers of two from 16 on, not 8" in why(rank=8)
+    assert "not 48" in why(rank=48)
+
+    def refuse():
+        raise ValueError("GPU h300 not supported")
+
+    lorafusion.get_hardware_config = refuse
+    assert why() == "LoRAFusion cannot run here: GPU h300 not supported"
+    monkeypatch.setitem(sys.modules, "lorafusion.ops.lora_v1", None)
+    monkeypatch.delattr(sys.modules["lorafusion.ops"], "lora_v1")
+    assert why().startswith("LoRAFusion cannot run here: ")
+
+
+def test_a_group_whose_truth_does_not_fit_is_left_out_and_the_run_goes_on(monkeypatch):
+    def too_large(problem):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runner, "Judge", too_large)
+    group = runner.run_group(LayerProblem(STEP, SMALL, "float32", CPU), HASTY)
+    assert (group.rows, group.red) == ([], {})
+    assert group.absent["frozen"] == "the float64 truth does not fit in memory"
+    assert "step" in "\n".join(table.lines(group))

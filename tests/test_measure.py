@@ -54,33 +54,128 @@ def test_short_calls_are_repeated_to_fill_a_sample():
     assert measured.time("a").median == pytest.approx(0.03)
 
 
-def test_the_cache_is_flushed_before_every_call_on_a_gpu(monkeypatch):
-    log = []
+class Gpu(Clock):
+    """``torch.cuda`` of a device that runs what the host issues, in order, on the host's clock; a cycle is a ns."""
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.idle_at, gpu = 0.0, self
 
-        def record(self):
-            log.append("record")
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
 
-        def synchronize(self):
-            log.append("wait")
+            def record(self):
+                gpu.calls.append("record")
+                self.at = max(gpu.idle_at, gpu.seconds)
 
-        def elapsed_time(self, end):
-            return 3.0
+            def query(self):
+                return self.at <= gpu.seconds
 
-    class Buffer(torch.Tensor):
-        def zero_(self):
-            log.append("flush")
+            def synchronize(self):
+                gpu.seconds = max(gpu.seconds, self.at)
 
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=100))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch, "empty", lambda size, **options: torch.zeros(size, **options).as_subclass(Buffer))
-    monkeypatch.setattr(measure, "MIN_FLUSH", 16)
-    timer = measure.CudaTimer(CPU)
-    assert timer(lambda: log.append("call"), 2) == 3.0
-    assert log == ["flush", "record", "call", "record", "wait"] * 2
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e3
+
+        class Buffer(torch.Tensor):
+            def zero_(self):
+                gpu.calls.append("flush")
+
+        self.Event = Event
+        monkeypatch.setattr(torch, "empty", lambda size, **options: torch.zeros(16).as_subclass(Buffer))
+
+    def get_device_properties(self, device):
+        return types.SimpleNamespace(L2_cache_size=100)
+
+    def synchronize(self, device=None):
+        self.seconds = max(self.seconds, self.idle_at)
+
+    def _sleep(self, cycles):
+        self.calls.append("sleep")
+        self.idle_at = max(self.idle_at, self.seconds) + cycles * 1e-9
+
+    def issues(self, name, host_ms, device_ms, launches=4):
+        """A call: launches that take the host and the device so long in all."""
+
+        def call():
+            self.calls.append(name)
+            for _ in range(launches):
+                self.seconds += host_ms / launches * 1e-3 * self.slowness
+                self.idle_at = max(self.idle_at, self.seconds) + device_ms / launches * 1e-3
+
+        return call
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return Gpu(monkeypatch)
+
+
+def test_the_cache_is_flushed_and_the_gpu_kept_busy_before_every_call(gpu):
+    timer = measure.CudaTimer(CPU, gpu=gpu)
+    gpu.calls.clear()
+    assert timer(gpu.issues("call", 0.1, 0.3), 2) == pytest.approx(0.3)
+    assert gpu.calls == ["flush", "sleep", "record", "call", "record"] * 2
+
+
+def test_the_gpu_is_kept_busy_for_as_long_as_the_slowest_host_needs(gpu):
+    timer, slow, quick = measure.CudaTimer(CPU, 1.0, gpu), gpu.issues("slow", 3.0, 0.2), gpu.issues("quick", 0.1, 0.2)
+    assert timer(quick, 1) == pytest.approx(0.2)
+    assert timer.head_start_ms == 1.0
+    # too short for this one: its samples that hold the host's time are thrown away
+    assert timer(slow, 1) == pytest.approx(0.2)
+    assert 3.0 < timer.head_start_ms < 3.0 * measure.GROWTH
+    assert gpu.calls.count("slow") == 4
+    # and it stays as long
+    assert timer(slow, 3) == pytest.approx(0.2)
+    assert gpu.calls.count("slow") == 7
+    assert timer.exposed == set()
+
+
+def test_a_host_that_cannot_be_hidden_is_said_to_show_and_costs_the_others_nothing(gpu):
+    work = gpu.issues("waits", 1.0, 0.2)
+
+    def waits():
+        gpu.synchronize()
+        work()
+
+    timer = measure.CudaTimer(CPU, 2.0, gpu)
+    assert timer(waits, 1) > 0.9
+    assert timer.exposed == {waits}
+    assert (timer.head_start_ms, gpu.calls.count("waits")) == (2.0, measure.ATTEMPTS)
+    # it is not tried for over and over
+    timer(waits, 1)
+    assert gpu.calls.count("waits") == measure.ATTEMPTS + 1
+
+
+def test_a_sample_that_is_taken_again_is_made_ready_again(gpu):
+    made = []
+
+    def ready():
+        made.append(gpu.issues("backward", 3.0, 0.5))
+        return made[-1]
+
+    assert measure.CudaTimer(CPU, 1.0, gpu)(measure.Staged(ready), 1) == pytest.approx(0.5)
+    assert len(made) == gpu.calls.count("backward") == 4
+
+
+def test_device_wall_and_host_are_told_apart(gpu):
+    calls = {"ours": gpu.issues("ours", 1.0, 0.2), "big": gpu.issues("big", 0.1, 2.0)}
+    plan = measure.Plan(0.0, 3, 3, 0.0)
+    clocks = measure.on_every_clock(calls, torch.device("cuda"), plan, gpu, gpu)
+    assert [clocks.time.time(name).median for name in calls] == pytest.approx([0.2, 2.0])
+    assert [clocks.host.time(name).median for name in calls] == pytest.approx([1.0, 0.1])
+    # the one waits for its host, the other for the device; the last launch of the one, the first of the other show too
+    assert [clocks.wall.time(name).median for name in calls] == pytest.approx([1.0, 2.0], rel=0.02)
+    assert clocks.exposed == frozenset()
+
+
+def test_on_a_cpu_there_is_one_clock():
+    clock = Clock()
+    clocks = measure.on_every_clock({"a": clock.takes("a", 1.0)}, CPU, measure.Plan(0.0, 2, 2, 0.0), now=clock)
+    assert clocks.time.time("a").median == pytest.approx(1.0)
+    assert (clocks.wall, clocks.host) == (None, None)
 
 
 def test_what_slows_a_whole_round_cancels_in_the_ratio():

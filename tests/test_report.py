@@ -8,13 +8,14 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fused_lora import bench
-from fused_lora.bench import charts, groups, publish, report
-from fused_lora.bench.peers import PEERS
+from fused_lora.bench import charts, groups, publish, report, table
+from fused_lora.bench.peers import PEERS, SCHEDULES
 from fused_lora.bench.results import Environment, Results, Row
 from fused_lora.bench.svg import COLOURS
 
@@ -116,7 +117,72 @@ def test_a_table_without_a_gpu_file_says_not_measured_and_with_one_gives_it(chec
     # whole models have files of their own
     assert "not measured" not in readme + page.partition("## Whole models")[0]
     assert "| … step | 1.10 | 1.50 |" in readme
+    # a file without a wall says whose time it may hold
+    for text in (readme, page):
+        assert "`ours-triton`, is ahead of the fastest of eager in 1 of 1 groups, level in 0 and behind in 0**" in text
+        assert "the host 0.1 ms ahead" in text
     assert (checkout / "docs" / "pictures" / "measured-gpu.svg").exists()
+
+
+def headline(**walls):
+    """A GPU's file of one group: candidate -> ratio, wall ms, host ms."""
+    rows = [
+        row(
+            name, ratio, shape="headline (M=8192 K=4096 N=4096 R=16)", dtype="bfloat16", wall_ms=wall, host_ms=host,
+            host_hidden=name != "eager",
+        )
+        for name, (ratio, wall, host) in walls.items()
+    ]  # fmt: skip
+    return Results(GPU, [replace(row, candidate=row.candidate.replace("_", "-")) for row in rows])
+
+
+def test_device_wall_and_host_stand_beside_each_other_where_a_file_has_them(checkout):
+    results = headline(frozen=(1.0, 2.0, 0.2), ours_triton=(1.1, 4.0, 3.0), peft=(1.4, 3.0, 1.5), eager=(1.6, 3.1, 0.4))
+    results.save(checkout / "benchmarks" / "results" / "gpu.json")
+    publish.main([], checkout)
+    readme, page = (checkout / "README.md").read_text(), (checkout / "docs" / "benchmarks.md").read_text()
+    assert "| ÷ frozen linear, device / wall | ours-triton | eager | peft |" in readme
+    assert "| … step | 1.10 / 2.00 | 1.60 / 1.55 | 1.40 / 1.50 |" in readme
+    assert "in 1 of 1 groups, level in 0 and behind in 0**; ahead of each alone: eager in 1, peft in 1" in readme
+    # it wins on the device, and its user waits longer
+    assert "it takes less than the fastest of them in 0 of 1." in readme
+    assert "0.1 ms" not in readme
+    assert "| ours-triton | 1.100 | 1.090–1.110 | 2.2 | 4 | 75% |" in page
+    assert "| eager | 1.600 | 1.590–1.610 | 3.2* | 3.1 | 13% |" in page
+    shown = "\n".join(table.lines(groups.groups_of(results)[0]))
+    assert "wall ms" in shown
+    assert table.EXPOSED in shown
+    assert "wall 4 ms · host 75%" in html.unescape(report.page(results, {}))
+
+
+def test_losses_on_a_gpu_are_said_in_words(checkout):
+    rows = [
+        row(name, ratio, work=work, shape=f"some (M={tokens} K=64 N=64 R=16)", dtype="bfloat16")
+        for work, tokens, times in (
+            ("forward", 4096, {"frozen": 1.0, "ours-triton": 1.3, "ours-native": 5.0, "addmm": 1.2, "peft": 1.5}),
+            ("decode", 1, {"frozen": 1.0, "ours-triton": 6.0, "ours-native": 1.4, "addmm": 2.0, "peft": 3.0}),
+        )
+        for name, ratio in times.items()
+    ]
+    words = publish.in_words(Results(GPU, rows))
+    assert "is ahead of the fastest of addmm, peft in 0 of 2 groups, level in 0 and behind in 2**" in words
+    assert "ahead of each alone: addmm in 0, peft in 1, none of them under 4,096 tokens." in words
+    assert "`ours-native` is ahead of it in 1, none of them above 1 tokens." in words
+    assert "no forward of `ours-triton` takes less than 2.600 ms, the frozen linear's quickest 2.000" in words
+
+
+def test_the_committed_gpu_file_is_older_than_the_wall_and_says_so():
+    files = publish.load_all(publish.CHECKOUT / "benchmarks" / "results")
+    for results in filter(groups.is_gpu, files.values()):
+        assert (publish.GLIMPSE in publish.in_words(results)) == (not groups.has_wall(results))
+
+
+def test_models_in_a_gpus_file_are_measured_models(checkout):
+    rows = [row(name, 1.0, work="model", shape="block (input 1×2, R=4)") for name in ("frozen", "ours-triton", "peft")]
+    Results(GPU, rows).save(checkout / "benchmarks" / "results" / "gpu.json")
+    publish.main([], checkout)
+    page = (checkout / "docs" / "benchmarks.md").read_text()
+    assert "not measured" not in page
 
 
 def test_a_changed_number_is_found(checkout):
@@ -172,12 +238,17 @@ def test_a_plot_hides_no_ratio_of_ours():
 
 
 @pytest.mark.parametrize("ours", ["ours-triton", "ours-native"])
-def test_no_two_candidates_share_a_colour(ours):
-    # on a GPU there is no ours-native, on a CPU none of the kernels' forms
-    left_out = "ours-native" if ours == "ours-triton" else "ours-triton"
-    colours = charts.colours([name for name in PEERS if name != left_out], ours)
+def test_no_two_candidates_share_a_colour_and_every_name_fits(ours):
+    results = Results(GPU, [row(name, 1.2) for name in PEERS])
+    names = groups.candidates_of(results)
+    assert set(names) == set(PEERS) - set(SCHEDULES)
+    colours = charts.colours(names, ours)
     assert len(set(colours.values())) == len(colours)
     assert colours[ours] == "ours"
+    plot = charts.ratio_plot(groups.groups_of(results), names, "t")
+    for name in set(names) - {"frozen"}:
+        place = float(re.search(rf'<text x="([\d.]+)"[^>]*>{name}</text>', plot)[1])
+        assert place + 8 * len(name) < 760
 
 
 def test_works_come_in_their_order_whatever_was_measured_first():

@@ -13,6 +13,7 @@ from .svg import Svg
 PEER_COLOURS = ("orange", "blue", "violet", "olive", "red", "cyan", "pink", "brown", "muted")
 # beyond it a ratio is drawn at the edge; ours with its number
 LARGEST_RATIO = 2.0
+_WIDTH = 760
 
 
 def colours(candidates: Sequence[str], ours: str) -> dict[str, str]:
@@ -36,10 +37,11 @@ def ratio_plot(groups: Sequence[Group], candidates: Sequence[str], title: str) -
     names = [name for name in candidates if name != FROZEN]
     ours = groups[0].ours if groups else OURS
     colour = colours(candidates, ours)
-    left, right, top, step = 330, 715, 84, 24
-    svg = Svg(760, top + step * len(groups) + 44, title)
+    places = _legend_places(names, 20, 54)
+    left, right, top, step = 330, 715, 30 + max((y for _, y in places), default=54), 24
+    svg = Svg(_WIDTH, top + step * len(groups) + 44, title)
     svg.text(20, 30, title, 15, bold=True)
-    _legend(svg, names, colour, 20, 54)
+    _legend(svg, names, colour, places)
 
     low = smallest_ratio(groups)
 
@@ -58,7 +60,7 @@ def ratio_plot(groups: Sequence[Group], candidates: Sequence[str], title: str) -
         y = top + index * step + 10
         svg.text(left - 14, y + 4, short_title(group), 11.5, "ink", "end")
         for row in sorted(group.rows, key=lambda row: row.candidate == group.ours):
-            if row.candidate == FROZEN or row.ratio_to_frozen is None:
+            if row.candidate not in names or row.ratio_to_frozen is None:
                 continue
             if row.candidate == group.ours and row.ratio_p20 is not None and row.ratio_p80 is not None:
                 svg.line([(place(row.ratio_p20), y), (place(row.ratio_p80), y)], "ours", 2)
@@ -86,9 +88,10 @@ class Curve:
 
 def curve_plot(curves: Mapping[str, Curve], title: str, x_label: str, y_label: str, log_y: bool = True) -> str:
     """Curves over a logarithmic x whose values are the ticks."""
-    svg = Svg(760, 400, title)
+    svg = Svg(_WIDTH, 400, title)
     svg.text(20, 30, title, 15, bold=True)
-    _legend(svg, list(curves), {name: curve.colour for name, curve in curves.items()}, 20, 54)
+    names = list(curves)
+    _legend(svg, names, {name: curve.colour for name, curve in curves.items()}, _legend_places(names, 20, 54))
     left, right, top, bottom = 74, 735, 80, 340
     xs = sorted({x for curve in curves.values() for x, _ in curve.points})
     ys = [y for curve in curves.values() for _, y in curve.points]
@@ -118,11 +121,24 @@ def curve_plot(curves: Mapping[str, Curve], title: str, x_label: str, y_label: s
     return svg.render()
 
 
-def _legend(svg: Svg, names: Sequence[str], colour: Mapping[str, str], x: float, y: float) -> None:
+def _legend_places(names: Sequence[str], left: float, top: float) -> list[tuple[float, float]]:
+    """Where each name stands, in as many lines as they need."""
+    places, x, y = [], left, top
     for name in names:
+        width = 30 + 8 * len(name)
+        if x + width > _WIDTH and x > left:
+            x, y = left, y + 20
+        places.append((x, y))
+        x += width
+    return places
+
+
+def _legend(
+    svg: Svg, names: Sequence[str], colour: Mapping[str, str], places: Sequence[tuple[float, float]]
+) -> None:  # fmt: skip
+    for name, (x, y) in zip(names, places, strict=True):
         svg.dot(x + 5, y - 4, colour[name], 5)
         svg.text(x + 15, y, name, 12)
-        x += 30 + 8 * len(name)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from .peers import OURS, PEERS
+import re
+
+from .peers import OURS, PEERS, SCHEDULES
 from .results import Results, Row
 from .runner import Group
 
 
 def is_gpu(results: Results) -> bool:
     return results.environment.cuda_version is not None
+
+
+def has_wall(results: Results) -> bool:
+    """Whether device and wall were timed apart."""
+    return any(row.wall_ms is not None for row in results.rows)
+
+
+def tokens_of(group: Group) -> int:
+    """M of a layer's group."""
+    found = re.search(r"\bM=(\d+)", group.title)
+    assert found is not None, group.title
+    return int(found[1])
 
 
 def our_default(results: Results) -> str:
@@ -26,6 +40,6 @@ def groups_of(results: Results) -> list[Group]:
 
 
 def candidates_of(results: Results) -> list[str]:
-    """Those that have a time anywhere in the file, in the order of PEERS."""
-    found = {row.candidate for row in results.rows}
+    """Those that have a time anywhere in the file, in the order of PEERS. Only full tables have imposed schedules."""
+    found = {row.candidate for row in results.rows} - set(SCHEDULES)
     return [name for name in PEERS if name in found] + sorted(found - set(PEERS))

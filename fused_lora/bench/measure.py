@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,14 @@ Call = Callable[[], object]
 # (call, count) -> milliseconds a call, over count calls in a row
 Timer = Callable[[Call, int], float]
 
-# at least this much is written to flush a GPU's cache: about 0.1 ms, for the host to issue launches in
+# at least this much is written to flush a GPU's cache
 MIN_FLUSH = 1 << 28
+# how much longer than the slowest candidate's host a GPU is kept busy; what that grows by where it was too short,
+# and how often, before a call is taken for one whose host can't be hidden
+MARGIN, GROWTH, ATTEMPTS = 1.5, 1.5, 5
+HEAD_START_MS = 1.0
+# that a GPU spins for to learn how many of them are a millisecond
+CALIBRATION_CYCLES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -56,46 +63,93 @@ class Plan:
 def plan_for(device: torch.device, quick: bool) -> Plan:
     if device.type == "cuda":
         # the cache is flushed before every call, so a sample is one call
-        return Plan(0.3, 10, 20, 0.0) if quick else Plan(2.0, 20, 100, 0.0)
+        return Plan(0.3, 10, 20, 0.0) if quick else Plan(1.0, 20, 60, 0.0)
     return Plan(0.5, 5, 50, 0.5) if quick else Plan(5.0, 15, 200, 2.0)
 
 
-class HostTimer:
-    """For calls that are done when they return. now: seconds."""
+# of what a GPU's user waits for, many calls in a row; and of the host alone, which must find an empty queue
+WALL_PLAN, HOST_PLAN = Plan(0.5, 5, 20, 5.0), Plan(0.1, 5, 20, 0.0)
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
+
+def _at_once() -> None:
+    """Nothing to wait for."""
+
+
+class HostTimer:
+    """The host's clock. now: seconds.  before, after: waits for what is under way, before and within the time."""
+
+    def __init__(
+        self,
+        now: Callable[[], float] = time.perf_counter,
+        before: Callable[[], None] = _at_once,
+        after: Callable[[], None] = _at_once,
+    ) -> None:
+        self._now, self._before, self._after = now, before, after
 
     def __call__(self, call: Call, count: int) -> float:
         calls = ready(call, count)
+        self._before()
         start = self._now()
         for one in calls:
             one()
+        self._after()
         return (self._now() - start) * 1e3 / count
 
 
 class CudaTimer:
-    """Device time between two events, with an L2 that holds nothing of the call's.
+    """Device time between two events, with an L2 that holds nothing of the call's, and the host hidden.
 
-    The flush also gives the host a head start: launches that it issues in less time than the flush takes run back to
-    back. A call that needs more is limited by its launches, and that shows, as it does for a user.
+    Before the first event the device flushes its cache and then spins, and the host issues the call meanwhile. An event
+    that is reached before the host is done would time the host: the sample is taken again behind a longer spin, which
+    stays for all that follows.
+
+    head_start_ms: how long it spins.  exposed: calls whose host no spin hides, because they wait for the device or
+    outgrow its queue; their times may hold the host's.  gpu: ``torch.cuda``, or its stand-in in a test.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
+    def __init__(self, device: torch.device, head_start_ms: float = HEAD_START_MS, gpu: Any = torch.cuda) -> None:
+        self.head_start_ms, self.exposed = head_start_ms, set[Call]()
+        self._gpu = gpu
+        cache = gpu.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(max(4 * cache, MIN_FLUSH), dtype=torch.int8, device=device)
-        self._start, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._start, self._end = gpu.Event(enable_timing=True), gpu.Event(enable_timing=True)
+        # the first time is that of a device that sleeps
+        self._cycles_per_ms = [self._calibrate() for _ in range(2)][-1]
 
     def __call__(self, call: Call, count: int) -> float:
-        total = 0.0
-        for one in ready(call, count):
-            self._flush.zero_()
-            self._start.record()
-            one()
-            self._end.record()
-            self._end.synchronize()
-            total += self._start.elapsed_time(self._end)
-        return total / count
+        return sum(self._once(call) for _ in range(count)) / count
+
+    def _once(self, call: Call) -> float:
+        head_start_ms = self.head_start_ms
+        for _ in range(ATTEMPTS):
+            ms, hidden = self._sample(call, head_start_ms)
+            if hidden:
+                self.head_start_ms = head_start_ms
+                return ms
+            if call in self.exposed:
+                return ms
+            head_start_ms *= GROWTH
+        self.exposed.add(call)
+        return ms
+
+    def _sample(self, call: Call, head_start_ms: float) -> tuple[float, bool]:
+        """Milliseconds, and whether all was issued before the first event came."""
+        (one,) = ready(call, 1)
+        self._flush.zero_()
+        self._gpu._sleep(round(head_start_ms * self._cycles_per_ms))
+        self._start.record()
+        one()
+        self._end.record()
+        hidden = not self._start.query()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end), hidden
+
+    def _calibrate(self) -> float:
+        self._start.record()
+        self._gpu._sleep(CALIBRATION_CYCLES)
+        self._end.record()
+        self._end.synchronize()
+        return CALIBRATION_CYCLES / self._start.elapsed_time(self._end)
 
 
 def timer_for(device: torch.device) -> Timer:
@@ -145,6 +199,42 @@ def interleave(calls: Mapping[str, Call], timer: Timer, plan: Plan) -> Measureme
         for name in order:
             samples[name].append(timer(calls[name], count[name]))
     return Measurement(samples)
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """time: a GPU's own, or a CPU's.  wall, host: what a GPU's user waits for one call of many, and what of it the host
+    needs to issue it; None on a CPU, where all three are one.  exposed: names whose time may hold the host's.
+    """
+
+    time: Measurement
+    wall: Measurement | None = None
+    host: Measurement | None = None
+    exposed: frozenset[str] = frozenset()
+
+
+def on_every_clock(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    plan: Plan,
+    gpu: Any = torch.cuda,
+    now: Callable[[], float] = time.perf_counter,
+) -> Clocks:
+    """On a GPU the host is timed first: the device spins for longer than the slowest candidate's needs.
+
+    gpu, now: as CudaTimer and HostTimer take them.
+    """
+    if device.type != "cuda":
+        return Clocks(interleave(calls, HostTimer(now), plan))
+
+    def wait() -> None:
+        gpu.synchronize(device)
+
+    host = interleave(calls, HostTimer(now, before=wait), HOST_PLAN)
+    wall = interleave(calls, HostTimer(now, before=wait, after=wait), WALL_PLAN)
+    timer = CudaTimer(device, MARGIN * max(host.time(name).median for name in calls), gpu)
+    measured = interleave(calls, timer, plan)
+    return Clocks(measured, wall, host, frozenset(name for name, call in calls.items() if call in timer.exposed))
 
 
 def saved_bytes(call: Call, parameters: Iterable[Tensor]) -> int:

@@ -25,7 +25,10 @@ FROZEN = "frozen"
 EAGER = "eager"
 PARAMETRIZE = "parametrize"
 COMPILED = "compiled"
+LORAFUSION = "lorafusion"
 OURS = "ours-"
+# ours-triton with one way of sharing h imposed
+SCHEDULES = tuple(f"{OURS}{form}" for form in ("publish", "produce", "recompute"))
 # programs that make the thin product of a row of tiles, where that form is imposed
 PRODUCERS = 4
 
@@ -221,6 +224,20 @@ def _peft(weights: Weights) -> nn.Module:
     return cast(nn.Module, layer)
 
 
+class LoRAFusionLoRA(EagerLoRA):
+    """LoRAFusion's own kernels (github.com/CentML/lorafusion), by the call that its PEFT patch makes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from lorafusion.ops.lora_v1 import fused_linear_lora
+
+        w = self.weights
+        # it takes (batch, tokens, K) alone, and calls the scale alpha
+        y: Tensor = fused_linear_lora(
+            x=x[None], linear_w=w.weight, lora_a=w.lora_A, lora_b=w.lora_B, alpha=w.scale, linear_bias=w.bias
+        )
+        return y[0]
+
+
 def _ours(impl: str, weights: Weights) -> nn.Module:
     alpha = weights.scale * weights.rank
     layer = FusedLoRALinear.from_linear(weights.linear(), rank=weights.rank, alpha=alpha, impl=impl)
@@ -260,6 +277,26 @@ def _why_no_peft(weights: Weights) -> str | None:
     return None
 
 
+def _why_no_lorafusion(weights: Weights) -> str | None:
+    """What its kernels take; the rest it says itself."""
+    device, dtype, rank = weights.weight.device, weights.weight.dtype, weights.rank
+    if device.type != "cuda":
+        return "LoRAFusion's kernels run on CUDA devices alone"
+    if dtype.itemsize != 2 or weights.lora_A.dtype != dtype:
+        return "LoRAFusion's kernels are timed in 16 bits, its adapters in the base's dtype"
+    if rank < 16 or rank & (rank - 1):
+        return f"LoRAFusion's kernels take ranks that are powers of two from 16 on, not {rank}"
+    try:
+        from lorafusion.ops import lora_v1  # noqa: F401  # to see whether it can be
+        from lorafusion.ops.triton_ops.config import get_hardware_config
+
+        get_hardware_config()
+    except Exception as error:
+        # foreign code: beside what is not installed, it refuses GPUs and versions in errors of many kinds
+        return f"LoRAFusion cannot run here: {error}"
+    return None
+
+
 def _why_no_parametrize(weights: Weights) -> str | None:
     mixed = weights.lora_A.dtype != weights.weight.dtype
     return "W + scale · B A needs adapters of the weight's dtype" if mixed else None
@@ -286,13 +323,14 @@ PEERS = {
         for impl in ("triton", "native", "eager")
     },
     **{
-        f"{OURS}{form.lower()}": Peer(partial(FormLoRA, form), partial(_why_no_impl, "triton"), kernels=True)
-        for form in ("PUBLISH", "PRODUCE", "RECOMPUTE")
+        name: Peer(partial(FormLoRA, name[len(OURS) :].upper()), partial(_why_no_impl, "triton"), kernels=True)
+        for name in SCHEDULES
     },
     "addmm": Peer(AddmmLoRA),
     EAGER: Peer(EagerLoRA),
     COMPILED: Peer(_compiled, _why_no_compiler, first=True),
     "peft": Peer(_peft, _why_no_peft),
+    LORAFUSION: Peer(LoRAFusionLoRA, _why_no_lorafusion),
     PARAMETRIZE: Peer(_parametrize, _why_no_parametrize),
 }
 

@@ -26,7 +26,7 @@ def draw(results: Results, path: Path) -> None:
         axes = figure.add_subplot()
         for y, group in enumerate(found):
             for row in group.rows:
-                if row.candidate == FROZEN or row.ratio_to_frozen is None:
+                if row.candidate not in names or row.ratio_to_frozen is None:
                     continue
                 mine = row.candidate == ours
                 middle, low, high = (min(value, charts.LARGEST_RATIO) for value in table.pace(row))

@@ -8,12 +8,15 @@ What no file holds says "not measured". A test holds every page to what this mak
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from . import charts, compiled, groups, scaling_page, table
-from .peers import FROZEN
+from .models import MODEL
+from .peers import EAGER, FROZEN, LORAFUSION, OURS
 from .results import Results, Row
 from .runner import Group
 from .shapes import DECODE, FORWARD, STEP, TRAIN
@@ -32,9 +35,20 @@ CPU_HIGHLIGHTS = (
 GPU_HIGHLIGHTS = (
     ("8192×4096×4096, rank 16, forward, bfloat16", FORWARD, "headline", "bfloat16"),
     ("… step", STEP, "headline", "bfloat16"),
-    ("… float32 adapters over bfloat16, step", STEP, "headline", "bfloat16+float32"),
+    ("8192×4096×14336, rank 16, step, bfloat16", STEP, "llama-8b-up-m8192-r16", "bfloat16"),
+    ("8192×14336×4096, rank 16, step, bfloat16", STEP, "llama-8b-down-m8192-r16", "bfloat16"),
+    ("2048×4096×4096, rank 16, step, bfloat16", STEP, "llama-8b-qo-m2048-r16", "bfloat16"),
+    ("512×4096×4096, rank 16, step, bfloat16", STEP, "llama-8b-qo-m512-r16", "bfloat16"),
     ("one token, 4096×4096, rank 16, forward, bfloat16", DECODE, "decode-4096-m1", "bfloat16"),
+    ("16 tokens, 4096×4096, rank 16, forward, bfloat16", DECODE, "decode-4096-m16", "bfloat16"),
 )
+# a time between two events, as files had it before they had a wall
+GLIMPSE = (
+    "Its times are between two device events, the host 0.1 ms ahead: where a call costs the host more than that, it is "
+    "the host's time that shows."
+)
+# whom the default is held against, in words
+BASELINES = ("addmm", EAGER, "peft", LORAFUSION)
 
 
 def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
@@ -101,26 +115,91 @@ def _readme_speed(files: dict[str, Results]) -> str:
             parts.append(f"On a {kind}: {NOT_MEASURED}.\n")
         for name, results in found:
             source = f"[{name}](benchmarks/results/{name})"
-            parts.append(f"On a {kind}, {_where(results)}, from {source}:\n\n{_highlights(results, highlights)}")
+            words = f"{in_words(results)}\n\n" if kind == "GPU" else ""
+            parts.append(f"On a {kind}, {_where(results)}, from {source}:\n\n{words}{_highlights(results, highlights)}")
     return "\n".join(parts)
+
+
+def in_words(results: Results) -> str:
+    """Where a GPU's file has the default, layer by layer, against the baselines; and what its times are."""
+    layers = [group for group in groups.groups_of(results) if group.rows[0].work != MODEL]
+    default, native = groups.our_default(results), f"{OURS}native"
+    names = [name for name in BASELINES if name in groups.candidates_of(results)]
+    places = [place for group in layers if (place := table.standing(group, names)) is not None]
+    ahead, level, behind = table.counts(places)
+    won = {name: _tokens_won(layers, default, name) for name in names}
+    fewest = min(itertools.chain(*won.values()), default=None)
+    words = (
+        f"**The default, `{default}`, is ahead of the fastest of {', '.join(names)} in {ahead} of {len(places)} "
+        f"groups, level in {level} and behind in {behind}**; ahead of each alone: "
+        + ", ".join(f"{name} in {len(found)}" for name, found in won.items())
+        + (". " if fewest is None else f", none of them under {fewest:,} tokens. ")
+    )
+    if native in groups.candidates_of(results):
+        found = _tokens_won(layers, native, default)
+        where = f", none of them above {max(found):,} tokens" if found else ""
+        words += f"`{native}` is ahead of it in {len(found)}{where}. "
+    return words + _clocks(results)
+
+
+def _tokens_won(layers: Iterable[Group], ours: str, name: str) -> list[int]:
+    """Tokens of the groups in which ours is clearly ahead of the named candidate."""
+    places = [(group, table.standing(replace(group, ours=ours), [name])) for group in layers]
+    return [groups.tokens_of(group) for group, place in places if place is not None and place.won]
+
+
+def _clocks(results: Results) -> str:
+    """What a GPU's file calls time, and whose time that is."""
+    ours = groups.our_default(results)
+    if groups.has_wall(results):
+        pairs = [(by[ours], min(by[name] for name in BASELINES if name in by)) for by in _walls(results) if ours in by]
+        quicker = sum(mine < best for mine, best in pairs)
+        return (
+            f"That is the device's time, with the host hidden. By the wall's, which a user waits for, it takes less "
+            f"than the fastest of them in {quicker} of {len(pairs)}."
+        )
+    quickest = [
+        f"no {work} of `{ours}` takes less than {mine:.3f} ms, the frozen linear's quickest {frozen:.3f}"
+        for work in (FORWARD, STEP)
+        if (mine := _quickest(results, ours, work)) and (frozen := _quickest(results, FROZEN, work))
+    ]
+    return f"{GLIMPSE} However small the layer, {'; '.join(quickest)}." if quickest else GLIMPSE
+
+
+def _quickest(results: Results, name: str, work: str) -> float | None:
+    return min((row.median_ms for row in results.rows if (row.candidate, row.work) == (name, work)), default=None)
+
+
+def _walls(results: Results) -> list[dict[str, float]]:
+    """By group of one layer, what a user waits for each candidate, where it and a baseline were timed."""
+    found = [
+        {row.candidate: row.wall_ms for row in group.rows if row.wall_ms is not None}
+        for group in groups.groups_of(results) if group.rows[0].work != MODEL
+    ]  # fmt: skip
+    return [walls for walls in found if set(BASELINES) & set(walls)]
 
 
 def _highlights(results: Results, highlights: Iterable[tuple[str, str, str, str]]) -> str:
     names = [name for name in groups.candidates_of(results) if name != FROZEN]
-    lines = [f"| ÷ frozen linear | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    both = ", device / wall" if groups.has_wall(results) else ""
+    lines = [f"| ÷ frozen linear{both} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for title, work, shape, dtype in highlights:
         rows = [
             row for row in results.rows
             if row.work == work and row.dtype == dtype and row.shape.split(" ")[0] == shape
         ]  # fmt: skip
         if rows:
-            lines.append(f"| {title} | {' | '.join(_ratios(rows, names))} |")
+            found = {row.candidate: row for row in rows}
+            lines.append(f"| {title} | {' | '.join(_ratio(found.get(name), found.get(FROZEN)) for name in names)} |")
     return "\n".join(lines) + "\n"
 
 
-def _ratios(rows: Iterable[Row], names: Iterable[str]) -> list[str]:
-    found = {row.candidate: row.ratio_to_frozen for row in rows}
-    return ["–" if (ratio := found.get(name)) is None else f"{ratio:.2f}" for name in names]
+def _ratio(row: Row | None, frozen: Row | None) -> str:
+    """A candidate's time over the frozen linear's; the wall's too where it was measured."""
+    if row is None or row.ratio_to_frozen is None:
+        return "–"
+    wall = "" if row.wall_ms is None or frozen is None else f" / {row.wall_ms / (frozen.wall_ms or 1):.2f}"
+    return f"{row.ratio_to_frozen:.2f}{wall}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,6 +223,10 @@ How to read them:
   a GEMM's packed operands on a CPU, is not in it.
 - `backward` is timed after a forward that is not. On a CPU, calls take turns with copies of their inputs that outgrow
   its caches (16 at most); the weights stay the same. On a GPU the cache is flushed before every call.
+- On a GPU *ms* and *÷ frozen* are the device's time: it is kept busy until the host has issued the whole call. *wall
+  ms* is what a user waits for one call of many in a row, with whatever is in the cache; *host* is the share of it that
+  the host needs to issue one. A * marks a time whose host could not be hidden. Files without a *wall ms* are older.
+- `lorafusion` is LoRAFusion's own kernels, where its package is installed.
 - `compiled` is `torch.compile` of `eager`: on a GPU in the first shapes alone, on a CPU where a C++ compiler is found.
 - Losses stay in.
 
@@ -167,7 +250,7 @@ def _benchmarks_page(files: dict[str, Results], models: dict[str, Results]) -> s
     for name, results in files.items():
         parts.append(_machine(name, results))
     parts.append(_MODELS)
-    if not any(map(groups.is_gpu, models.values())):
+    if not any(groups.is_gpu(results) and _has_models(results) for results in (*files.values(), *models.values())):
         parts.append(f"On a GPU: {NOT_MEASURED}.\n")
     for name, results in models.items():
         found = groups.groups_of(results)
@@ -177,11 +260,17 @@ def _benchmarks_page(files: dict[str, Results], models: dict[str, Results]) -> s
     return "\n".join(parts)
 
 
+def _has_models(results: Results) -> bool:
+    return any(row.work == MODEL for row in results.rows)
+
+
 def _machine(name: str, results: Results) -> str:
     found = groups.groups_of(results)
     title = _title(results)
     picture = f"![{title}](pictures/measured-{Path(name).stem}.svg)"
     lines = [f"## {title}", "", f"{_where(results)}, measured on {results.environment.date}; from `{name}`.", ""]
+    if groups.is_gpu(results):
+        lines += [in_words(results), ""]
     lines += [picture, "", *_standings(found), ""]
     for group in found:
         lines += [f'??? note "{charts.short_title(group)}"', "", *(f"    {line}".rstrip() for line in _full(group)), ""]
@@ -190,28 +279,22 @@ def _machine(name: str, results: Results) -> str:
 
 def _standings(found: Sequence[Group]) -> list[str]:
     places = [(group, place) for group in found if (place := table.standing(group)) is not None]
-    ahead = sum(place.clear and place.lead > 0 for _, place in places)
-    behind = [(group, place) for group, place in places if place.clear and place.lead < 0]
-    level = len(places) - ahead - len(behind)
+    ahead, level, behind = table.counts([place for _, place in places])
     lines = [
         f"Against the fastest peer of each of {len(places)} groups: {ahead} faster, {level} level (their spreads "
-        f"overlap), {len(behind)} **slower**" + (":" if behind else "."),
+        f"overlap), {behind} **slower**" + (":" if behind else "."),
         "",
     ]
-    return lines + [f"- {charts.short_title(group)}: {place}" for group, place in behind]
+    return lines + [f"- {charts.short_title(group)}: {place}" for group, place in places if place.lost]
 
 
 def _full(group: Group) -> list[str]:
     shape = group.title.split("  ")[1]
-    head = "| candidate | ÷ frozen | p20–p80 | ms | rounds | TFLOP/s | GB/s | saved | peak |"
-    lines = [shape, "", head, "|---" * 9 + "|"]
+    # a GPU's alone have a wall
+    columns = [column for column in _COLUMNS if column[0] not in _WALL or any(row.wall_ms for row in group.rows)]
+    lines = [shape, "", f"| {' | '.join(head for head, _ in columns)} |", "|---" * len(columns) + "|"]
     for row in sorted(group.rows, key=table.pace):
-        cells = (
-            row.candidate, _number(row.ratio_to_frozen, ".3f"), _range(row.ratio_p20, row.ratio_p80),
-            f"{row.median_ms:.4g}", str(row.rounds), _number(row.tflops, ".3g"), _number(row.gb_per_s, ".3g"),
-            table.size(row.saved_bytes), table.size(row.peak_bytes),
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cell(row) for _, cell in columns)} |")
     return lines
 
 
@@ -221,6 +304,22 @@ def _number(value: float | None, form: str) -> str:
 
 def _range(low: float | None, high: float | None) -> str:
     return "–" if low is None or high is None else f"{low:.3f}–{high:.3f}"
+
+
+_WALL = ("wall ms", "host")
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("candidate", lambda row: row.candidate),
+    ("÷ frozen", lambda row: _number(row.ratio_to_frozen, ".3f")),
+    ("p20–p80", lambda row: _range(row.ratio_p20, row.ratio_p80)),
+    ("ms", table.milliseconds),
+    ("wall ms", lambda row: _number(row.wall_ms, ".4g")),
+    ("host", lambda row: _number(row.host_share, ".0%")),
+    ("rounds", lambda row: str(row.rounds)),
+    ("TFLOP/s", lambda row: _number(row.tflops, ".3g")),
+    ("GB/s", lambda row: _number(row.gb_per_s, ".3g")),
+    ("saved", lambda row: table.size(row.saved_bytes)),
+    ("peak", lambda row: table.size(row.peak_bytes)),
+)
 
 
 def _title(results: Results) -> str:

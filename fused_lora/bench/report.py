@@ -62,15 +62,12 @@ def _place(work: str) -> tuple[int, str]:
 
 def _verdict(found: Sequence[Group]) -> str:
     places = [place for place in map(table.standing, found) if place is not None]
-    ahead = sum(place.clear and place.lead > 0 for place in places)
-    behind = [place for place in places if place.clear and place.lead < 0]
-    counts = (
-        ("faster", ahead, "good"),
-        ("level", len(places) - ahead - len(behind), ""),
-        ("slower", len(behind), "bad"),
-    )
+    ahead, level, behind = table.counts(places)
+    counts = (("faster", ahead, "good"), ("level", level, ""), ("slower", behind, "bad"))
     tiles = "".join(f"<li class='{look}'><b>{count}</b> {word}</li>" for word, count, look in counts)
-    losses = "".join(f"<li>{escape(place.group)}: {escape(str(place))}</li>" for place in behind)
+    losses = "".join(
+        f"<li>{escape(place.group)}: {escape(str(place))}</li>" for place in places if place.clear and place.lead < 0
+    )
     return (
         f"<h2>Ours against the fastest peer, in {len(places)} groups</h2><ul class=tiles>{tiles}</ul>"
         + (f"<h3>Where ours is slower</h3><ul class=losses>{losses}</ul>" if losses else "")
@@ -112,7 +109,9 @@ def _row(row: Row, ours: bool, unit: float, end: float) -> str:
     look = "ours" if ours else others
     width, cut = 100 * min(ratio, end) / end, ratio > end * 1.0001
     left, right = (100 * min(value, end) / end for value in (low, high))
-    facts = [f"{row.median_ms:.4g} ms"]
+    facts = [f"{table.milliseconds(row)} ms"]
+    facts += [f"wall {row.wall_ms:.4g} ms"] if row.wall_ms is not None else []
+    facts += [f"host {row.host_share:.0%}"] if row.host_share is not None else []
     facts += [f"{row.tflops:.3g} TFLOP/s"] if row.tflops is not None and row.tflops >= 0.1 else []
     facts += [f"{row.gb_per_s:.3g} GB/s"] if row.gb_per_s is not None else []
     facts += [f"saved {table.size(row.saved_bytes)}"] if row.saved_bytes else []

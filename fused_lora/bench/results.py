@@ -54,7 +54,10 @@ class Row:
     tflops and gb_per_s count useful work, as ``shapes.Shape`` does. saved_bytes: kept for the backward, without
     parameters. peak_bytes: memory that the work takes at most, on top of what was there (``measure.peak_bytes``).
     roofline: the share of what the GPU can do at most (``roofline.py``). inputs: copies of them, taken in turn.
-    None: not defined here.
+    On a GPU these times are the device's. wall_ms: what a user waits for one call of many in a row. host_ms: what the
+    host needs to issue one. host_hidden: whether the device's time holds nothing of the host's.
+    None: not defined here. The last three are None on a CPU too, where all times are one, and in files of times between
+    two device events with the host only a flush of the cache ahead.
     """
 
     work: str
@@ -75,10 +78,18 @@ class Row:
     peak_bytes: int | None
     roofline: float | None = None
     inputs: int = 1
+    wall_ms: float | None = None
+    host_ms: float | None = None
+    host_hidden: bool | None = None
 
     @property
     def group(self) -> tuple[str, str, str]:
         return self.work, self.shape, self.dtype
+
+    @property
+    def host_share(self) -> float | None:
+        """Of what a user waits, how much the host needs: near 1 the device waits for the host."""
+        return None if self.wall_ms is None or self.host_ms is None else self.host_ms / self.wall_ms
 
 
 @dataclass

@@ -35,8 +35,13 @@ class Group:
 def run_group(problem: Problem, plan: measure.Plan, peak: Peak | None = None, dry: bool = False) -> Group:
     """peak: the GPU's.  dry: take interpreted kernels too, whose times mean nothing."""
     absent = {name: why for name in problem.names if (why := _why_absent(problem, name, dry)) is not None}
-    candidates, red = _check(problem, [name for name in problem.names if name not in absent])
-    title = f"{problem.work}  {problem.label}  {problem.dtype}"
+    title, names = f"{problem.work}  {problem.label}  {problem.dtype}", [n for n in problem.names if n not in absent]
+    try:
+        candidates, red = _check(problem, names)
+    except torch.OutOfMemoryError:
+        return Group(
+            title, problem.ours(), [], {}, absent | dict.fromkeys(names, "the float64 truth does not fit in memory")
+        )
     return Group(title, problem.ours(), _time(problem, candidates, plan, peak), red, absent)
 
 
@@ -74,8 +79,8 @@ def _time(problem: Problem, candidates: dict[str, Candidate], plan: measure.Plan
     if not candidates:
         return []
     calls = {name: candidate.call for name, candidate in candidates.items()}
-    measured = measure.interleave(calls, measure.timer_for(problem.device), plan)
-    rows = []
+    clocks = measure.on_every_clock(calls, problem.device, plan)
+    measured, rows = clocks.time, []
     for name, candidate in candidates.items():
         time = measured.time(name)
         ratio = measured.ratio(name, FROZEN) if FROZEN in calls else None
@@ -100,6 +105,9 @@ def _time(problem: Problem, candidates: dict[str, Candidate], plan: measure.Plan
                 saved_bytes=measure.saved_bytes(candidate.call, candidate.parameters),
                 peak_bytes=measure.peak_bytes(candidate.call, problem.device),
                 inputs=problem.copies,
+                wall_ms=None if clocks.wall is None else clocks.wall.time(name).median,
+                host_ms=None if clocks.host is None else clocks.host.time(name).median,
+                host_hidden=None if clocks.host is None else name not in clocks.exposed,
             )
         )
     return rows

@@ -63,13 +63,12 @@ def compete(
 def conclude(groups: list[Group], path: Path | None) -> None:
     """Who was ahead, what was not timed, and where it is saved."""
     standings = [place for place in map(table.standing, groups) if place is not None]
-    ahead = sum(place.clear and place.lead > 0 for place in standings)
-    behind = [place for place in standings if place.clear and place.lead < 0]
-    level = len(standings) - ahead - len(behind)
-    counts = f"{ahead} faster, {level} level, {len(behind)} SLOWER"
+    ahead, level, behind = table.counts(standings)
+    counts = f"{ahead} faster, {level} level, {behind} SLOWER"
     print(f"\nours against the fastest peer, in {len(standings)} groups: {counts}")
-    for place in behind:
-        print(f"  {place.group}: {place}")
+    for place in standings:
+        if place.lost:
+            print(f"  {place.group}: {place}")
     absent: dict[str, dict[str, None]] = {}
     for name, why in (pair for group in groups for pair in group.absent.items()):
         absent.setdefault(why, {})[name] = None

@@ -123,3 +123,12 @@ def test_the_command_writes_a_results_file(tmp_path, monkeypatch):
     path = tmp_path / "models.json"
     assert models.main(["--device", "cpu", "--seconds", "0", "--out", str(path)]) == 0
     assert {row.work for row in Results.load(path).rows} == {"model"}
+
+
+def test_make_gpu_times_blocks_of_llamas_size_at_four_lengths():
+    cases = nets.SPEED_CASES["cuda"]
+    assert sorted(case.shape[0] * case.shape[1] for case in cases) == [256, 1024, 4096, 8192]
+    with torch.device("meta"):
+        assert {sum(p.numel() for p in case.make().parameters()) for case in cases} == {2 * 218_112_000}
+    (dry,) = nets.SPEED_CASES["cpu"]
+    assert runner.run_group(models.ModelProblem(dry, CPU, models.LORA_NAMES), HASTY).red == {}

@@ -18,12 +18,16 @@ GRACE_S = 10.0
 
 @dataclass(frozen=True)
 class Ended:
-    """code: the exit status.  last: the last line of output.  timed_out: it was stopped."""
+    """code: the exit status.  lines: of output, without the empty ones.  timed_out: it was stopped."""
 
     code: int
-    last: str
+    lines: list[str]
     timed_out: bool
     seconds: float
+
+    @property
+    def last(self) -> str:
+        return self.lines[-1] if self.lines else ""
 
 
 def run(command: Sequence[str], cwd: Path, limit_s: float, environment: Mapping[str, str] | None = None) -> Ended:
@@ -48,12 +52,13 @@ def run(command: Sequence[str], cwd: Path, limit_s: float, environment: Mapping[
     for timer in timers:
         timer.daemon = True
         timer.start()
-    last = ""
+    lines: list[str] = []
     try:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
-            last = line.strip() or last
+            if line.strip():
+                lines.append(line.strip())
         code = process.wait()
     except BaseException:
         _signal(process, signal.SIGKILL)
@@ -61,7 +66,7 @@ def run(command: Sequence[str], cwd: Path, limit_s: float, environment: Mapping[
     finally:
         for timer in timers:
             timer.cancel()
-    return Ended(code, last, timed_out.is_set(), time.monotonic() - start)
+    return Ended(code, lines, timed_out.is_set(), time.monotonic() - start)
 
 
 def _signal(process: subprocess.Popen[str], number: int) -> None:

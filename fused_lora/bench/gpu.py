@@ -4,8 +4,8 @@
 
     tests      the kernel tests, on the device; the compiled extension's too where it is built with CUDA
     races      a thousand launches with the same bits, streams side by side, captured graphs
-    sanitizer  every kernel once under compute-sanitizer's memcheck, racecheck and synccheck
-    speed      the timing table, each candidate checked first; withheld where tests or races are red
+    sanitizer  every kernel once under compute-sanitizer's memcheck, synccheck and, kernel by kernel, racecheck
+    speed      the timing table, each candidate checked first; withheld where tests or races failed
 
 Needs PyTorch with its Triton, and pytest; nothing is installed and nothing fetched. ``--device cpu`` walks the same way
 with interpreted kernels.
@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,18 +34,17 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).parents[2]
 PARTS = TESTS, RACES, SANITIZER, SPEED = ("tests", "races", "sanitizer", "speed")
 # of all the time, at most; speed has what is left
-SHARE = {TESTS: 0.4, RACES: 0.15, SANITIZER: 0.15}
+SHARE = {TESTS: 0.4, RACES: 0.15, SANITIZER: 0.2}
 MINUTES = {"cuda": 12.0, "cpu": 60.0}
 WORKERS = 8
-TOOLS = ("memcheck", "racecheck", "synccheck")
-# of their names; the last is in those of the compiled extension's
-KERNELS = ("_lora_matmul_kernel", "_decode_kernel", "_adapter_grad_kernel", "fused_lora4cuda")
+# what a sanitizer says when it breaks itself, and of what it finds in a kernel
+TOOL_BROKE, FOUND = "Internal Sanitizer Error", re.compile("Race reported|Invalid __|Misaligned|Barrier error")
 SPEED_DTYPES = {"cuda": ["bfloat16", "float16"], "cpu": ["float32", "bfloat16+float32"]}
-GREEN, RED, UNFINISHED, ABSENT = "green", "RED", "unfinished", "absent"
+PASSED, FAILED, UNFINISHED, ABSENT, TOOL_FAILED = "passed", "failed", "unfinished", "absent", "tool failed"
 
 
 def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
-    """0 when all is green and in time or absent, 1 when a part is red or unfinished, 2 without a GPU."""
+    """0 when all passed in time, was absent or broke a tool; 1 when a part failed or is unfinished; 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="make gpu", description="Tests on the device, then a timing table.")
     parser.add_argument("--only", type=list_of(PARTS), metavar="PART,…", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--skip", type=list_of(PARTS), default=[], metavar="PART,…")
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
     for part, outcome in outcomes.items():
         print(f"{part:<10} {outcome}")
     print("not saved: --out FILE saves" if path is None else f"saved: {path}")
-    return 1 if any(outcome.startswith((RED, UNFINISHED)) for outcome in outcomes.values()) else 0
+    return 1 if any(outcome.startswith((FAILED, UNFINISHED)) for outcome in outcomes.values()) else 0
 
 
 def _part(
@@ -98,9 +99,9 @@ def _part(
     checkout: Path, args: argparse.Namespace,
 ) -> str:  # fmt: skip
     if part == SPEED:
-        red = [name for name in (TESTS, RACES) if outcomes.get(name, "").startswith(RED)]
-        if red:
-            return f"{ABSENT}: nothing is timed while {' and '.join(red)} are red"
+        failed = [name for name in (TESTS, RACES) if outcomes.get(name, "").startswith(FAILED)]
+        if failed:
+            return f"{ABSENT}: nothing is timed while {' and '.join(failed)} fail"
         return _speed(results, path, deadline, args.device == "cpu", args.quick)
     left = max(min(SHARE[part] * limit_s, deadline - time.monotonic()), 1.0)
     check = {TESTS: _tests, RACES: _races, SANITIZER: _sanitizer}[part]
@@ -139,19 +140,34 @@ def _sanitizer(checkout: Path, limit_s: float, device: str, quick: bool) -> str:
     tool = sanitizer_path()
     if tool is None:
         return f"{ABSENT}: compute-sanitizer is neither on the PATH nor in the CUDA toolkit"
+    from . import sanitized
+
+    kernels = tuple(sanitized.KERNELS.values())
+    # one racecheck a kernel: where one breaks the tool, the others are still checked
+    watched = {"memcheck": kernels, "synccheck": kernels} | {f"racecheck {kernel}": (kernel,) for kernel in kernels}
     # compiled before, so that no tool watches the compiler; no cache, so that every operand ends where its memory does
     outcomes, start = {"script": _outcome(run(script, checkout, limit_s))}, time.monotonic()
-    for name in TOOLS:
+    for name, watching in watched.items():
         left = limit_s - (time.monotonic() - start)
         if left <= 0:
             outcomes[name] = UNFINISHED
             continue
-        command = [tool, "--tool", name, "--error-exitcode", "9", "--report-api-errors", "no"]
-        for kernel in KERNELS:
+        command = [tool, "--tool", name.split()[0], "--error-exitcode", "9", "--report-api-errors", "no"]
+        for kernel in watching:
             command += ["--kernel-name", f"kns={kernel}"]
-        outcomes[name] = _outcome(run(command + script, checkout, left, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
-    worst = next((word for word in (RED, UNFINISHED) if any(o.startswith(word) for o in outcomes.values())), GREEN)
+        command += [*script, *(("--kernel", *watching) if len(watching) == 1 else ())]
+        outcomes[name] = _checked(run(command, checkout, left, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    words = (FAILED, UNFINISHED, TOOL_FAILED)
+    worst = next((word for word in words if any(o.startswith(word) for o in outcomes.values())), PASSED)
     return f"{worst}: " + "; ".join(f"{name} {outcome}" for name, outcome in outcomes.items())
+
+
+def _checked(ended: Ended) -> str:
+    """A tool that breaks says nothing of the kernel, whatever its exit status; what it found before counts."""
+    broke = [line for line in ended.lines if TOOL_BROKE in line]
+    if not broke or any(map(FOUND.search, ended.lines)):
+        return _outcome(ended)
+    return f"{TOOL_FAILED} after {ended.seconds:.0f} s, which says nothing of the kernel: {broke[0].strip('= ')}"
 
 
 def sanitizer_path() -> str | None:
@@ -166,23 +182,25 @@ def sanitizer_path() -> str | None:
 def _speed(results: Results, path: Path | None, deadline: float, dry: bool, quick: bool) -> str:
     import torch
 
-    from . import measure, runner, series
+    from . import measure, models, nets, runner, series
     from .shapes import DECODE, FORWARD, STEP
 
     device = torch.device("cpu" if dry else "cuda")
     dtypes = SPEED_DTYPES[device.type][: 1 if quick else None]
-    agenda = runner.agenda(device, dtypes, [FORWARD, STEP, DECODE], quick and not dry, "dry" if dry else "gpu")
+    cases = nets.SPEED_CASES[device.type][: 1 if quick else None]
+    agenda: list[series.Make] = [partial(models.ModelProblem, case, device, models.LORA_NAMES) for case in cases]
+    agenda += runner.agenda(device, dtypes, [FORWARD, STEP, DECODE], quick and not dry, "dry" if dry else "gpu")
     plan = measure.Plan(0.0, 2, 2, 0.0) if dry else measure.plan_for(device, quick)
     code = series.compete(agenda, results, path, plan, deadline, dry)
     if code == 130:
         raise KeyboardInterrupt
     if code != 0:
-        return f"{RED}: a candidate is wrong; the others are timed"
-    return GREEN if results.complete else f"{GREEN}, as far as time allowed: INCOMPLETE"
+        return f"{FAILED}: a candidate is wrong; the others are timed"
+    return PASSED if results.complete else f"{PASSED}, as far as time allowed: INCOMPLETE"
 
 
 def _outcome(ended: Ended) -> str:
-    words = UNFINISHED if ended.timed_out else GREEN if ended.code == 0 else f"{RED} (exit code {ended.code})"
+    words = UNFINISHED if ended.timed_out else PASSED if ended.code == 0 else f"{FAILED} (exit code {ended.code})"
     return f"{words} after {ended.seconds:.0f} s: {ended.last}"
 
 

@@ -31,7 +31,8 @@ from .results import Environment, Results, default_path
 MODEL = "model"
 FULL, PEFT, FUSED_PEFT = "full", "peft", f"{OURS}in-peft"
 OUR_IMPLS = ("triton", "native", "eager")
-NAMES = (FROZEN, *(f"{OURS}{impl}" for impl in OUR_IMPLS), FUSED_PEFT, PEFT, EAGER, FULL)
+LORA_NAMES = (FROZEN, *(f"{OURS}{impl}" for impl in OUR_IMPLS), FUSED_PEFT, PEFT, EAGER)
+NAMES = (*LORA_NAMES, FULL)
 SCALE = 2
 
 
@@ -43,9 +44,9 @@ class ModelProblem:
     """
 
     work, first = MODEL, False
-    names: tuple[str, ...] = NAMES
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device, names: tuple[str, ...] = NAMES) -> None:
+        self.names = names
         self.label, self.dtype, self.device, self.case = str(case), case.dtype, device, case
         base, self.adapter_dtype = parse_dtype(case.dtype)
         generator = torch.Generator(device).manual_seed(0)

@@ -115,3 +115,19 @@ CASES = {
         Case("Llama-8B-block-same-dtype", _LLAMA_8B, (4, 2048, 4096), 16, "bfloat16"),
     ),
 }
+
+
+def _blocks(make: Callable[[], nn.Module], count: int) -> nn.Module:
+    return nn.Sequential(*(make() for _ in range(count)))
+
+
+_TWO_8B = partial(_blocks, _LLAMA_8B, 2)
+_LENGTHS = {"8k": (8, 1024), "256": (1, 256), "4k": (4, 1024), "1k": (1, 1024)}
+# what `make gpu` times, most valuable first: PEFT's default, float32 adapters. On a CPU kernels are interpreted
+SPEED_CASES = {
+    "cuda": tuple(
+        Case(f"two-Llama-8B-blocks-{name}", _TWO_8B, (*sizes, 4096), 16, "bfloat16+float32")
+        for name, sizes in _LENGTHS.items()
+    ),
+    "cpu": (Case("dry-blocks", partial(_blocks, partial(Block, 32, 48, 4, 2), 2), (1, 6, 32), 4, "float32"),),
+}

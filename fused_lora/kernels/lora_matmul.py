@@ -196,7 +196,7 @@ def _products(
         else:
             a = tl.load(a_tile_ptr + a_offs, mask=mask_q[None, :], other=0.0)
         # u is in its final dtype before the first product, so that its tile and w's lie apart in shared memory: where
-        # they take turns in one place, ptxas 12.8 multiplies by addresses that nothing has computed (docs/codegen.md)
+        # they take turns in one place, ptxas 12.8 multiplies by addresses that nothing has computed (sass.py)
         if WITH_THIN:
             if EVEN_Q:
                 u = tl.load(u_ptr + u_offs, mask=mask_r[None, :], other=0.0)
@@ -220,7 +220,7 @@ def _products(
             thin = dot(a, u, thin, PRECISION)
             if DROP_INPUT:
                 # what is done with it here waits for the product, so that the next step's mask can't be computed into
-                # registers that this step's product has yet to read, as ptxas before 13.3 does (docs/codegen.md)
+                # registers that this step's product has yet to read, as ptxas before 13.3 does (sass.py)
                 thin = tl.where(mask_r[None, :], thin, 0.0)
         a_offs += step * stride_aq
     return acc, thin

@@ -38,6 +38,15 @@ def fused_model(net=None, **fields):
     return fuse(peft_model(net, **fields), impl="eager" if fields.get("lora_dropout") else "auto")
 
 
+def layer(model, name="first"):
+    return model.get_submodule(f"base_model.model.{name}")
+
+
+def unfused(model):
+    """PEFT's own copy of ``model``."""
+    return unfuse(copy.deepcopy(model))
+
+
 def draw_x(*shape, dtype=torch.float32):
     return torch.randn(*(shape or (M, K))).to(dtype)
 
@@ -57,8 +66,8 @@ def results(model, x, dy=None, **kwargs):
 
 def twins(model, low_dtype=None):
     """PEFT's own model in the same dtype (or all in ``low_dtype``), and in float64."""
-    low = unfuse(copy.deepcopy(model))
-    return (low if low_dtype is None else low.to(low_dtype)), unfuse(copy.deepcopy(model)).double()
+    low = unfused(model)
+    return (low if low_dtype is None else low.to(low_dtype)), unfused(model).double()
 
 
 def same_as_peft(model, x, low_dtype=None, autocast=None, **kwargs):

@@ -15,6 +15,7 @@ from peft_models import (
     count_calls,
     draw_x,
     fused_model,
+    layer,
     peft_model,
     results,
     same_as_peft,
@@ -31,10 +32,6 @@ from fused_lora.integrations.peft import fuse, summary, unfuse
 @pytest.fixture
 def calls(monkeypatch):
     return count_calls(monkeypatch)
-
-
-def layer(model, name="first"):
-    return model.get_submodule(f"base_model.model.{name}")
 
 
 # ---------------------------------------------------------------- states: (model, calls that lora_linear computes)

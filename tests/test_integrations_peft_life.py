@@ -1,19 +1,16 @@
-"""What a PEFT model goes through in its life, fused: files, copies, compilers, hooks, transforms, distribution."""
+"""What a PEFT model goes through in its life, fused: later adapters, merging, disabling, mixed batches, hooks."""
 
 import copy
 import gc
-import io
-import json
-import pickle
 import weakref
 
 import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model
 from peft.tuners import lora
-from peft_models import TARGETS, K, Net, config, count_calls, draw_x, fused_model, peft_model, results
+from peft_models import K, Net, config, count_calls, draw_x, fused_model, layer, peft_model, results, unfused
 from peft_models import same_as_peft as assert_same_as_peft
 from torch import nn
 
@@ -23,14 +20,6 @@ from fused_lora.integrations.peft import FusedLinear, FusedLoraModel, fuse, summ
 @pytest.fixture
 def calls(monkeypatch):
     return count_calls(monkeypatch)
-
-
-def layer(model, name="first"):
-    return model.get_submodule(f"base_model.model.{name}")
-
-
-def unfused(model):
-    return unfuse(copy.deepcopy(model))
 
 
 # ---------------------------------------------------------------- fuse, unfuse, summary
@@ -51,6 +40,20 @@ def test_fuse_keeps_every_module_parameter_and_name_and_unfuse_gives_back_pefts_
     assert unfuse(model) is model
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == state
+
+
+def test_a_fused_model_answers_as_pefts_own():
+    model = fused_model()
+    expected = unfused(model)
+    assert model.get_model_status() == expected.get_model_status()
+    assert model.get_model_status().adapter_model_type == "LoraModel"
+    assert model.get_layer_status() == expected.get_layer_status()
+    assert repr(model).replace("\n        fused, impl='auto'", "") == repr(expected)
+    for module, own in zip(model.modules(), expected.modules(), strict=True):
+        assert isinstance(module, type(own))
+        assert type(module).__name__ == type(own).__name__
+    # whoever looks at the class itself is told the truth
+    assert "FusedLinear" in repr(type(layer(model)))
 
 
 def test_fusing_again_changes_nothing_but_impl(calls):
@@ -163,75 +166,7 @@ def test_summary_gives_the_reason(change, why):
     assert any(row.why.startswith(why) for row in summary(model).layers)
 
 
-# ---------------------------------------------------------------- files and copies
-
-
-def test_a_fused_model_saves_the_very_files_of_an_unfused_one(tmp_path):
-    model = fused_model()
-    model.save_pretrained(tmp_path / "fused")
-    unfused(model).save_pretrained(tmp_path / "peft")
-    file = "adapter_model.safetensors"
-    assert (tmp_path / "fused" / file).read_bytes() == (tmp_path / "peft" / file).read_bytes()
-    fused, pefts = (json.loads((tmp_path / of / "adapter_config.json").read_text()) for of in ("fused", "peft"))
-    # PEFT writes a set, in the order that it happens to have
-    assert fused | {"target_modules": set(TARGETS)} == pefts | {"target_modules": set(TARGETS)}
-    assert set(fused["target_modules"]) == set(pefts["target_modules"]) == set(TARGETS)
-    state, other = get_peft_model_state_dict(model), get_peft_model_state_dict(unfused(model))
-    assert state.keys() == other.keys()
-    assert all(torch.equal(state[key], other[key]) for key in state)
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_from_pretrained_then_fuse_gives_the_same_model(tmp_path, low_cpu_mem_usage, calls):
-    net, x = Net(), draw_x()
-    model = fused_model(copy.deepcopy(net))
-    model.save_pretrained(tmp_path)
-    again = fuse(PeftModel.from_pretrained(net, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True))
-    assert torch.equal(again(x), model(x))
-    assert len(calls) == 4
-    assert_same_as_peft(again, x)
-
-
-def test_loading_replaces_parameters_that_the_layer_must_not_remember(tmp_path, calls):
-    model, x = fused_model(), draw_x()
-    model(x)
-    other = peft_model(copy.deepcopy(unfused(model).unload()))
-    other.save_pretrained(tmp_path)
-    model.load_adapter(tmp_path, "default")
-    assert torch.allclose(model(x), other(x), atol=1e-5)
-    layer(model).lora_A["default"].weight = nn.Parameter(torch.zeros(4, K))
-    assert_same_as_peft(model, x)
-    model.to(torch.bfloat16)
-    assert_same_as_peft(model, draw_x(dtype=torch.bfloat16))
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [
-        copy.deepcopy,
-        lambda model: pickle.loads(pickle.dumps(model)),
-        lambda model: torch.load(_saved(model), weights_only=False),
-    ],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
-def test_copies_are_fused_and_independent(copied, calls):
-    model, x = fused_model(), draw_x()
-    other = copied(model)
-    assert torch.equal(other(x), model(x))
-    assert len(calls) == 4
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    assert_same_as_peft(other, x)
-    other.add_adapter("later", config(target_modules=["second"]))
-    assert type(layer(other, "second")) is FusedLinear
-
-
-def _saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return file
+# ---------------------------------------------------------------- merging, disabling
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])

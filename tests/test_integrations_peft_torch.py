@@ -7,25 +7,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from peft_models import K, M, N, Net, count_calls, draw_x, fused_model, peft_model, results
+from peft_models import K, M, N, Net, count_calls, draw_x, fused_model, layer, peft_model, results, unfused
 from peft_models import same_as_peft as assert_same_as_peft
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora.bench.measure import saved_bytes
-from fused_lora.integrations.peft import fuse, unfuse
+from fused_lora.integrations.peft import fuse
 
 
 @pytest.fixture
 def calls(monkeypatch):
     return count_calls(monkeypatch)
-
-
-def layer(model, name="first"):
-    return model.get_submodule(f"base_model.model.{name}")
-
-
-def unfused(model):
-    return unfuse(copy.deepcopy(model))
 
 
 # ---------------------------------------------------------------- compilers

@@ -11,10 +11,14 @@ Where the numbers differ from PEFT's:
 - The dropout mask has the same rate and scaling, but other random bits, and is not stored. On a CPU without the
   compiled extension it is some thirty small operations, which ``nn.Dropout``'s outruns where x is small: there
   ``impl="auto"`` takes that one, as PEFT does.
+
+A fused model answers as PEFT's own: by ``isinstance``, by the names of its classes, and in a pickle, which holds PEFT's
+classes and loads where we are not installed. So it loads unfused: fuse it again. A copy stays fused.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -42,7 +46,36 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LEAST_DROPPED = 1 << 16
 
 
-class FusedLinear(lora.Linear):
+class _Remade:
+    """What ``copy`` calls for the copy of a fused module, to which it gives the state. In a pickle it is a call that
+    makes a module of PEFT's.
+
+    A ``__deepcopy__`` would do for copies, but PEFT's models find what they lack in the modules that they hold, so
+    that a whole model would be copied by the method of its part.
+    """
+
+    def __init__(self, ours: type[nn.Module], impl: str) -> None:
+        self.ours, self.impl = ours, impl
+
+    def __call__(self) -> nn.Module:
+        made = self.ours.__new__(self.ours)
+        made.__dict__["impl"] = self.impl
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (object.__new__, _PEFTS[self.ours])
+
+
+class _PassesForPefts:
+    """A module of ours whose copies are ours, and whose pickle is of PEFT's."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state: Any = super().__reduce_ex__(2)[2]
+        own = dict(state)
+        return _Remade(type(self), own.pop("impl")), (), own  # type: ignore[arg-type]
+
+
+class FusedLinear(_PassesForPefts, lora.Linear):
     """PEFT's layer with another forward. :func:`fuse` makes instances, by changing the class of PEFT's."""
 
     impl = "auto"
@@ -57,20 +90,22 @@ class FusedLinear(lora.Linear):
             return plus_adapter(F.linear(x, weight, bias), x, (lora_A, lora_B, scale), dropout_p)
         return lora_linear(x, weight, lora_A, lora_B, scale, bias, dropout_p=dropout_p, impl=self.impl)
 
-    def _get_name(self) -> str:
-        # PEFT prints "lora." before it, and people look for "lora.Linear"
-        return "Linear"
-
     def extra_repr(self) -> str:
         return f"fused, impl={self.impl!r}"
 
 
-class FusedLoraModel(LoraModel):
+class FusedLoraModel(_PassesForPefts, LoraModel):
     """PEFT's model, which fuses the layers that later adapters bring."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)
-        _change_class(model, lora.Linear, FusedLinear, self.__dict__["impl"])
+        _change_class(model, FusedLinear, self.__dict__["impl"])
+
+
+_PEFTS: dict[type, type[nn.Module]] = {FusedLinear: lora.Linear, FusedLoraModel: LoraModel}
+for _ours, _pefts in _PEFTS.items():
+    # what PEFT reports as the kind of a model, and prints; repr of the class itself still tells ours
+    _ours.__name__ = _pefts.__name__
 
 
 def fuse(model: Model, *, impl: str = "auto") -> Model:
@@ -94,25 +129,25 @@ def fuse(model: Model, *, impl: str = "auto") -> Model:
             "model must have layers of peft.tuners.lora.Linear, got "
             + (f"one with {', '.join(others)} layers of PEFT's" if others else "one without layers of PEFT's")
         )
-    _change_class(model, lora.Linear, FusedLinear, impl)
-    _change_class(model, LoraModel, FusedLoraModel, impl)
+    for ours in _PEFTS:
+        _change_class(model, ours, impl)
     return model
 
 
 def unfuse(model: Model) -> Model:
     """Undo :func:`fuse`: PEFT's layers compute by PEFT's code again; returns ``model``."""
     for module in model.modules():
-        if type(module) in (FusedLinear, FusedLoraModel):
-            module.__class__ = lora.Linear if type(module) is FusedLinear else LoraModel
+        if type(module) in _PEFTS:
+            module.__class__ = _PEFTS[type(module)]
             del module.__dict__["impl"]
     return model
 
 
-def _change_class(model: nn.Module, of: type[nn.Module], to: type[nn.Module], impl: str) -> None:
+def _change_class(model: nn.Module, ours: type[Any], impl: str) -> None:
     for module in model.modules():
         # a subclass has a forward of its own
-        if type(module) in (of, to):
-            module.__class__ = to
+        if type(module) in (ours, _PEFTS[ours]):
+            module.__class__ = ours
             module.__dict__["impl"] = impl
 
 
@@ -271,11 +306,15 @@ def _row(path: str, layer: Any) -> LayerRow:
     )  # fmt: skip
 
 
+def kind_of(layer: nn.Module) -> str:
+    """Class of a layer of PEFT's, with the method that it is of: "lora.layer.Conv2d"."""
+    return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
+
+
 def _why_peft(layer: nn.Module) -> str | None:
     """Why a layer runs PEFT's code, or None where it is fused."""
     if type(layer) is not FusedLinear:
-        kind = f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
-        return "not fused: call fuse again" if type(layer) is lora.Linear else f"a layer of {kind}"
+        return "not fused: call fuse again" if type(layer) is lora.Linear else f"a layer of {kind_of(layer)}"
     # a wrapper of ours calls us; one of PEFT's forward, made before fuse, does not
     wrapped = layer.__dict__.get("_old_forward")
     if "forward" in layer.__dict__ and getattr(wrapped, "__func__", None) is not FusedLinear.forward:

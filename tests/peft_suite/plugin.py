@@ -1,11 +1,14 @@
 """A pytest plugin for PEFT's own tests: keeps those of LoRA, and with ``--fuse`` fuses every model that PEFT makes.
 
-It hooks the one place where PEFT puts adapter layers into a model, and counts the calls that ``lora_linear`` computes
-in PEFT's place, so that a run that fused nothing is seen for what it is.
+It hooks the one place where PEFT puts adapter layers into a model. Each test's entry in the junit report then has a
+property ``calls``: how often ``lora_linear`` computed in PEFT's place, why PEFT's own forward ran in other calls, and
+which LoRA layers of other kinds were called, so that a run that fused little is seen for what it is.
 """
 
 import functools
-from pathlib import Path
+import json
+import re
+from collections import Counter, defaultdict
 
 import pytest
 from peft import LoraConfig
@@ -14,23 +17,47 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from fused_lora.integrations import peft as integration
 
-COUNTED = pytest.StashKey()
-calls = 0
+# of the test that runs: {"fused": {kind: calls}, "peft": {reason: calls}, "other": {class: calls}}
+calls = defaultdict(Counter)
+
+
+class EveryModel(defaultdict):
+    """What PEFT's tests take for the models they have seen: these they load offline."""
+
+    def __contains__(self, name):
+        return True
 
 
 def pytest_addoption(parser):
     parser.addoption("--fuse", action="store_true", help="fuse every LoRA model")
-    parser.addoption("--calls", type=Path, help="file to write the number of fused calls to")
 
 
 def pytest_configure(config):
+    from tests import testing_utils
+
+    testing_utils._HUB_MODEL_ACCESSES = EveryModel(int)
     if config.getoption("--fuse"):
         BaseTuner.inject_adapter = _and_fuse(BaseTuner.inject_adapter)
-        integration.lora_linear = _counted(integration.lora_linear)
+        for name in ("lora_linear", "plus_adapter"):
+            setattr(integration, name, _counted(getattr(integration, name), "fused", lambda *_, name=name, **__: name))
+        integration._PEFT_FORWARD = _counted(integration._PEFT_FORWARD, "peft", _reason)
+        for kind in {kind for kind in _subclasses(lora.LoraLayer) if "forward" in vars(kind)}:
+            if kind is not integration.FusedLinear:
+                kind.forward = _counted(kind.forward, "other", lambda layer, *_, **__: integration.kind_of(layer))
 
 
 def pytest_collection_modifyitems(items):
     items[:] = [item for item in items if _is_of_lora(item)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    calls.clear()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item):
+    item.user_properties.append(("calls", json.dumps(calls)))
 
 
 def _is_of_lora(item):
@@ -51,29 +78,24 @@ def _and_fuse(inject_adapter):
     return inject
 
 
-def _counted(lora_linear):
-    @functools.wraps(lora_linear)
+def _counted(function, sort, kind):
+    @functools.wraps(function)
     def count(*args, **kwargs):
-        global calls
-        calls += 1
-        return lora_linear(*args, **kwargs)
+        calls[sort][kind(*args, **kwargs)] += 1
+        return function(*args, **kwargs)
 
     return count
 
 
-def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["fused_calls"] = calls
+def _reason(layer, x, *args, **kwargs):
+    """Why PEFT's forward runs for this call, as ``FusedLinear.forward`` decides; names and numbers left out."""
+    call = integration._call_of(layer)
+    if isinstance(call, str):
+        return re.sub(r"'[^']*'|\d+\.\d+", "…", call)
+    if args or kwargs:
+        return f"called with {', '.join(kwargs) or 'more arguments'}"
+    return f"x is a {type(x).__name__} of {x.dtype} over {call.weight.dtype}"
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    node.config.stash[COUNTED] = node.config.stash.get(COUNTED, 0) + getattr(node, "workeroutput", {}).get(
-        "fused_calls", 0
-    )
-
-
-def pytest_unconfigure(config):
-    path = config.getoption("--calls")
-    if path is not None and not hasattr(config, "workerinput"):
-        path.write_text(str(config.stash.get(COUNTED, 0) + calls))
+def _subclasses(kind):
+    return {kind, *(found for subclass in kind.__subclasses__() for found in _subclasses(subclass))}

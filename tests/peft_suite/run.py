@@ -1,9 +1,13 @@
-"""Run PEFT's own LoRA tests for custom models, unfused and fused: fusing must break none of them.
+"""Run PEFT's own LoRA tests unfused and fused, and our check of gradients over its models: what fusing breaks, and
+how much of it the tests would notice.
 
     python tests/peft_suite/run.py [--out results.json]
 
-The tests come from the source distribution of the PEFT that is installed. They need ``pip install -e '.[peft-suite]'``.
-Exit status 1: a test does worse fused than unfused, or nothing was fused at all.
+The tests come from the source distribution of the PEFT that is installed, and need ``pip install -e '.[peft-suite]'``.
+They run offline, on small models with drawn weights in the hub's place; tests that want more of the hub fail both ways.
+
+Exit status 1: a test does worse fused than unfused or fails with another message, our own check fails, or there are
+fewer than LEAST_FUSED fused calls.
 """
 
 import argparse
@@ -14,15 +18,24 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections import Counter
+import time
 from pathlib import Path
-from xml.etree import ElementTree
 
-import torch
+import hub
+from outcomes import compare, counted, read
 
 HERE = Path(__file__).parent
 DEFAULT_OUT = HERE / "results.json"
-TESTS = "test_custom_models.py"
+LEAST_FUSED = 600
+FILES = (
+    "test_custom_models.py",
+    "test_decoder_models.py",
+    "test_encoder_decoder_models.py",
+    "test_feature_extraction_models.py",
+    "test_initialization.py",
+    "test_seq_classifier.py",
+    "test_tuners_utils.py",
+)
 
 
 def fetch_tests(version, folder):
@@ -37,21 +50,19 @@ def fetch_tests(version, folder):
     (folder / "tests" / "__init__.py").touch()
 
 
-def run(folder, workers, *options):
-    """{test: outcome} and the number of fused calls."""
-    report, calls = folder / "report.xml", folder / "calls"
-    environment = os.environ | {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "plugin", "-p", "no:cacheprovider", "-n", workers]
-    command += [f"--junitxml={report}", f"--calls={calls}", *options, f"tests/{TESTS}"]
+def run(folder, workers, *arguments):
+    """{name: Test} of a run of pytest in ``folder``."""
+    report = folder / "report.xml"
+    report.unlink(missing_ok=True)
+    path = os.pathsep.join([str(HERE), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {
+        "PYTHONPATH": path, "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "plugin", "-p", "no:cacheprovider"]
+    command += ["--rootdir", folder, "-n", workers, f"--junitxml={report}", *arguments]
     # a failed test is a result; what a failed run leaves unwritten is an error below
     subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-    outcomes = {
-        f"{case.get('classname')}.{case.get('name')}": next(
-            (child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed"
-        )
-        for case in ElementTree.parse(report).iter("testcase")
-    }
-    return outcomes, int(calls.read_text())
+    return read(report)
 
 
 def main():
@@ -59,28 +70,38 @@ def main():
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--workers", default="auto", help="processes (default: one for each core)")
     arguments = parser.parse_args()
+    began = time.perf_counter()
     version = importlib.metadata.version("peft")
+    files = [f"tests/{file}" for file in FILES]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fetch_tests(version, folder)
-        print(f"PEFT {version}, {TESTS}: unfused ...", flush=True)
-        unfused, _ = run(folder, arguments.workers)
+        hub.fill(folder / "hub")
+        print(f"PEFT {version}, {len(FILES)} files: unfused ...", flush=True)
+        unfused = run(folder, arguments.workers, *files)
         print("fused ...", flush=True)
-        fused, calls = run(folder, arguments.workers, "--fuse")
-    broken = sorted(test for test, outcome in fused.items() if outcome not in ("passed", unfused.get(test)))
+        fused = run(folder, arguments.workers, *files, "--fuse")
+        print("gradients ...", flush=True)
+        gradients = run(folder, arguments.workers, str(HERE / "gradients.py"), "--fuse")
+    compared = compare(unfused, fused)
+    per_file = {file: counted(unfused, fused, f"tests.{file.removesuffix('.py')}.") for file in FILES}
+    fused_calls = sum(of["fused_calls"] for of in per_file.values())
+    own = counted({}, gradients)
     results = {
-        "peft": version,
-        "torch": torch.__version__,
-        "tests": TESTS,
-        "unfused": dict(Counter(unfused.values())),
-        "fused": dict(Counter(fused.values())),
-        "fused_calls": calls,
-        "worse_fused": broken,
-        "fail_unfused": sorted(test for test, outcome in unfused.items() if outcome in ("failure", "error")),
+        "versions": {of: importlib.metadata.version(of) for of in ("peft", "torch", "transformers")},
+        "minutes": round((time.perf_counter() - began) / 60, 1),
+        "least_fused_calls": LEAST_FUSED,
+        "fused_calls": fused_calls,
+        "files": per_file,
+        # its calls of PEFT's layers are mostly those of the unfused twins
+        "gradients": {of: own[of] for of in ("tests", "fused", "tests_with_a_fused_call", "fused_calls")},
+        **compared,
     }
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
-    sys.exit(1 if broken or not calls or fused.keys() != unfused.keys() else 0)
+    arguments.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    print(json.dumps(results, indent=1, ensure_ascii=False))
+    wrong = compared["worse_fused"] or compared["another_message_fused"] or fused.keys() != unfused.keys()
+    unsound = own["fused"].keys() != {"passed"} or not own["fused_calls"]
+    sys.exit(1 if wrong or unsound or fused_calls < LEAST_FUSED else 0)
 
 
 if __name__ == "__main__":

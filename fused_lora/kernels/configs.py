@@ -154,8 +154,9 @@ def accumulator_limit(problem: Problem, device: Device) -> int:
     if not problem.tensor_cores:
         return 48
     if problem.dropout or device.capability[0] not in (9, 10):
-        # the mask is computed in registers
-        return 96 if problem.itemsize == 2 else 64
+        # the mask is computed in registers; ptxas 13 spills sooner
+        most = 80 if device.capability[0] == 12 and not problem.dropout else 96
+        return most if problem.itemsize == 2 else 64
     # float32 adapters are rounded in registers on their way to the tensor cores
     if problem.itemsize == 4 or problem.adapter_itemsize == 4:
         return 88 if problem.itemsize == 4 else 144
@@ -266,12 +267,12 @@ def default_reduction(rank: int, itemsize: int, device: Device) -> ReductionConf
     """Steps of 8 KB: 64 columns, so that every row gives whole cache lines and a thread holds few accumulators.
 
     Three steps are on their way at once where matrix instructions read their operands from shared memory, else two.
-    As many ranks share one reading of the columns as never spill; for 128, compiling showed, tcgen05 needs eight
+    As many ranks share one reading of the columns as never spill; for 128, compiling showed, Blackwell needs eight
     warps.
     """
     from_shared_memory = device.capability[0] in (9, 10)
     ranks = block_r(rank, 128 if itemsize == 2 else 64)
-    warps = 8 if device.capability[0] == 10 and ranks == 128 else 4
+    warps = 8 if device.capability[0] >= 10 and ranks == 128 else 4
     config = ReductionConfig(128 // itemsize, 64, ranks, warps, 4 if from_shared_memory else 3)
     while _reduction_buffers(config, itemsize) > device.shared_memory and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)

@@ -28,7 +28,7 @@ help:
 	@echo 'make sanitize       the compiled extension under ASan and UBSan, over fuzzed operands; its CUDA kernels on the host'
 	@echo 'make lint types     ruff, clang-format; mypy.  make format mends what lint finds'
 	@echo 'make test-triton36  the kernel tests on Triton 3.6'
-	@echo 'make test-torch     the compile tests that need no GPU on another PyTorch; TORCH=2.8.0'
+	@echo 'make test-torch     the compile tests on another PyTorch; TORCH=2.8.0'
 	@echo "make test-peft      PEFT's own LoRA tests, unfused and fused, and gradients compared (half an hour on two cores)"
 
 install: $(INSTALLED)
@@ -101,8 +101,8 @@ VENV_TORCH := .venv-torch$(TORCH)
 test-torch:
 	@test -x $(VENV_TORCH)/bin/python || $(PYTHON) -m venv $(VENV_TORCH)
 	@$(VENV_TORCH)/bin/python $(PIP_INSTALL) torch==$(TORCH) 'numpy<2.4' safetensors setuptools pytest
-	$(VENV_TORCH)/bin/python -m pytest tests/test_compile_cuda.py tests/kernels/test_workspace.py \
-		tests/kernels/test_compiled.py $(ARGS)
+	$(VENV_TORCH)/bin/python -m pytest tests/test_compile.py tests/test_compile_cuda.py \
+		tests/kernels/test_workspace.py tests/kernels/test_compiled.py $(ARGS)
 
 # the tests are those in the source distribution of the PEFT that is installed
 test-peft: $(INSTALLED)

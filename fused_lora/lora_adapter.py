@@ -12,7 +12,7 @@ from . import validation
 
 
 class LoRAAdapter(nn.Module):
-    """A pair of thin matrices and how much they count: ``lora_A (R, K)``, ``lora_B (N, R)``, ``scale = alpha / R``.
+    """A pair of thin matrices and how much they count: ``lora_A (R, K)``, ``lora_B (N, R)``, ``scale``.
 
     Args:
         init: "kaiming" draws A as ``nn.Linear`` draws its weight (Kaiming-uniform, a = sqrt(5), as PEFT and loralib
@@ -24,9 +24,9 @@ class LoRAAdapter(nn.Module):
     lora_B: nn.Parameter
     bias: nn.Parameter | None
     rank: int
-    alpha: float
     dropout: float
     use_rslora: bool
+    scale: float
     trains_bias: bool
     init: str
 
@@ -73,12 +73,22 @@ class LoRAAdapter(nn.Module):
     ) -> None:
         # past nn.Module, which looks at each value set whether it is a parameter or a module
         vars(self).update(
-            rank=A.shape[0], alpha=alpha, dropout=dropout, use_rslora=bool(use_rslora), trains_bias=bias is not None,
-            init=init,
+            rank=A.shape[0], dropout=dropout, use_rslora=bool(use_rslora), trains_bias=bias is not None, init=init,
         )  # fmt: skip
         self._parameters.update(
             lora_A=nn.Parameter(A), lora_B=nn.Parameter(B), bias=None if bias is None else nn.Parameter(bias)
         )
+        self.alpha = alpha
+
+    @property
+    def alpha(self) -> float:
+        """Setting it sets scale: alpha / R, or alpha / sqrt(R) for rsLoRA."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        # scale is stored, because a compiled graph takes a stored number as an input and computes no other
+        vars(self).update(_alpha=alpha, scale=alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank))
 
     @classmethod
     def beside(cls, linear: nn.Linear, *, trains_bias: bool = False, **options: Any) -> LoRAAdapter:
@@ -96,11 +106,6 @@ class LoRAAdapter(nn.Module):
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
-
-    @property
-    def scale(self) -> float:
-        """alpha / R, or alpha / sqrt(R) for rsLoRA."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def delta(self) -> Tensor:
         """``scale · B A``: (N, K), at least float32."""

@@ -127,8 +127,8 @@ Two faults of assemblers come without a warning, so the machine code of every la
   operands in shared memory before the first product.
 - **A register of a wgmma's first operand is written again before the wgmma has read it.** ptxas before 13.3 does so to
   a wgmma that is still under way when the loop turns
-  ([triton#9433](https://github.com/triton-lang/triton/issues/9433)). Dropout's mask makes such an operand, so the
-  kernel waits for that product within the turn.
+  ([triton#9433](https://github.com/triton-lang/triton/issues/9433)). Dropout's mask makes such an operand, and so
+  does `v` times the scale in the few-token kernel: both kernels wait for that product within the turn.
 """
 
 

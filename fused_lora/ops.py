@@ -76,7 +76,7 @@ def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation that runs: the one asked for, or RuntimeError; for "auto", by this rule:
 
     on a CPU "native" where the extension is built; on a CUDA device "triton" where it can run, else "native" where it
-    can; everywhere else "eager". On an H100 (benchmarks/results) "native" is ahead of "triton" up to 512 tokens, where
+    can; everywhere else "eager". On an H100 (benchmarks/results) "native" is ahead of "triton" for few tokens, where
     the host decides, and level with it or behind above: the order is that of the sizes that are trained.
 
     On a CPU it is measured (benchmarks/results/native): beside "eager", a step of RichBoyNet and a token's forward take

@@ -13,9 +13,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <map>
 #include <mutex>
 #include <optional>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -66,6 +68,26 @@ int32_t multiprocessors(at::Device device) {
   return count;
 }
 
+// int32 zeros that no memory pool of the calling thread owns: a pool is current on one thread alone, and this is
+// another. torch.compile(mode="reduce-overhead") makes a pool current before it captures, and refuses tensors that stay
+// in it.
+at::Tensor zeros_outside_pools(int64_t count, at::Device device) {
+  at::Tensor made;
+  std::exception_ptr failure;
+  std::thread([&] {
+    try {
+      const c10::cuda::CUDAGuard on_device(device);
+      made = at::zeros({count}, at::TensorOptions().dtype(at::kInt).device(device));
+      // they are written on this thread's stream, and used on another
+      c10::cuda::getCurrentCUDAStream().synchronize();
+    } catch (...) {
+      failure = std::current_exception();
+    }
+  }).join();
+  if (failure) std::rethrow_exception(failure);
+  return made;
+}
+
 // Zeros by which blocks of one launch hand results to each other; a launch leaves them zero. Those of a stream serve
 // its launches in turn, so no launch needs a memset. While a graph is captured nothing may be kept that was not there
 // before: a stream without enough of them gets its own, zeroed by the graph.
@@ -79,11 +101,11 @@ at::Tensor counters(int32_t count, at::Device device, cudaStream_t stream) {
   const std::lock_guard<std::mutex> lock(mutex);
   at::Tensor& kept = known[{device.index(), stream}];
   if (kept.defined() && kept.numel() >= count) return kept;
-  const auto options = at::TensorOptions().dtype(at::kInt).device(device);
-  const at::Tensor made = at::zeros({std::max<int64_t>(count, kLeast)}, options);
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return made;
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+    return at::zeros({count}, at::TensorOptions().dtype(at::kInt).device(device));
+  }
   if (kept.defined()) outgrown.push_back(kept);
-  return kept = made;
+  return kept = zeros_outside_pools(std::max<int64_t>(count, kLeast), device);
 }
 
 // What a launch needs beside its operands, for as long as the stream does.

@@ -78,7 +78,11 @@ def _decode_kernel(
                 v_ptrs = v_ptr + offs_p[:, None] * stride_vp + offs_r[None, :] * stride_vr
                 v = tl.load(v_ptrs, mask=mask_p[:, None] & mask_r[None, :], other=0.0)
                 # scale goes onto v, as in lora_matmul.py
-                acc = dot(round_to(v.to(tl.float32) * scale, dtype), thin, acc, PRECISION)
+                v = round_to(v.to(tl.float32) * scale, dtype)
+                lora = dot(v, thin, tl.zeros((BLOCK_P, ROWS), tl.float32), PRECISION)
+                # what is done with it here waits for the product, so that v's registers don't take the next ranks
+                # before it has read them, as ptxas before 13.3 lets them (sass.py)
+                acc += tl.where(mask_p[:, None], lora, 0.0)
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)[:, None]
             out_ptrs = out_ptr + offs_p[:, None] + offs_m[None, :] * P

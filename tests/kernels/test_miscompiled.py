@@ -34,6 +34,7 @@ SCANNED = {
     ],
     "few rows and odd ranks": [
         ((1, 4096, 4096, 16), H, H, False, True, None), ((16, 50, 4096, 100), B, F, False, True, 1),
+        ((16, 4096, 4096, 64), B, B, False, False, None),
         ((300, 4096, 64, 100), H, H, False, True, 4), ((129, 64, 123, 3), B, B, True, False, 1),
     ],
 }  # fmt: skip

@@ -27,6 +27,7 @@ class LoRAAdapter(nn.Module):
     dropout: float
     use_rslora: bool
     scale: float
+    _alpha: float
     trains_bias: bool
     init: str
 

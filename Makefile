@@ -61,20 +61,20 @@ sanitize: $(INSTALLED)
 	$(RUN)/python tests/sanitize.py $(ARGS)
 
 report: $(INSTALLED)
-	$(RUN)/python docs/draw.py
-	$(RUN)/python -m fused_lora.bench.publish $(ARGS)
+	$(RUN)/python -m tools.draw
+	$(RUN)/python -m tools.publish $(ARGS)
 
 scaling: $(INSTALLED)
-	$(RUN)/python -m fused_lora.bench.scaling $(ARGS)
+	$(RUN)/python -m tools.scaling $(ARGS)
 
 models: $(INSTALLED)
-	$(RUN)/python -m fused_lora.bench.models $(ARGS)
+	$(RUN)/python -m tools.models $(ARGS)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build $(ARGS)
 
 gpu:
-	$(PYTHON) -m fused_lora.bench.gpu $(ARGS)
+	$(PYTHON) -m tools.gpu $(ARGS)
 
 lint: $(INSTALLED)
 	$(RUN)/ruff check .

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from fused_lora.bench import measure, table
-from fused_lora.bench.models import MODEL, ModelProblem
 from fused_lora.bench.nets import Case
 from fused_lora.bench.problems import LayerProblem, NetProblem, Problem
 from fused_lora.bench.results import Environment, Row
 from fused_lora.bench.runner import Group, run_group
 from fused_lora.bench.shapes import TRAIN, Shape
+from tools.models import MODEL, ModelProblem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # what pytest-benchmark's tables are headed by, where it is not the work's own name

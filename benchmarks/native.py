@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from fused_lora import extension
+from fused_lora.backends import native
 from fused_lora.bench import measure
+from fused_lora.bench.baselines import FROZEN
 from fused_lora.bench.check import Judge
-from fused_lora.bench.peers import FROZEN
 from fused_lora.bench.problems import LayerProblem, NetProblem, Problem
 from fused_lora.bench.results import Environment
 from fused_lora.bench.shapes import FORWARD, SHAPES, STEP
@@ -52,8 +52,8 @@ def checked(problem: Problem) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    if not extension.available():
-        raise SystemExit(extension.why_unavailable())
+    if not native.available():
+        raise SystemExit(native.why_not())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     environment = Environment.here(CPU)
     default = Path(__file__).parent / "results" / "native" / f"{environment.slug}-{environment.date}.json"

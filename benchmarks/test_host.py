@@ -14,11 +14,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import create_function_from_signature
 
-from fused_lora import ops
-from fused_lora.kernels import launch
-from fused_lora.kernels.configs import Form, Schedule, TileConfig
+from fused_lora.backends import environment
+from fused_lora.backends.triton import launch
+from fused_lora.backends.triton.configs import Form, Schedule, TileConfig
 
-pytestmark = pytest.mark.skipif(ops.interpreting(), reason="the interpreter has a launcher of its own")
+pytestmark = pytest.mark.skipif(environment.interpreting(), reason="the interpreter has a launcher of its own")
 TILE = TileConfig(128, 256, 64, 16, 8, 8, 3)
 
 

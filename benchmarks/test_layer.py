@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_lora.bench.peers import PEERS
+from fused_lora.bench.baselines import PEERS
 from fused_lora.bench.shapes import BACKWARD, DECODE, FORWARD, STEP, select
 
 ON_GPU = torch.cuda.is_available()

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from fused_lora import LoRAConfig, add_adapter, apply_lora, disable_adapters, load_adapter, save_adapter, set_adapter
-from fused_lora.adapters import WEIGHTS_FILE
-from fused_lora.lora_adapter import LoRAAdapter
+from fused_lora.adapter import LoRAAdapter
+from fused_lora.checkpoint import WEIGHTS_FILE
 
 LAYERS, WIDTH, RANK = 1000, 512, 16
 

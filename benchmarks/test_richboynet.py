@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fused_lora.bench.peers import PEERS
+from fused_lora.bench.baselines import PEERS
 from fused_lora.bench.shapes import TRAIN
 
 

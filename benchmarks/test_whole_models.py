@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_lora.bench.models import MODEL, NAMES
 from fused_lora.bench.nets import CASES
+from tools.models import MODEL, NAMES
 
 
 @pytest.mark.benchmark(max_time=0.5)

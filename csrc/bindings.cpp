@@ -1,5 +1,5 @@
 // The operators' schemas, and the Python module whose import loads this library and so registers them. Each device's
-// folder registers its implementations. fused_lora/reference.py says what they mean; fused_lora/extension.py calls
+// folder registers its implementations. fused_lora/reference.py says what they mean; fused_lora/backends/native.py calls
 // them.
 #include <Python.h>
 #include <torch/library.h>

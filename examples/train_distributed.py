@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_lora import apply_lora, lora_parameters, save_adapter
-from fused_lora.distributed import tensor_parallel_plan
+from fused_lora.parallel.tensor_parallel import tensor_parallel_plan
 
 STRATEGIES = ("ddp", "fsdp", "tp", "fsdp+tp")
 PLAN = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}

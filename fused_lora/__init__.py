@@ -1,11 +1,9 @@
 """A LoRA layer in one kernel: ``FusedLoRALinear`` and what goes around it. Importing this imports no Triton."""
 
-from .adapters import hotswap_adapter, load_adapter, save_adapter
-from .config import LoRAConfig
+from .checkpoint import hotswap_adapter, load_adapter, save_adapter
 from .functional import lora_linear
 from .layer import FusedLoRALinear
-from .merging import merge, merge_and_unload, unmerge
-from .model import (
+from .models.apply import (
     add_adapter,
     add_weighted_adapter,
     apply_lora,
@@ -14,7 +12,9 @@ from .model import (
     lora_parameters,
     set_adapter,
 )
-from .overview import summary
+from .models.config import LoRAConfig
+from .models.merging import merge, merge_and_unload, unmerge
+from .models.overview import summary
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import extension, ops, reference, validation
+from . import backends, ops, reference, validation
+from .backends import native
+from .dropout import dropout_mask, dropout_threshold, whole_mask
 
 
 def lora_linear(
@@ -38,7 +40,7 @@ def lora_linear(
         bias: (N,) of the weight's dtype, or None.
         dropout_p: in [0, 1), applied to x before A while ``training``. Same rate and scaling as ``nn.Dropout``, to
             1/65536, with its own stream of bits; the seed comes from PyTorch's generator on x's device.
-        impl: "auto", "triton", "native" or "eager". "auto" chooses by the rule of ``ops.choose_impl``; another choice
+        impl: "auto", "triton", "native" or "eager". "auto" chooses by the rule of ``backends.choose``; another choice
             that cannot run here raises.
 
     Returns:
@@ -58,7 +60,7 @@ def lora_linear(
     dropout_p = dropout_p if training else 0.0
     if distributed:
         # here, not at the top: it imports torch.distributed
-        from . import sharding
+        from .parallel import sharding
 
         local = sharding.localize(x, weight, lora_A, lora_B, bias)
         return local.join(_in_compute_dtype(*local.operands, scale, dropout_p, impl, local.stream))
@@ -112,9 +114,9 @@ def _lora_linear(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
     scale: float, dropout_p: float, impl: str, stream: int,
 ) -> Tensor:  # fmt: skip
-    impl = ops.choose_impl(impl, x.device, weight.dtype)
+    impl = backends.choose(impl, x.device, weight.dtype)
     seed = None
-    if reference.dropout_threshold(dropout_p) > 0:
+    if dropout_threshold(dropout_p) > 0:
         # on x's device, so that manual_seed and activation checkpointing repeat it, and never read by the host
         seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=x.device)
         if stream:
@@ -125,7 +127,7 @@ def _lora_linear(
         # an operator's number would be compiled in, and compiled anew for each: B carries it instead
         lora_B, scale = lora_B * scale, 1.0
     if impl == "native" and _nobody_looks(x, weight, lora_A, lora_B, bias):
-        return extension.lora_linear(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
+        return native.lora_linear(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
         return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, impl)[0]
     return ops.lora_matmul(
@@ -149,7 +151,7 @@ def _differentiable(
     """The same of ordinary operations, which every transform knows; custom Functions and in-place work stop some."""
     mask = None
     if seed is not None:
-        mask = reference.dropout_mask(seed, x.numel() // max(x.shape[-1], 1), x.shape[-1], dropout_p)
+        mask = dropout_mask(seed, x.numel() // max(x.shape[-1], 1), x.shape[-1], dropout_p)
     dtype = weight.dtype
     return reference.eager_lora_linear(
         x, weight, lora_A.to(dtype), lora_B.to(dtype), scale, bias, mask, dropout_p
@@ -230,7 +232,7 @@ class _LoRALinear(torch.autograd.Function):
             mask = None
             if seed is not None:
                 rows = dh.shape[0] if dh is not None else dy.numel() // weight.shape[0]  # type: ignore[union-attr]
-                mask = reference.dropout_mask(seed, rows, weight.shape[1], ctx.dropout_p)
+                mask = dropout_mask(seed, rows, weight.shape[1], ctx.dropout_p)
             grads = reference.eager_backward(
                 dy, dh, x, weight, lora_A, lora_B, h, ctx.scale, mask, ctx.dropout_p, needs
             )  # fmt: skip
@@ -252,7 +254,7 @@ def _backward(
     dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
     if seed is not None and impl == "eager" and (torch.compiler.is_compiling() or (needs_x and needs_A)):
         # made once for both, and by a compiler in one loop; in forward too it would be the same mask, and be kept
-        seed = reference.whole_mask(seed, dy2.shape[0], weight.shape[1], dropout_p)
+        seed = whole_mask(seed, dy2.shape[0], weight.shape[1], dropout_p)
     if needs_x:
         dx, g = ops.lora_matmul(dy, weight, lora_B, lora_A, None, scale, seed, dropout_p, True, impl)
     elif needs_A:

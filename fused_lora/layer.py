@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
+from .adapter import LoRAAdapter
 from .functional import concatenate_adapters, lora_linear, plus_adapter
-from .lora_adapter import LoRAAdapter
 from .switching import Adapted
 
 # what a plain nn.Linear has not

@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import pytest
 from native_build import build
 
-from fused_lora import extension
+from fused_lora.backends import environment, native
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +29,13 @@ def _seeded_and_nan_filled():
     torch.use_deterministic_algorithms(False)
 
 
-INSTALLED = extension.available()
+INSTALLED = native.available()
 
 
 @pytest.fixture(autouse=True)
 def _extension_hidden(monkeypatch):
     """Whether it is built where the tests run changes none of them: those about it ask for it."""
-    monkeypatch.setattr(extension, "_PROBLEM", "hidden by the tests")
+    monkeypatch.setattr(environment, "EXTENSION_PROBLEM", "hidden by the tests")
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +57,9 @@ def extension_library(tmp_path_factory):
 
 @pytest.fixture
 def native(extension_library, _extension_hidden, monkeypatch):
-    """``fused_lora.extension``, and it is there: ``impl="auto"`` takes it on the CPU."""
-    monkeypatch.setattr(extension, "_PROBLEM", None)
-    return extension
+    """``fused_lora.backends.native``, and it is there: ``impl="auto"`` takes it on the CPU."""
+    monkeypatch.setattr(environment, "EXTENSION_PROBLEM", None)
+    return native
 
 
 def named(impl, request):

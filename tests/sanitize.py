@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from native_build import ROOT, build
+from helpers.native_build import ROOT, build
 
 TESTS = ("tests/test_native_fuzz.py", "tests/test_native_autograd.py")
 

@@ -23,7 +23,7 @@ from fused_lora import (
     save_adapter,
     set_adapter,
 )
-from fused_lora.adapters import CONFIG_FILE, WEIGHTS_FILE
+from fused_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fused_lora import bench, reference
-from fused_lora.bench import measure, peers, roofline, runner, series, shapes, table
+from fused_lora.bench import baselines, measure, roofline, runner, series, shapes, table
 from fused_lora.bench.problems import LayerProblem, NetProblem
 from fused_lora.bench.results import Environment, Results, Row
 from fused_lora.bench.shapes import BACKWARD, DECODE, FORWARD, STEP, Shape
@@ -41,7 +41,9 @@ def a_row(**fields):
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch):
     """Compiling C++ for every group takes long; what is compiled has a test of its own."""
-    monkeypatch.setitem(peers.PEERS, "compiled", peers.Peer(peers._compiled, lambda weights: "not in these tests"))
+    monkeypatch.setitem(
+        baselines.PEERS, "compiled", baselines.Peer(baselines._compiled, lambda weights: "not in these tests")
+    )
 
 
 # ---------------------------------------------------------------- checking
@@ -52,7 +54,7 @@ def uncompiled(monkeypatch):
 def test_every_candidate_is_right(work, dtype):
     group = runner.run_group(LayerProblem(work, SMALL, dtype, CPU), HASTY)
     assert group.red == {}
-    assert {row.candidate for row in group.rows} | set(group.absent) == set(peers.PEERS)
+    assert {row.candidate for row in group.rows} | set(group.absent) == set(baselines.PEERS)
     assert next(row for row in group.rows if row.candidate == "frozen").ratio_to_frozen == 1.0
 
 
@@ -62,24 +64,24 @@ def test_every_candidate_takes_the_same_training_step():
     assert group.ours in {row.candidate for row in group.rows}
 
 
-class WrongScale(peers.EagerLoRA):
+class WrongScale(baselines.EagerLoRA):
     def forward(self, x):
         return super().forward(x) * 1.001
 
 
-class NotANumber(peers.EagerLoRA):
+class NotANumber(baselines.EagerLoRA):
     def forward(self, x):
         return super().forward(x) * float("nan")
 
 
-class NoGradient(peers.EagerLoRA):
+class NoGradient(baselines.EagerLoRA):
     def forward(self, x):
         with torch.no_grad():
             update = super().forward(x) - x @ self.weights.weight.t()
         return x @ self.weights.weight.t() + update
 
 
-class Raises(peers.EagerLoRA):
+class Raises(baselines.EagerLoRA):
     def forward(self, x):
         raise RuntimeError("out of luck")
 
@@ -89,7 +91,7 @@ class Raises(peers.EagerLoRA):
     [(WrongScale, "is off by"), (NotANumber, "nan"), (NoGradient, "is off|missing"), (Raises, "RuntimeError: out of")],
 )
 def test_a_wrong_candidate_gets_no_time(monkeypatch, wrong, why):
-    monkeypatch.setitem(peers.PEERS, "addmm", peers.Peer(wrong))
+    monkeypatch.setitem(baselines.PEERS, "addmm", baselines.Peer(wrong))
     group = runner.run_group(LayerProblem(STEP, SMALL, "float32", CPU), HASTY)
     assert list(group.red) == ["addmm"]
     with pytest.raises(AssertionError, match=why):
@@ -286,7 +288,7 @@ def test_interpreted_kernels_compete_in_a_dry_run_alone():
 
 def test_the_compiled_peer_is_right_and_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
-    monkeypatch.setitem(peers.PEERS, "compiled", peers.Peer(peers._compiled, first=True))
+    monkeypatch.setitem(baselines.PEERS, "compiled", baselines.Peer(baselines._compiled, first=True))
     # a compiled backward may free its inputs, so it can run but once
     for work in (STEP, BACKWARD):
         group = runner.run_group(LayerProblem(work, SMALL, "float32", CPU), HASTY)
@@ -295,11 +297,11 @@ def test_the_compiled_peer_is_right_and_compiled(monkeypatch):
 
 
 def test_the_compiled_peer_competes_in_the_first_shapes_of_a_gpu_and_where_a_compiler_is(monkeypatch):
-    monkeypatch.setitem(peers.PEERS, "compiled", peers.Peer(peers._compiled, first=True))
+    monkeypatch.setitem(baselines.PEERS, "compiled", baselines.Peer(baselines._compiled, first=True))
     weights = LayerProblem(STEP, SMALL, "float32", CPU).weights
-    assert peers._why_no_compiler(weights) is None
-    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
-    assert "needs a C++ compiler" in peers._why_no_compiler(weights)
+    assert baselines._why_no_compiler(weights) is None
+    monkeypatch.setattr(baselines.shutil, "which", lambda name: None)
+    assert "needs a C++ compiler" in baselines._why_no_compiler(weights)
     later = types.SimpleNamespace(device=torch.device("cuda"), first=False)
     assert "first shapes alone" in runner._why_absent(later, "compiled", dry=False)
 
@@ -358,7 +360,7 @@ def lorafusion(monkeypatch):
 
 
 def test_lorafusion_is_called_as_it_wants_and_held_to_the_truth(monkeypatch, lorafusion):
-    monkeypatch.setitem(peers.PEERS, "lorafusion", peers.Peer(peers.LoRAFusionLoRA))
+    monkeypatch.setitem(baselines.PEERS, "lorafusion", baselines.Peer(baselines.LoRAFusionLoRA))
     group = runner.run_group(LayerProblem(STEP, SMALL, "float32", CPU), HASTY)
     assert group.red == {}
     assert "lorafusion" in {row.candidate for row in group.rows}
@@ -368,7 +370,7 @@ def test_lorafusion_is_timed_where_its_kernels_run_and_nowhere_else(monkeypatch,
     def why(device="cuda", dtype=torch.bfloat16, adapter=torch.bfloat16, rank=16):
         weight = types.SimpleNamespace(device=torch.device(device), dtype=dtype)
         lora_A = types.SimpleNamespace(dtype=adapter)
-        return peers._why_no_lorafusion(types.SimpleNamespace(weight=weight, lora_A=lora_A, rank=rank))
+        return baselines._why_no_lorafusion(types.SimpleNamespace(weight=weight, lora_A=lora_A, rank=rank))
 
     assert why() is None
     assert "CUDA devices alone" in why(device="cpu")

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from fused_lora import FusedLoRALinear, ops
+from fused_lora import FusedLoRALinear
+from fused_lora.backends.triton import launch
 
 pytestmark = pytest.mark.usefixtures("cpu_impl")
 
@@ -64,7 +65,6 @@ def test_a_policy_that_keeps_the_fused_operator_spares_its_second_run(monkeypatc
     # the operator stands where the Triton kernels run
     model = net(0.5, impl="triton")
     runs = []
-    launch = ops._implementation("triton")
     matmul = launch.lora_matmul
     monkeypatch.setattr(launch, "lora_matmul", lambda *args: runs.append(args[8]) or matmul(*args))
     plain = gradients(model, model)

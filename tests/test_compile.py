@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from fused_lora import FusedLoRALinear, LoRAConfig, add_adapter, apply_lora, lora_linear, reference, set_adapter
 from fused_lora.bench.measure import saved_bytes
+from fused_lora.dropout import dropout_mask
 
 IN_FORWARD, IN_BACKWARD = "fused_lora.lora_matmul.default", "fused_lora.adapter_grad.default"
 
@@ -196,7 +197,7 @@ def plainly(net, x, seed, dtype):
         A, B = (parameter.detach().to(dtype).requires_grad_() for parameter in (layer.lora_A, layer.lora_B))
         leaves |= {f"{number}.lora_A": A, f"{number}.lora_B": B}
         drawn = torch.randint(torch.iinfo(torch.int64).max, (1,))
-        mask = reference.dropout_mask(drawn, *y.shape, DROPOUT)
+        mask = dropout_mask(drawn, *y.shape, DROPOUT)
         weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
         y = reference.eager_lora_linear(y, weight, A, B, layer.scale, bias, mask, DROPOUT)
         y = y.tanh() if number == 0 else y

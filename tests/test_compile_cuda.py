@@ -15,7 +15,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
-from fused_lora import FusedLoRALinear, extension, ops
+from fused_lora import FusedLoRALinear, backends
+from fused_lora.backends import environment
 
 IN_FORWARD, IN_BACKWARD = "fused_lora.lora_matmul.default", "fused_lora.adapter_grad.default"
 OLD, NEW = (7, 5), (9, 0)
@@ -52,15 +53,15 @@ def gpus(guard, monkeypatch):
     said = SimpleNamespace(capabilities=[NEW, NEW], current=1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", untraceable(lambda device: said.capabilities[device]))
     monkeypatch.setattr(torch.cuda, "current_device", untraceable(lambda: said.current))
-    monkeypatch.setattr(ops, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(environment, "TRITON_INSTALLED", True)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    extension._capability.cache_clear()
+    environment._capability.cache_clear()
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True), FakeTensorMode(allow_non_fake_inputs=True):
         yield said
     torch._dynamo.reset()
-    extension._capability.cache_clear()
+    environment._capability.cache_clear()
 
 
 def fake_layer(device="cuda:0", dtype=torch.bfloat16, **options):
@@ -157,13 +158,13 @@ def test_each_gpu_is_asked_for_its_own_capability(gpus, device, impl, dropout):
 def test_a_device_without_an_index_is_the_current_one_at_every_call(gpus):
     gpus.capabilities = [OLD, NEW]
     for gpus.current, impl in ((1, "triton"), (0, "eager"), (1, "triton")):
-        assert ops.choose_impl("auto", torch.device("cuda"), torch.float16) == impl
+        assert backends.choose("auto", torch.device("cuda"), torch.float16) == impl
 
 
 def without_triton(monkeypatch, has_cuda=True):
-    monkeypatch.setattr(ops, "_TRITON_INSTALLED", False)
-    monkeypatch.setattr(extension, "_PROBLEM", None)
-    monkeypatch.setattr(extension, "_HAS_CUDA", has_cuda)
+    monkeypatch.setattr(environment, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(environment, "EXTENSION_PROBLEM", None)
+    monkeypatch.setattr(environment, "EXTENSION_HAS_CUDA", has_cuda)
 
 
 def test_the_extension_where_triton_is_missing(gpus, monkeypatch):
@@ -183,6 +184,6 @@ def test_float64_is_eager(gpus):
 
 @pytest.mark.parametrize("impl", ["triton", "native", "eager"])
 def test_an_implementation_that_was_asked_for(gpus, monkeypatch, impl):
-    monkeypatch.setattr(extension, "_PROBLEM", None)
-    monkeypatch.setattr(extension, "_HAS_CUDA", True)
+    monkeypatch.setattr(environment, "EXTENSION_PROBLEM", None)
+    monkeypatch.setattr(environment, "EXTENSION_HAS_CUDA", True)
     assert traced(fake_layer(impl=impl), fake_x()).operators == step_of(impl)

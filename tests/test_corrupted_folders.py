@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from fused_lora import LoRAConfig, add_adapter, apply_lora, load_adapter, lora_parameters, save_adapter, set_adapter
-from fused_lora.adapters import CONFIG_FILE, WEIGHTS_FILE
+from fused_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from fused_lora.switching import Adapted
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))

@@ -310,7 +310,7 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
 def test_an_implementation_that_cannot_run_says_why(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fused_lora.ops.why_unavailable", lambda *_: "no such kernel")
+    monkeypatch.setattr("fused_lora.backends.why_not", lambda *_: "no such kernel")
     assert main([*arguments(folder, tmp_path), "--impl", "triton"]) == 2
     assert capsys.readouterr().err == "fused-lora demo: impl='triton' cannot run here: no such kernel\n"
 

@@ -1,6 +1,5 @@
 """README and docs are true: their Python runs, their commands exist, their numbers and pictures are what makes them."""
 
-import importlib
 import re
 import shlex
 from html.parser import HTMLParser
@@ -13,8 +12,8 @@ import triton.language as tl
 
 import fused_lora
 from fused_lora import cli
-from fused_lora.bench import publish
-from fused_lora.kernels.lora_matmul import _tile
+from fused_lora.backends.triton.lora_matmul import _tile
+from tools import draw, publish
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -137,16 +136,9 @@ def test_tables_and_plots_are_the_results_files():
     assert publish.main(["--check"]) == 0, "`make report` writes them anew"
 
 
-@pytest.fixture
-def drawings(monkeypatch):
-    """docs/draw.py, which is no part of the package."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    return importlib.import_module("draw")
-
-
-def test_pictures_are_what_the_script_draws(drawings):
-    for name, draw in drawings.DRAWINGS.items():
-        assert (drawings.PICTURES / f"{name}.svg").read_text(encoding="utf-8") == draw().render(), "run docs/draw.py"
+def test_pictures_are_what_the_script_draws():
+    for name, drawing in draw.DRAWINGS.items():
+        assert (draw.PICTURES / f"{name}.svg").read_text(encoding="utf-8") == drawing().render(), "run tools/draw.py"
 
 
 @triton.jit
@@ -157,8 +149,8 @@ def _tiles_by_ticket(out_ptr, tiles_m, tiles_p, GROUP_M: tl.constexpr):
 
 
 @pytest.mark.parametrize(("tiles_m", "tiles_p", "group"), [(6, 7, 3), (5, 4, 8), (7, 2, 2)])
-def test_the_order_of_tiles_in_the_picture_is_the_kernels_own(drawings, tiles_m, tiles_p, group):
+def test_the_order_of_tiles_in_the_picture_is_the_kernels_own(tiles_m, tiles_p, group):
     tickets = range(tiles_m * tiles_p)
     out = torch.zeros(len(tickets), 2, dtype=torch.int32, device="cuda" if torch.cuda.is_available() else "cpu")
     _tiles_by_ticket[(len(tickets),)](out, tiles_m, tiles_p, GROUP_M=group)
-    assert out.tolist() == [list(drawings.tile_of(ticket, tiles_m, tiles_p, group)) for ticket in tickets]
+    assert out.tolist() == [list(draw.tile_of(ticket, tiles_m, tiles_p, group)) for ticket in tickets]

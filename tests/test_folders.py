@@ -19,7 +19,7 @@ from fused_lora import (
     save_adapter,
     set_adapter,
 )
-from fused_lora.adapters import CONFIG_FILE, WEIGHTS_FILE
+from fused_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -8,7 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_lora import extension, functional, lora_linear, ops, reference
+from fused_lora import backends, functional, lora_linear, reference
+from fused_lora.backends import environment
+from fused_lora.dropout import dropout_mask
 
 pytestmark = pytest.mark.usefixtures("cpu_impl")
 
@@ -28,7 +30,7 @@ def test_output_and_every_gradient_are_within_the_budget(shape, bias, dtype):
 def test_dropout_uses_one_mask_in_forward_and_in_every_gradient(dropout_p, dtype):
     inputs = oracle.draw(300, 1001, 20, 3, dtype=dtype)  # more than one block of rows, and an odd one
     torch.manual_seed(5)
-    mask = reference.dropout_mask(torch.randint(torch.iinfo(torch.int64).max, (1,)), 300, 1001, dropout_p)
+    mask = dropout_mask(torch.randint(torch.iinfo(torch.int64).max, (1,)), 300, 1001, dropout_p)
     torch.manual_seed(5)
     oracle.check(inputs, oracle.results(inputs, lora_linear, dropout_p=dropout_p), mask, dropout_p)
 
@@ -48,9 +50,7 @@ def test_dropout_has_the_rate_and_scaling_of_nn_dropout_and_does_nothing_in_eval
 
 
 def test_dropout_masks_of_two_seeds_and_of_neighbours_are_independent():
-    masks = [
-        reference.dropout_mask(torch.tensor([s]), 512, 512, 0.5).double() * 2 - 1 for s in (0, 1, 2**32, 2**33 + 1)
-    ]
+    masks = [dropout_mask(torch.tensor([s]), 512, 512, 0.5).double() * 2 - 1 for s in (0, 1, 2**32, 2**33 + 1)]
     shifted = [masks[0].roll(1, 0), masks[0].roll(1, 1), masks[0].roll(2, 1)]
     for one, other in [*itertools.combinations(masks, 2), *((masks[0], s) for s in shifted)]:
         assert abs((one * other).mean().item()) < 5 / 512
@@ -157,17 +157,17 @@ def test_any_strides(layout):
 @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((13, 0), True)])
 def test_an_old_gpu_runs_eagerly_and_says_why_and_a_future_one_runs_triton(capability, runs, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(ops, "triton_installed", lambda: True)
-    monkeypatch.setattr(extension, "_capability", lambda index: capability)
+    monkeypatch.setattr(environment, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(environment, "_capability", lambda index: capability)
     gpu = torch.device("cuda", 0)
-    assert ops.choose_impl("auto", gpu, torch.float16) == ("triton" if runs else "eager")
+    assert backends.choose("auto", gpu, torch.float16) == ("triton" if runs else "eager")
     if runs:
-        assert ops.choose_impl("triton", gpu, torch.float16) == "triton"
+        assert backends.choose("triton", gpu, torch.float16) == "triton"
     else:
         with pytest.raises(
             RuntimeError, match=r"compute capability \(7, 5\); the Triton kernels need \(8, 0\) or later"
         ):
-            ops.choose_impl("triton", gpu, torch.float16)
+            backends.choose("triton", gpu, torch.float16)
 
 
 def test_explicit_triton_on_cpu_tensors_raises_unless_interpreting(monkeypatch):

@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 
-from fused_lora.bench import commands, gpu, sanitized, subjects
+from fused_lora.bench import subjects
 from fused_lora.bench.results import Results
+from tools import commands, gpu, sanitized
 
 
 def test_without_a_gpu_it_says_so(capsys):
@@ -129,12 +130,10 @@ def test_the_sanitizer_watches_our_kernels_with_every_tool(sanitizer):
     kernels = list(sanitized.KERNELS.values())
     assert [call.split()[1] for call in calls] == ["memcheck", "synccheck", *["racecheck"] * len(kernels)]
     for call in calls[:2]:
-        assert call.endswith("echo -m fused_lora.bench.sanitized --device cuda")
+        assert call.endswith("echo -m tools.sanitized --device cuda")
         assert all(f"--kernel-name kns={kernel}" in call for kernel in kernels)
     for call, kernel in zip(calls[2:], kernels, strict=True):
-        assert call.endswith(
-            f"--kernel-name kns={kernel} echo -m fused_lora.bench.sanitized --device cuda --kernel {kernel}"
-        )
+        assert call.endswith(f"--kernel-name kns={kernel} echo -m tools.sanitized --device cuda --kernel {kernel}")
         assert call.count("--kernel-name") == 1
     assert outcome.startswith("failed: script passed after")
     assert "synccheck failed (exit code 9) after 0 s: found" in outcome
@@ -207,7 +206,7 @@ def test_the_races_that_name_the_extension_run_it(extension_library):
     """As on a GPU with the extension installed: hidden from all tests but those that name it."""
     script = (
         "import sys, pytest, torch; library = sys.argv[1]; library and torch.ops.load_library(library);"
-        "from fused_lora import extension; extension._PROBLEM = None;"
+        "from fused_lora.backends import environment; environment.EXTENSION_PROBLEM = None;"
         "sys.exit(pytest.main(['tests/kernels/test_device.py', '-q', '-k', 'native']))"
     )
     command = [sys.executable, "-c", script, str(extension_library or "")]

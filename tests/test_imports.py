@@ -1,83 +1,98 @@
 """The layering: imports run downward only, and importing the package touches neither Triton nor a GPU."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "fused_lora"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fused_lora"
 
-# what a module may import, lowest first; a name stands for a module or a whole folder
+# what a module may import, lowest first; a name stands for a module or a whole folder, the longest name counts
 LAYERS = [
-    {"extension", "patterns", "reference", "validation"},
+    {"validation", "dropout", "backends.environment", "models.patterns"},
+    {"reference"},
+    {"backends"},
     {"ops"},
-    {"kernels", "sharding"},
+    {"parallel.sharding"},
     {"functional"},
-    {"switching", "config", "lora_adapter"},
-    {"layer", "trained"},
-    {"selection", "distributed"},
-    {"merging", "model"},
-    {"writing", "overview"},
-    {"reading"},
-    {"adapters"},
+    {"switching", "adapter", "models.config"},
+    {"layer", "models.modules_to_save"},
+    {"models.selection", "parallel"},
+    {"models"},
+    {"checkpoint"},
     {"__init__"},
-    {"demo", "info", "integrations", "offline"},
+    {"codegen", "demo", "integrations"},
     {"bench"},
-    {"tune"},
+    {"tuning"},
     {"cli"},
 ]
-# ops.py reaches up to the kernels when an implementation is asked for, never at import; extension.py to what it builds
-LAZY = {("ops", "kernels"), ("extension", "_C")}
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
-def level(room):
-    return next(i for i, rooms in enumerate(LAYERS) if room in rooms)
+def home(module):
+    """The longest name in LAYERS that a module is, or lies in."""
+    parts = module.split(".")
+    return next((name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in LEVEL), None)
+
+
+def module_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def is_module(name):
+    place = PACKAGE.joinpath(*name.split("."))
+    return (place / "__init__.py").exists() or place.with_suffix(".py").exists()
 
 
 def imports(path):
-    """(importing room, imported room) for every import of the package's own modules in a file."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    """The package's own modules that a file imports, at its top or inside a function."""
+    inside = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        targets = []
-        if isinstance(node, ast.ImportFrom):
-            names = [alias.name for alias in node.names]
-            if node.level:
-                base = parts[: len(parts) - node.level]
-                whole = [*base, *(node.module.split(".") if node.module else [])]
-            elif (node.module or "").split(".")[0] == "fused_lora":
-                whole = node.module.split(".")[1:]
-            else:
-                continue
-            targets = [whole[0]] if whole else [n if exists(n) else "__init__" for n in names]
-        elif isinstance(node, ast.Import):
-            own = [alias.name.split(".") for alias in node.names if alias.name.split(".")[0] == "fused_lora"]
-            targets = [name[1] if len(name) > 1 else "__init__" for name in own]
-        for target in targets:
-            yield parts[0], target
-
-
-def exists(name):
-    return (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists() or name == "_C"
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_run_downward_only(path):
-    for room, target in imports(path):
-        if room == target or (room, target) in LAZY:
+        if isinstance(node, ast.Import):
+            named = [alias.name.split(".")[1:] for alias in node.names if alias.name.split(".")[0] == "fused_lora"]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            named = [[*inside[: len(inside) + 1 - node.level], *(node.module or "").split(".")]]
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "fused_lora":
+            named = [node.module.split(".")[1:]]
+        else:
             continue
-        assert level(target) < level(room), f"{room} must not import {target}"
+        for parts in named:
+            base = ".".join(filter(None, parts))
+            names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            inner = [f"{base}.{name}".lstrip(".") for name in names if is_module(f"{base}.{name}".lstrip("."))]
+            yield from inner
+            if len(inner) < max(len(names), 1):
+                yield base or "__init__"
 
 
-def test_every_room_has_its_level():
-    files = {path.stem for path in PACKAGE.glob("*.py")}
-    folders = {path.parent.name for path in PACKAGE.glob("*/*.py")}
-    assert files | folders == set().union(*LAYERS)
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downward_only(path):
+    module = module_of(path)
+    for target in imports(path):
+        if home(module) != home(target):
+            assert LEVEL[home(target)] < LEVEL[home(module)], f"{module} must not import {target}"
+
+
+def test_no_circle_of_modules():
+    graph = {module_of(path): {t for t in imports(path) if t != module_of(path)} for path in FILES}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_every_module_has_its_level():
+    assert [module for path in FILES if home(module := module_of(path)) is None] == []
+    assert [name for name in LEVEL if not is_module(name)] == []
 
 
 def test_files_stay_short():
-    long = {str(p): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    long = {str(p): n for p in [*FILES, *ROOT.glob("tools/*.py")] if (n := len(p.read_text().splitlines())) > 400}
     assert not long
 
 
@@ -90,7 +105,7 @@ def test_importing_the_package_imports_no_triton_and_touches_no_gpu():
     code = "import sys, torch; before = set(sys.modules); import fused_lora; print(set(sys.modules) - before)"
     added = ast.literal_eval(run(code))
     assert "fused_lora.layer" in added
-    assert not {name for name in added if name.split(".")[0] == "triton" or name.startswith("fused_lora.kernels")}
+    assert not {name for name in added if name.split(".")[0] == "triton" or name == "fused_lora.backends.triton.launch"}
     assert run("import torch, fused_lora; print(torch.cuda.is_initialized())").strip() == "False"
 
 

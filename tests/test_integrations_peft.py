@@ -24,8 +24,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from fused_lora import ops, reference
+from fused_lora import ops
 from fused_lora.bench.measure import saved_bytes
+from fused_lora.dropout import dropout_mask
 from fused_lora.integrations.peft import fuse, summary, unfuse
 
 
@@ -233,7 +234,7 @@ def drawn_mask(rows, cols, p):
     state = torch.get_rng_state()
     seed = torch.randint(torch.iinfo(torch.int64).max, (1,))
     torch.set_rng_state(state)
-    return reference.dropout_mask(seed, rows, cols, p)
+    return dropout_mask(seed, rows, cols, p)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from fused_lora.bench import measure, peers, problems
+from fused_lora.bench import baselines, measure, problems
 from fused_lora.bench.problems import LayerProblem
 from fused_lora.bench.shapes import BACKWARD, DECODE, FORWARD, STEP, Shape
 
@@ -251,12 +251,12 @@ def test_the_peak_of_a_step_is_what_the_formulas_make():
 def test_calls_take_the_copies_of_their_inputs_in_turn(monkeypatch, work):
     seen = []
 
-    class Watching(peers.EagerLoRA):
+    class Watching(baselines.EagerLoRA):
         def forward(self, x):
             seen.append(x.data_ptr())
             return super().forward(x)
 
-    monkeypatch.setitem(peers.PEERS, "addmm", peers.Peer(Watching))
+    monkeypatch.setitem(baselines.PEERS, "addmm", baselines.Peer(Watching))
     problem = LayerProblem(work, SMALL, "float32", CPU)
     call = problem.candidate("addmm").call
     results = [call() for _ in range(problem.copies + 1)]

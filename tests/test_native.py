@@ -14,7 +14,10 @@ import torch
 from native_build import ROOT, setup_py
 
 import fused_lora
-from fused_lora import extension, lora_linear, reference
+from fused_lora import lora_linear
+from fused_lora.backends import eager as eager_backend
+from fused_lora.backends import environment, native
+from fused_lora.dropout import dropout_mask
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # the last has more rows than a block of dropout
@@ -29,7 +32,7 @@ def absent(monkeypatch):
     """The extension is not here, whether it is or not."""
     monkeypatch.setitem(sys.modules, "fused_lora._C", None)
     monkeypatch.delattr(fused_lora, "_C", raising=False)
-    monkeypatch.setattr(extension, "_PROBLEM", extension._load())
+    monkeypatch.setattr(environment, "EXTENSION_PROBLEM", environment.extension_problem())
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def torch_hidden(tmp_path):
 
 def test_without_the_extension_native_raises_and_says_why(absent):
     inputs = oracle.draw(2, 3, 4, 1)
-    assert not extension.available()
+    assert not native.available()
     with pytest.raises(
         RuntimeError, match=r"impl='native' cannot run here: .*fused_lora\._C is not built.*make native"
     ):
@@ -82,19 +85,19 @@ def test_requested_build_that_fails_is_an_error_in_the_compilers_words(tmp_path)
 
 def check(operator, tensors, terms, *rest):
     """Operator's results against the float64 truth. terms: how many numbers its longest sum may have."""
-    got = getattr(extension, operator)(*tensors, *rest)
-    eager = getattr(reference, operator)(*tensors, *rest)
+    got = getattr(native, operator)(*tensors, *rest)
+    eager = getattr(eager_backend, operator)(*tensors, *rest)
     dtype = tensors[0].dtype
     if dtype == torch.float64:
         # the truth is rounded too: two orders of summation, each off by γ_n times the sum of absolute values
-        magnitude = getattr(reference, operator)(*(None if t is None else t.abs() for t in tensors), *rest)
+        magnitude = getattr(eager_backend, operator)(*(None if t is None else t.abs() for t in tensors), *rest)
         gamma = (terms + 8) * torch.finfo(dtype).eps / 2
         for one, other, limit in zip(got, eager, magnitude, strict=True):
             assert one.shape == other.shape
             assert ((one - other).abs() <= 2 * gamma * limit).all()
         return
     rest = [torch.float64 if isinstance(value, torch.dtype) else value for value in rest]
-    exact = getattr(reference, operator)(*(None if t is None else t.double() for t in tensors), *rest)
+    exact = getattr(eager_backend, operator)(*(None if t is None else t.double() for t in tensors), *rest)
     for name, *values in zip(("first result", "second result"), got, eager, exact, strict=True):
         assert values[0].dtype == values[1].dtype
         oracle.within(f"{operator}, {name}, {[tuple(t.shape) for t in tensors if t is not None]}", *values)
@@ -124,8 +127,8 @@ def test_few_rows_are_as_exact_as_the_reference_both_ways(native, M, dtype):
                 (i.dy, i.weight, i.lora_B, i.lora_A, None, True),
             ):
                 rest, exact = (-1.5, None, 0.0, on_output), [None if t is None else t.double() for t in operands]
-                results = native.lora_matmul(*operands, *rest), reference.lora_matmul(*operands, *rest)
-                found[-1] += zip(*results, reference.lora_matmul(*exact, *rest), strict=True)
+                results = native.lora_matmul(*operands, *rest), eager_backend.lora_matmul(*operands, *rest)
+                found[-1] += zip(*results, eager_backend.lora_matmul(*exact, *rest), strict=True)
         for name, draws in zip(("y", "h", "dx", "g"), zip(*found, strict=True), strict=True):
             oracle.within(f"{name} of {(M, K, N, R)}", *(torch.stack(v) for v in zip(*draws, strict=True)))
 
@@ -230,7 +233,7 @@ def test_dropout_bits_are_those_of_the_reference(native, seed, dtype):
     seed = torch.tensor([seed])
     # an odd width, so that blocks begin in the middle of a word, and more rows than a block; a row longer than a block
     for rows, cols, p in ((2500, 123, 0.3), (2, 150_001, 0.999), (3, 5, 1e-7)):
-        keep = reference.dropout_mask(seed, rows, cols, p)
+        keep = dropout_mask(seed, rows, cols, p)
         ones = torch.ones(rows, cols, dtype=dtype)
         column, zeros = ones[:, :1], torch.zeros(1, cols, dtype=dtype)
         out, _ = native.lora_matmul(column, zeros, column[:1], ones[:1], None, 1.0, seed, p, True)
@@ -326,5 +329,5 @@ def test_output_and_every_gradient_are_within_the_budget(native, dtype, dropout_
     got = oracle.results(inputs, lora_linear, dropout_p=dropout_p, impl="native")
     torch.manual_seed(5)
     seed = torch.randint(torch.iinfo(torch.int64).max, (1,))
-    mask = reference.dropout_mask(seed, 300, 1001, dropout_p) if dropout_p else None
+    mask = dropout_mask(seed, 300, 1001, dropout_p) if dropout_p else None
     oracle.check(inputs, got, mask, dropout_p)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_lora import lora_linear, reference
+from fused_lora import lora_linear
+from fused_lora.dropout import dropout_mask, keep_scale
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -117,7 +118,7 @@ def test_dropout_masks_are_those_of_the_reference():
     seed = torch.tensor([-7_000_000_000_000_000_001])
     for rows, cols, p in ((37, 41, 0.3), (0, 5, 0.5), (3, 1, 0.0)):
         mask = torch.ops.fused_lora_native.dropout_mask(seed, rows, cols, p, torch.float64)
-        assert torch.equal(mask, reference.dropout_mask(seed, rows, cols, p).double() * reference.keep_scale(p))
+        assert torch.equal(mask, dropout_mask(seed, rows, cols, p).double() * keep_scale(p))
 
 
 def test_a_compiled_layer_takes_the_fused_operators_without_a_graph_break():

@@ -13,7 +13,9 @@ from cuda_shim.host import BFLOAT16, EXACT, SHIM, TF32, Kernels, Schedule, compi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_lora import extension, reference
+from fused_lora.backends import eager as eager_backend
+from fused_lora.backends import native
+from fused_lora.dropout import dropout_mask
 
 SEED = torch.tensor([-7_000_000_000_000_000_001])
 ARITHMETICS = ("bfloat16", "float16", "float32", "tf32")
@@ -38,10 +40,10 @@ class OnDevice:
     """The operators of the extension on CPU tensors' copies, with their strides; a GPU has schedules of its own."""
 
     def lora_matmul(self, *arguments, schedule=None, arithmetic=None):
-        return self._call(extension.lora_matmul, arguments, arithmetic)
+        return self._call(native.lora_matmul, arguments, arithmetic)
 
     def adapter_grad(self, *arguments, schedule=None, arithmetic=None):
-        return self._call(extension.adapter_grad, arguments, arithmetic)
+        return self._call(native.adapter_grad, arguments, arithmetic)
 
     def _call(self, operator, arguments, arithmetic):
         torch.set_float32_matmul_precision("high" if arithmetic == TF32 else "highest")
@@ -61,7 +63,7 @@ class OnDevice:
 
 @pytest.fixture(scope="session")
 def kernels(request):
-    if torch.cuda.is_available() and extension.why_unavailable(torch.device("cuda"), torch.float32) is None:
+    if torch.cuda.is_available() and native.why_not(torch.device("cuda"), torch.float32) is None:
         return OnDevice()
     return request.getfixturevalue("on_host")
 
@@ -92,12 +94,14 @@ def plainly(operator, arithmetic, tensors, rest):
     plain = [None if t is None else t.to(dtype) for t in tensors]
     if arithmetic == "tf32":
         plain = [None if t is None else to_tf32(t) for t in plain]
-    return getattr(reference, operator)(*plain, *(dtype if isinstance(v, torch.dtype) else v for v in rest))
+    return getattr(eager_backend, operator)(*plain, *(dtype if isinstance(v, torch.dtype) else v for v in rest))
 
 
 def exactly(operator, tensors, rest, prepare=torch.Tensor.double):
     tensors = [None if t is None else prepare(t.double()) for t in tensors]
-    return getattr(reference, operator)(*tensors, *(torch.float64 if isinstance(v, torch.dtype) else v for v in rest))
+    return getattr(eager_backend, operator)(
+        *tensors, *(torch.float64 if isinstance(v, torch.dtype) else v for v in rest)
+    )
 
 
 def check(kernels, operator, arithmetic, draws, terms, *rest, schedule=SCHEDULE):
@@ -162,7 +166,7 @@ def test_only_the_gradient_asked_for_is_computed(kernels, wanted):
     pair, absent = (torch.randn(40, 70), torch.randn(40, 3)), (None, None)
     tensors = (*pair, *absent) if wanted == "dA" else (*absent, *pair)
     got = kernels.adapter_grad(*tensors, 1.5, SEED, 0.3, torch.float32, torch.float32)
-    expected = reference.adapter_grad(*tensors, 1.5, SEED, 0.3, torch.float32, torch.float32)
+    expected = eager_backend.adapter_grad(*tensors, 1.5, SEED, 0.3, torch.float32, torch.float32)
     for one, other in zip(got, expected, strict=True):
         assert (one is None and other is None) or torch.allclose(one, other, atol=1e-5)
 
@@ -209,7 +213,7 @@ def test_empty_sizes(kernels, arithmetic):
 def test_dropout_bits_are_those_of_the_reference(kernels, seed):
     seed = torch.tensor([seed])
     for rows, cols, p in ((150, 33, 0.3), (20, 203, 1e-7), (33, 30, 0.999)):
-        keep = reference.dropout_mask(seed, rows, cols, p)
+        keep = dropout_mask(seed, rows, cols, p)
         ones = torch.ones(rows, cols)
         out, _ = kernels.lora_matmul(ones[:, :1], 0 * ones[:1], ones[:1, :1], ones[:1], None, 1.0, seed, p, True)
         assert torch.equal(out != 0, keep)

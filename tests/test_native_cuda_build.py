@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_lora import extension, ops
+from fused_lora import backends
+from fused_lora.backends import environment, native
 
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"
@@ -162,38 +163,43 @@ def built(monkeypatch):
     """An extension that is built, with CUDA or without, before a GPU of some compute capability and no Triton."""
 
     def build(cuda=True, capability=(9, 0)):
-        monkeypatch.setattr(extension, "_PROBLEM", None)
-        monkeypatch.setattr(extension, "_HAS_CUDA", cuda)
-        monkeypatch.setattr(extension, "_capability", lambda index: capability)
-        monkeypatch.setattr(ops, "triton_installed", lambda: False)
+        monkeypatch.setattr(environment, "EXTENSION_PROBLEM", None)
+        monkeypatch.setattr(environment, "EXTENSION_HAS_CUDA", cuda)
+        monkeypatch.setattr(environment, "_capability", lambda index: capability)
+        monkeypatch.setattr(environment, "TRITON_INSTALLED", False)
 
     return build
 
 
 def test_without_triton_auto_is_native_where_it_can_run(built):
     built()
-    assert extension.why_unavailable(GPU, torch.bfloat16) is None
-    assert ops.choose_impl("auto", GPU, torch.bfloat16) == "native"
-    assert ops.choose_impl("native", GPU, torch.float32) == "native"
+    assert native.why_not(GPU, torch.bfloat16) is None
+    assert backends.choose("auto", GPU, torch.bfloat16) == "native"
+    assert backends.choose("native", GPU, torch.float32) == "native"
 
 
 @pytest.mark.parametrize(
     ("cuda", "capability", "dtype", "why"),
     [
         (False, (9, 0), torch.float32, "was built without CUDA, which needs nvcc and a PyTorch with CUDA"),
-        (True, (7, 5), torch.float16, r"has compute capability \(7, 5\); the compiled extension needs \(8, 0\)"),
+        (
+            True,
+            (7, 5),
+            torch.float16,
+            r"has compute capability \(7, 5\); the compiled extension's kernels need \(8, 0\)",
+        ),
         (True, (9, 0), torch.float64, "takes float32, bfloat16, float16 on a CUDA device, not torch.float64"),
     ],
     ids=["without CUDA", "old GPU", "dtype"],
 )
 def test_where_native_cannot_run_auto_is_eager_and_native_says_why(built, cuda, capability, dtype, why):
     built(cuda, capability)
-    assert ops.choose_impl("auto", GPU, dtype) == "eager"
+    assert backends.choose("auto", GPU, dtype) == "eager"
     with pytest.raises(RuntimeError, match=f"impl='native' cannot run here: .*{why}"):
-        ops.choose_impl("native", GPU, dtype)
+        backends.choose("native", GPU, dtype)
 
 
 def test_other_devices_are_named(built):
     built()
-    why = extension.why_unavailable(torch.device("meta"), torch.float32)
+    why = native.why_not(torch.device("meta"), torch.float32)
     assert why == "the compiled extension computes on CPUs and CUDA devices, and the tensors are on meta"

@@ -5,7 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fused_lora import extension, reference
+from fused_lora.backends import eager as eager_backend
+from fused_lora.backends import native
 
 pytestmark = pytest.mark.usefixtures("native")
 SEED = torch.tensor([-7_000_000_000_000_000_001])
@@ -36,8 +37,8 @@ def laid_out(values, layout):
 
 def check(got, operator, operands, *rest):
     """Within what no right computation exceeds: roundings of the sum of absolute values (Higham, §3.1)."""
-    exact = getattr(reference, operator)(*(t if t is None else t.double() for t in operands), *rest)
-    magnitude = getattr(reference, operator)(*(t if t is None else t.double().abs() for t in operands), *rest)
+    exact = getattr(eager_backend, operator)(*(t if t is None else t.double() for t in operands), *rest)
+    magnitude = getattr(eager_backend, operator)(*(t if t is None else t.double().abs() for t in operands), *rest)
     dtype = next(t.dtype for t in operands if t is not None)
     terms = sum(max(t.shape) for t in operands if t is not None)
     u, u32 = torch.finfo(dtype).eps / 2, torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
@@ -58,7 +59,7 @@ def test_products_of_any_shapes_and_strides(data):
     )
     bias = laid_out(torch.randn(1, N).to(dtype), data.draw(layouts))[0] if data.draw(st.booleans()) else None
     seed, on_output = data.draw(st.sampled_from([None, SEED])), data.draw(st.booleans())
-    got = extension.lora_matmul(a, w, u, v, bias, 1.5, seed, 0.3, on_output)
+    got = native.lora_matmul(a, w, u, v, bias, 1.5, seed, 0.3, on_output)
     check(got, "lora_matmul", (a, w, u, v, bias), 1.5, seed, 0.3, on_output)
 
 
@@ -71,7 +72,7 @@ def test_adapter_gradients_of_any_shapes_and_strides(data):
         laid_out(torch.randn(*shape, dtype=torch.float64).to(dtype), data.draw(layouts))
         for shape in ((M, K), (M, R), (M, N), (M, R))
     )
-    got = extension.adapter_grad(x, g, dy, h, 1.5, seed, 0.3, dtype, dtype)
+    got = native.adapter_grad(x, g, dy, h, 1.5, seed, 0.3, dtype, dtype)
     check(got, "adapter_grad", (x, g, dy, h), 1.5, seed, 0.3, torch.float64, torch.float64)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fused_lora import LoRAConfig, apply_lora, load_adapter, save_adapter
-from fused_lora.patterns import Budget, matcher
+from fused_lora.models.patterns import Budget, matcher
 
 LEAVES = st.sampled_from(["a", "b", r"\.", ".", "[ab]", "[^a]", r"\w", r"\b", "^", "$", "ab"])
 PATTERNS = st.recursive(

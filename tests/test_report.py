@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from fused_lora import bench
-from fused_lora.bench import charts, groups, publish, report, table
-from fused_lora.bench.peers import PEERS, SCHEDULES
+from fused_lora.bench import charts, groups, report, table
+from fused_lora.bench.baselines import PEERS, SCHEDULES
 from fused_lora.bench.results import Environment, Results, Row
 from fused_lora.bench.svg import COLOURS
+from tools import publish
 
 CPU = Environment("Some <CPU>", "2.13.0", "3.7.1", None, "3.11.7", 2, "2026-01-31")
 GPU = Environment("Some GPU", "2.13.0", "3.7.1", "13.0", "3.11.7", 8, "2026-02-28")

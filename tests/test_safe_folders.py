@@ -14,7 +14,7 @@ from peft import PeftModel
 from saved_models import WAYS, X, net
 
 from fused_lora import apply_lora, load_adapter, lora_parameters, save_adapter
-from fused_lora.adapters import CONFIG_FILE, WEIGHTS_FILE
+from fused_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 
 def files(folder):

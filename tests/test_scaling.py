@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_lora.bench import compiled, measure, predict, runner, scaling, scaling_page, traffic
-from fused_lora.bench.compiled import Compiled, resident
+from fused_lora.bench import measure, runner
 from fused_lora.bench.problems import LayerProblem
 from fused_lora.bench.results import Environment, Results
 from fused_lora.bench.shapes import FORWARD, STEP, Shape
-from fused_lora.bench.traffic import ADDMM, EAGER, FROZEN, OURS, PEFT, Layer
+from tools import compiled, predict, scaling, scaling_page, traffic
+from tools.compiled import Compiled, resident
+from tools.traffic import ADDMM, EAGER, FROZEN, OURS, PEFT, Layer
 
 CPU = torch.device("cpu")
 HEADLINE = Layer(8192, 4096, 4096, 16)

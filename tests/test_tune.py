@@ -7,11 +7,9 @@ import json
 import pytest
 import torch
 
-from fused_lora import tune
-from fused_lora.bench import subjects
-from fused_lora.kernels import launch, tuned
-from fused_lora.kernels.candidates import ROUNDS, fitting
-from fused_lora.kernels.configs import (
+from fused_lora import tuning
+from fused_lora.backends.triton import launch, tuned
+from fused_lora.backends.triton.configs import (
     DecodeConfig,
     Device,
     Form,
@@ -23,14 +21,16 @@ from fused_lora.kernels.configs import (
     default_schedule,
     takes_decode,
 )
-from fused_lora.kernels.entries import Entry, Reduced, Tiled, class_of
+from fused_lora.backends.triton.entries import Entry, Reduced, Tiled, class_of
+from fused_lora.bench import subjects
+from fused_lora.tuning.candidates import ROUNDS, fitting
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="made for the interpreter's device")
 
 
 def arguments(*options):
     parser = argparse.ArgumentParser()
-    tune.add_arguments(parser)
+    tuning.add_arguments(parser)
     return parser.parse_args(["--device", "cpu", *options])
 
 
@@ -111,7 +111,7 @@ def test_every_form_and_both_kernels_for_few_tokens_are_among_them():
 
 def test_what_wins_is_written_and_the_next_process_computes_by_it(tmp_path, capsys, monkeypatch):
     path = tmp_path / "tuned.json"
-    assert tune.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile)) == 0
+    assert tuning.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile)) == 0
     forward, backward = saved(path)
     assert is_middle_tile(forward.choice)
     assert (forward.ms, forward.heuristic_ms) == (1.0, 2.0)
@@ -133,9 +133,9 @@ def test_what_wins_is_written_and_the_next_process_computes_by_it(tmp_path, caps
 
 def test_noise_is_no_win_and_an_old_entry_that_wins_no_more_goes(tmp_path):
     path = tmp_path / "tuned.json"
-    tune.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile))
+    tuning.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile))
     turns = itertools.cycle((0.5, 2.0, 2.0))
-    assert tune.run(arguments(*ONE, "--out", str(path)), lambda call, count: next(turns)) == 0
+    assert tuning.run(arguments(*ONE, "--out", str(path)), lambda call, count: next(turns)) == 0
     assert saved(path) == []
 
 
@@ -151,7 +151,7 @@ def test_later_rounds_go_on_from_the_best(tmp_path):
         return ms - (choice.tile.num_stages == 1 and choice.schedule == launch.Schedule(Form.PRODUCE, 2))
 
     options = ("--shapes", "64x40", "--tokens", "20", "--dtype", "float32", "--out", str(path))
-    assert tune.run(arguments(*options), timer(cost)) == 0
+    assert tuning.run(arguments(*options), timer(cost)) == 0
     choice = saved(path)[0].choice
     assert (choice.tile.BLOCK_P, choice.tile.num_stages) == (64, 1)
     assert choice.schedule == launch.Schedule(Form.PRODUCE, 2)
@@ -171,7 +171,7 @@ def test_a_wrong_candidate_is_not_timed_however_fast(tmp_path, monkeypatch, caps
         return out, thin
 
     monkeypatch.setattr(subjects.MatmulSubject, "call", call)
-    assert tune.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile)) == 0
+    assert tuning.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile)) == 0
     assert saved(path) == []
     expected = {"wrong": ": off by", "nan": ": off by nan", "raises": ": RuntimeError: out of shared memory\n"}
     assert expected[fault] in capsys.readouterr().out
@@ -182,14 +182,14 @@ def test_a_wrong_rule_is_red_and_not_tuned(tmp_path, monkeypatch, capsys):
         subjects.ReductionSubject, "call", lambda subject, choice: (torch.zeros(16, 32), torch.ones(40, 16))
     )
     path = tmp_path / "tuned.json"
-    assert tune.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile)) == 1
+    assert tuning.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile)) == 1
     assert "RED, so not tuned: the rule's own choice is off by" in capsys.readouterr().out
     assert len(saved(path)) == 2
 
 
 def test_an_interrupted_run_keeps_what_it_found_and_what_was_there(tmp_path, capsys):
     path = tmp_path / "tuned.json"
-    tune.run(arguments("--shapes", "16x24", *ONE[2:], "--out", str(path)), prefers(is_middle_tile))
+    tuning.run(arguments("--shapes", "16x24", *ONE[2:], "--out", str(path)), prefers(is_middle_tile))
     before = saved(path)
     assert len(before) == 2
 
@@ -200,7 +200,7 @@ def test_an_interrupted_run_keeps_what_it_found_and_what_was_there(tmp_path, cap
         return 1.0 if is_middle_tile(choice) else 2.0
 
     options = ("--shapes", "32x72", "--tokens", "20", "--dtype", "float32", "--out", str(path))
-    assert tune.run(arguments(*options), timer(cost)) == 130
+    assert tuning.run(arguments(*options), timer(cost)) == 130
     after = saved(path)
     assert after[:2] == before
     assert [entry.problem.P for entry in after[2:]] == [72]
@@ -209,7 +209,7 @@ def test_an_interrupted_run_keeps_what_it_found_and_what_was_there(tmp_path, cap
 
 def test_layers_that_share_an_entry_are_tuned_once(capsys):
     options = ("--shapes", "16x24,24x16", "--tokens", "17,20", "--dtype", "float32", "--quick")
-    assert tune.run(arguments(*options), timer(lambda choice: 1.0)) == 0
+    assert tuning.run(arguments(*options), timer(lambda choice: 1.0)) == 0
     out = capsys.readouterr().out
     # 16x24 and 24x16 reduce as many columns, and 17 and 20 tokens are of one class
     assert out.count("shares an entry") == 12 - 5
@@ -220,7 +220,7 @@ def test_layers_that_share_an_entry_are_tuned_once(capsys):
 def test_dropout_and_mixed_dtypes_are_tuned_for_themselves(tmp_path, dtype):
     path = tmp_path / "tuned.json"
     options = ("--shapes", "32x40", "--tokens", "20", "--dtype", dtype, "--dropout", "--quick", "--out", str(path))
-    assert tune.run(arguments(*options), prefers(is_middle_tile)) == 0
+    assert tuning.run(arguments(*options), prefers(is_middle_tile)) == 0
     problem = saved(path)[0].problem
     assert problem.dropout
     assert (problem.itemsize, problem.adapter_itemsize) == ((2, 2) if dtype == "float16" else (2, 4))
@@ -235,16 +235,16 @@ def test_dropout_and_mixed_dtypes_are_tuned_for_themselves(tmp_path, dtype):
 def test_a_file_that_cannot_be_read_whole_is_not_overwritten(tmp_path, content, capsys):
     path = tmp_path / "notes.json"
     path.write_text(content)
-    assert tune.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile)) == 2
+    assert tuning.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile)) == 2
     assert f"{path} would be overwritten" in capsys.readouterr().err
     assert path.read_text() == content
 
 
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert tune.run(arguments(*ONE)) == 2
+    assert tuning.run(arguments(*ONE)) == 2
     assert "needs a CUDA device (or TRITON_INTERPRET=1)" in capsys.readouterr().err
-    assert tune.run(arguments("--device", "cuda")) == 2
+    assert tuning.run(arguments("--device", "cuda")) == 2
     assert "finds no CUDA device" in capsys.readouterr().err
 
 

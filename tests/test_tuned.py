@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fused_lora import lora_linear
-from fused_lora.cli import main
-from fused_lora.kernels import launch, tuned
-from fused_lora.kernels.configs import (
+from fused_lora.backends.triton import launch, tuned
+from fused_lora.backends.triton.configs import (
     INTERPRETER,
     DecodeConfig,
     Device,
@@ -24,7 +23,8 @@ from fused_lora.kernels.configs import (
     Schedule,
     TileConfig,
 )
-from fused_lora.kernels.entries import Entry, Reduced, Tiled, check, class_of
+from fused_lora.backends.triton.entries import Entry, Reduced, Tiled, check, class_of
+from fused_lora.cli import main
 
 HOPPER = Device((9, 0), 227 * 1024, 132, "Some GPU")
 SMALL = dataclasses.replace(HOPPER, shared_memory=48 * 1024)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from peft.tuners import lora
 
-from fused_lora.bench import measure, models, nets, peers, runner
+from fused_lora.bench import baselines, measure, nets, runner
 from fused_lora.bench.results import Results
 from fused_lora.demo.net import RichBoyNet
 from fused_lora.integrations.peft import FusedLinear
 from fused_lora.layer import FusedLoRALinear
+from tools import models
 
 CPU = torch.device("cpu")
 HASTY = measure.Plan(0.0, 2, 2, 0.0)
@@ -74,7 +75,7 @@ def test_the_candidates_are_made_as_a_user_makes_them_and_share_what_is_frozen()
     frozen = problem.net.q_proj.weight.data_ptr()
     for model in made.values():
         layer = getattr(model, "q_proj", None)
-        weight = layer.weights.weight if isinstance(layer, peers.EagerLoRA) else None
+        weight = layer.weights.weight if isinstance(layer, baselines.EagerLoRA) else None
         assert frozen in {p.data_ptr() for p in (*model.parameters(), weight) if p is not None}
     adapters = problem.build("peft")[1]
     assert {p.dtype for p in adapters.values()} == {torch.float32}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .peers import FROZEN, OURS
+from .baselines import FROZEN, OURS
 from .runner import Group
 from .svg import Svg
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .peers import EAGER, FROZEN
+from .baselines import EAGER, FROZEN
 from .problems import Candidate, Problem, parse_dtype
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .peers import OURS, PEERS, SCHEDULES
+from .baselines import OURS, PEERS, SCHEDULES
 from .results import Results, Row
 from .runner import Group
 

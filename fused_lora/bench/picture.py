@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from . import charts, groups, table
-from .peers import FROZEN
+from .baselines import FROZEN
 from .results import Results
 from .svg import COLOURS
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..demo.net import LAYERS, RichBoyNet, Trainer
 from . import measure
-from .peers import FROZEN, PEERS, Weights, our_choice
+from .baselines import FROZEN, PEERS, Weights, our_choice
 from .shapes import BACKWARD, DECODE, FORWARD, STEP, TRAIN, Shape
 
 # calls on a CPU take turns with copies of their inputs: as many as fill this, twice a large cache, but no more than 16

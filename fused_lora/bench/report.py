@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from . import groups, table
-from .peers import FROZEN, OURS
+from .baselines import FROZEN, OURS
 from .results import Results, Row
 from .runner import Group
 from .shapes import WORKS

@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
-from .. import ops
+from ..backends import environment
 from . import measure
+from .baselines import COMPILED, FROZEN, PARAMETRIZE, PEERS
 from .check import Judge
-from .peers import COMPILED, FROZEN, PARAMETRIZE, PEERS
 from .problems import Candidate, LayerProblem, NetProblem, Problem
 from .results import Row
 from .roofline import Peak
@@ -48,7 +48,7 @@ def run_group(problem: Problem, plan: measure.Plan, peak: Peak | None = None, dr
 def _why_absent(problem: Problem, name: str, dry: bool) -> str | None:
     # what is made for whole models alone is neither
     kernels, first = (peer.kernels, peer.first) if (peer := PEERS.get(name)) is not None else (False, False)
-    if kernels and problem.device.type == "cpu" and ops.interpreting() and not dry:
+    if kernels and problem.device.type == "cpu" and environment.interpreting() and not dry:
         return "interpreted kernels say nothing about time"
     if name == COMPILED and dry:
         return "its time would mean nothing either, and compiling takes long"

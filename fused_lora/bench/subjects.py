@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import extension, reference
-from ..kernels import launch
-from ..kernels.configs import DecodeConfig, Problem, ReductionProblem
-from ..kernels.entries import Choice, Reduced, Tiled
+from ..backends import eager as eager_backend
+from ..backends import native
+from ..backends.triton import launch
+from ..backends.triton.configs import DecodeConfig, Problem, ReductionProblem
+from ..backends.triton.entries import Choice, Reduced, Tiled
+from .baselines import Weights
 from .check import allowance, error
-from .peers import Weights
 from .problems import parse_dtype
 
 FORWARD, INPUT_GRADIENT, ADAPTER_GRADIENTS = WORKS = ("forward", "input gradient", "adapter gradients")
@@ -102,14 +103,14 @@ class MatmulSubject(Subject):
         assert not isinstance(choice, Reduced)
         args = (*self.operands, None, self.weights.scale, self.seed, self.dropout_p, self.backward)
         if choice is None:
-            return extension.lora_matmul(*args)
+            return native.lora_matmul(*args)
         if isinstance(choice, Tiled):
             return launch.lora_matmul(*args, config=choice.tile, schedule=choice.schedule)
         return launch.lora_matmul(*args, config=choice)
 
     def plain(self, dtype: torch.dtype) -> Sequence[Tensor]:
         a, w, u, v = (operand.to(dtype) for operand in self.operands)
-        return reference.lora_matmul(a, w, u, v, None, self.weights.scale, self.seed, self.dropout_p, self.backward)
+        return eager_backend.lora_matmul(a, w, u, v, None, self.weights.scale, self.seed, self.dropout_p, self.backward)
 
 
 class ReductionSubject(Subject):
@@ -128,12 +129,12 @@ class ReductionSubject(Subject):
 
     def call(self, choice: Choice | None) -> Sequence[Tensor]:
         if choice is None:
-            return self._both(extension.adapter_grad, self.x.dtype)
+            return self._both(native.adapter_grad, self.x.dtype)
         assert isinstance(choice, Reduced)
         return self._both(launch.adapter_grad, self.x.dtype, choice.config, choice.parts)
 
     def plain(self, dtype: torch.dtype) -> Sequence[Tensor]:
-        return self._both(reference.adapter_grad, dtype)
+        return self._both(eager_backend.adapter_grad, dtype)
 
     def _both(self, adapter_grad, dtype, *choice) -> Sequence[Tensor]:  # type: ignore[no-untyped-def]
         x, g, dy, h = (tensor.to(dtype) for tensor in (self.x, self.g, self.dy, self.h))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from .peers import FROZEN, OURS
+from .baselines import FROZEN, OURS
 from .results import Row
 from .runner import Group
 

@@ -64,8 +64,7 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, str]:
     """And the implementation that will run."""
     import torch
 
-    from fused_lora import ops, validation
-
+    from .. import backends, validation
     from .results import Settings
 
     validation.check_rank(args.rank)
@@ -77,7 +76,7 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, str]:
     if not 0 <= args.seed < 1 << 63:
         raise ValueError(f"seed must be in 0..2**63 - 1, got {args.seed}")
     validation.check_impl(args.impl)
-    implementation = ops.choose_impl(args.impl, torch.device("cpu"), torch.float32)
+    implementation = backends.choose(args.impl, torch.device("cpu"), torch.float32)
     return Settings(args.rank, args.alpha, args.batches, args.digit, args.seed, args.impl), implementation
 
 

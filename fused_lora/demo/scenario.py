@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fused_lora import (
+from .. import (
     LoRAConfig,
     add_adapter,
     apply_lora,
@@ -24,9 +24,8 @@ from fused_lora import (
     save_adapter,
     set_adapter,
 )
-from fused_lora.adapters import CONFIG_FILE, WEIGHTS_FILE
-from fused_lora.reference import parametrize_linear
-
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from ..reference import parametrize_linear
 from .data import MNIST
 from .net import RichBoyNet, Trainer, logits_of
 from .results import Check, Comparison, Errors, FineTuned, LayerSize, Settings, Spread, StepTimes

@@ -29,9 +29,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import ops, validation
+from .. import backends, validation
 from ..functional import concatenate_adapters, lora_linear, plus_adapter
-from ..overview import LayerRow, Summary
+from ..models.overview import LayerRow, Summary
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -251,7 +251,7 @@ def _mask_is_slow(x: Tensor) -> bool:
     """Whether ``nn.Dropout`` makes its mask sooner than we ours. Not asked under a compiler, into whose graph a size of
     x would go."""
     few = x.is_cpu and not torch.compiler.is_compiling() and x.numel() < _LEAST_DROPPED
-    return few and ops.choose_impl("auto", x.device, x.dtype) == "eager"
+    return few and backends.choose("auto", x.device, x.dtype) == "eager"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,9 +296,9 @@ def _row(path: str, layer: Any) -> LayerRow:
     implementation, why = "peft", _why_peft(layer)
     if why is None:
         weight = layer.base_layer.weight
-        implementation = ops.choose_impl(layer.impl, weight.device, weight.dtype)
+        implementation = backends.choose(layer.impl, weight.device, weight.dtype)
         if implementation == "eager":
-            why = ops.why_unavailable("triton", weight.device, weight.dtype) or "impl='eager' was asked for"
+            why = backends.why_not("triton", weight.device, weight.dtype) or "impl='eager' was asked for"
     return LayerRow(
         path, layer.out_features, layer.in_features, "+".join(names) or None,
         sum(layer.r[name] for name in names) or None, layer.lora_alpha[names[0]] if len(names) == 1 else None,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fused_lora.reference import dropout_threshold, keep_scale
+from fused_lora.dropout import dropout_threshold, keep_scale
 
 SHIM = Path(__file__).parent
 CSRC = SHIM.parents[1] / "csrc" / "cuda"

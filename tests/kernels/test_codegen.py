@@ -13,10 +13,10 @@ import pytest
 import torch
 import triton
 
-from fused_lora import offline, ops
+from fused_lora import codegen, ops
 from fused_lora.cli import main
-from fused_lora.kernels.codegen import Resources
-from fused_lora.kernels.shipped import Case, Found
+from fused_lora.codegen.compiler import Resources
+from fused_lora.codegen.shipped import Case, Found
 
 MATRIX_INSTRUCTION = {
     80: "mma.sync",
@@ -41,7 +41,7 @@ def _compile(script, *arguments):
 
 COMPILE = """
 import dataclasses, json, sys, torch
-from fused_lora.kernels.shipped import Case, compile_case
+from fused_lora.codegen.shipped import Case, compile_case
 
 found = []
 for tokens, rank, base, adapters, precision, dropout, N in json.loads(sys.argv[2]):
@@ -133,7 +133,7 @@ def found(form="PUBLISH", dtype=torch.bfloat16, **changes):
 def test_the_command_fails_and_says_which_launch_is_not_as_it_must_be(row, fault, monkeypatch, capsys, tmp_path):
     assert row.faults() == ([] if fault is None else [fault])
     monkeypatch.setattr(ops, "interpreting", lambda: False)
-    monkeypatch.setattr(offline, "_compile_all", lambda cases: [row])
+    monkeypatch.setattr(codegen, "_compile_all", lambda cases: [row])
     arguments = ["codegen", "--json", str(tmp_path / "found.json"), "--markdown", str(tmp_path / "found.md")]
     assert main(arguments) == (0 if fault is None else 1)
     out, err = capsys.readouterr()
@@ -147,7 +147,7 @@ def test_the_command_fails_and_says_which_launch_is_not_as_it_must_be(row, fault
 
 
 def test_the_command_compiles_every_gpu_rank_dtype_and_kernel():
-    cases = offline._cases([90, 80], [8, 16])
+    cases = codegen._cases([90, 80], [8, 16])
     assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 3
     assert {case.M for case in cases} == {8192, 256, 16}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fused_lora import lora_linear
-from fused_lora.kernels import workspace
+from fused_lora.backends.triton import workspace
 
 
 @pytest.mark.parametrize("tokens", [3, 300])

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from fused_lora.kernels.configs import (
+from fused_lora.backends.triton.configs import (
     LEAST_ROWS,
     PROGRAMS,
     DecodeConfig,

@@ -6,9 +6,10 @@ import oracle
 import pytest
 import torch
 
-from fused_lora import lora_linear, reference
-from fused_lora.kernels import launch, workspace
-from fused_lora.kernels.configs import DecodeConfig
+from fused_lora import lora_linear
+from fused_lora.backends import eager as eager_backend
+from fused_lora.backends.triton import launch, workspace
+from fused_lora.backends.triton.configs import DecodeConfig
 
 SHAPES = [  # M, K, N, R
     (1, 123, 123, 1),
@@ -80,8 +81,8 @@ def test_any_number_of_parts_and_any_tile_compute_the_same(split, rank, device):
         for choose in (operands, gradient_operands):
             got = [launch.lora_matmul(*choose(one), *NO_DROPOUT, config=config) for one in draws]
             with oracle.in_one_chain():
-                low = [reference.lora_matmul(*choose(one), *NO_DROPOUT) for one in draws]
-            truth = [reference.lora_matmul(*choose(one.to(torch.float64)), *NO_DROPOUT) for one in draws]
+                low = [eager_backend.lora_matmul(*choose(one), *NO_DROPOUT) for one in draws]
+            truth = [eager_backend.lora_matmul(*choose(one.to(torch.float64)), *NO_DROPOUT) for one in draws]
             for i, name in enumerate(("out", "thin")):
                 oracle.within(name, *(torch.stack([one[i] for one in each]) for each in (got, low, truth)))
 
@@ -122,8 +123,8 @@ def strided_views(x):
 def test_any_strides_are_within_the_budget(layout, dtype, device):
     inputs = oracle.draw(11, 50, 35, 5, dtype=dtype, device=device)
     with oracle.in_one_chain():
-        low = reference.lora_matmul(*operands(inputs), *NO_DROPOUT)
-    truth = reference.lora_matmul(*operands(inputs.to(torch.float64)), *NO_DROPOUT)
+        low = eager_backend.lora_matmul(*operands(inputs), *NO_DROPOUT)
+    truth = eager_backend.lora_matmul(*operands(inputs.to(torch.float64)), *NO_DROPOUT)
     for name in ("x", "weight", "lora_A", "lora_B"):
         setattr(inputs, name, strided_views(getattr(inputs, name))[layout])
     for name, *values in zip(
@@ -163,8 +164,8 @@ def test_without_counters_the_ordinary_kernel_computes(monkeypatch, device, laun
     got = launch.lora_matmul(*operands(inputs), *NO_DROPOUT)
     assert launches == ["_lora_matmul_kernel"]
     with oracle.in_one_chain():
-        low = reference.lora_matmul(*operands(inputs), *NO_DROPOUT)
-    truth = reference.lora_matmul(*operands(inputs.to(torch.float64)), *NO_DROPOUT)
+        low = eager_backend.lora_matmul(*operands(inputs), *NO_DROPOUT)
+    truth = eager_backend.lora_matmul(*operands(inputs.to(torch.float64)), *NO_DROPOUT)
     for name, *values in zip(("out", "thin"), got, low, truth, strict=True):
         oracle.within(name, *values)
 

@@ -11,9 +11,10 @@ import oracle
 import pytest
 import torch
 
-from fused_lora import extension, lora_linear
-from fused_lora.kernels import launch
-from fused_lora.kernels.configs import Form, Schedule, TileConfig
+from fused_lora import lora_linear
+from fused_lora.backends import native
+from fused_lora.backends.triton import launch
+from fused_lora.backends.triton.configs import Form, Schedule, TileConfig
 
 ON_GPU = torch.cuda.is_available()
 # of the kernels: the rule's choice, then each way to share h, in the rule's tile
@@ -26,7 +27,7 @@ LAUNCHES, STEPS, ROUNDS = (1000, 200, 200) if ON_GPU else (1, 1, 1)
 DEVICE = "cuda" if ON_GPU else "cpu"
 # of a whole step; the compiled extension's kernels are alike, and meet the same streams and graphs
 IMPLS = ["triton"]
-if extension.why_unavailable(torch.device(DEVICE), torch.bfloat16) is None:
+if native.why_not(torch.device(DEVICE), torch.bfloat16) is None:
     IMPLS.append("native")
 by_form = pytest.mark.parametrize("schedule", FORMS, ids=lambda s: "rule" if s is None else s.form.name)
 by_tokens = pytest.mark.parametrize("tokens", TOKENS)

@@ -6,9 +6,9 @@ import oracle
 import pytest
 import torch
 
-from fused_lora import reference
-from fused_lora.kernels import launch
-from fused_lora.kernels.configs import DecodeConfig, Form, Schedule
+from fused_lora.backends import eager as eager_backend
+from fused_lora.backends.triton import launch
+from fused_lora.backends.triton.configs import DecodeConfig, Form, Schedule
 
 # the last row begins beyond 2**31 elements, and so does a step of 32 rows
 ROWS, APART = 33, 2**26 + 64
@@ -31,7 +31,7 @@ def both_ways(inputs):
 def check(near, far, **options):
     """Far operands are within the budget that near ones of the same values set."""
     for plain, exact, args in zip(both_ways(near), both_ways(near.to(torch.float64)), both_ways(far), strict=True):
-        eager, truth = (reference.lora_matmul(*operands, *NO_DROPOUT) for operands in (plain, exact))
+        eager, truth = (eager_backend.lora_matmul(*operands, *NO_DROPOUT) for operands in (plain, exact))
         got = launch.lora_matmul(*args, *NO_DROPOUT, **options)
         for name, *values in zip(("out", "thin"), got, eager, truth, strict=True):
             oracle.within(name, *values)
@@ -55,9 +55,9 @@ def test_rows_of_the_weight_where_tokens_are_few(parts, far, device):
 def test_rows_of_tokens_in_the_adapter_gradients(far, device):
     g = torch.randn(ROWS, 3, device=device).half()
     near, rest = far.contiguous(), (1.0, None, 0.0)
-    eager = reference.adapter_grad(near, g, near, g, *rest, torch.float32, torch.float32)
+    eager = eager_backend.adapter_grad(near, g, near, g, *rest, torch.float32, torch.float32)
     wide, thin = near.double(), g.double()
-    truth = reference.adapter_grad(wide, thin, wide, thin, *rest, torch.float64, torch.float64)
+    truth = eager_backend.adapter_grad(wide, thin, wide, thin, *rest, torch.float64, torch.float64)
     for x in (far, far.t().contiguous().t()):
         got = launch.adapter_grad(x, g, x, g, 1.0, None, 0.0, torch.float32, torch.float32, parts=1)
         for name, *values in zip(("dA", "dB"), got, eager, truth, strict=True):

@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_lora import reference
-from fused_lora.kernels import launch
-from fused_lora.kernels.configs import Device, Form, Problem, Schedule, TileConfig, default_schedule
-from fused_lora.kernels.lora_matmul import HEADER, _tile
-from fused_lora.kernels.workspace import counters
+from fused_lora.backends import eager as eager_backend
+from fused_lora.backends.triton import launch
+from fused_lora.backends.triton.configs import Device, Form, Problem, Schedule, TileConfig, default_schedule
+from fused_lora.backends.triton.lora_matmul import HEADER, _tile
+from fused_lora.backends.triton.workspace import counters
 
 SCHEDULES = [Schedule(Form.RECOMPUTE), Schedule(Form.PUBLISH), Schedule(Form.PRODUCE, 1), Schedule(Form.PRODUCE, 3)]
 TILE = TileConfig(BLOCK_M=32, BLOCK_P=32, BLOCK_Q=32, BLOCK_R=16, GROUP_M=2, num_warps=4, num_stages=2)
@@ -50,8 +50,8 @@ def check(schedule, case, dtype, device):
         assert launch.aligned(*args[:2]) or not schedule.descriptors
         got = launch.lora_matmul(*args, *rest, on_output, config=TILE, schedule=schedule)
         with oracle.in_one_chain():
-            eager = reference.lora_matmul(*args, *rest, on_output)
-        exact = reference.lora_matmul(*exact_args, *rest, on_output)
+            eager = eager_backend.lora_matmul(*args, *rest, on_output)
+        exact = eager_backend.lora_matmul(*exact_args, *rest, on_output)
         for name, *values in zip(("out", "thin"), got, eager, exact, strict=True):
             oracle.within(name, *values)
     assert not counters(torch.device(inputs.x.device), 1).any()

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from fused_lora import lora_linear, reference
-from fused_lora.kernels import launch
-from fused_lora.kernels.configs import TileConfig
+from fused_lora.backends import eager as eager_backend
+from fused_lora.backends.triton import launch
+from fused_lora.backends.triton.configs import TileConfig
+from fused_lora.dropout import dropout_mask
 
 SHAPES = [  # M, K, N, R
     (0, 32, 32, 4),
@@ -50,7 +52,7 @@ def test_dropout_is_the_reference_mask_in_forward_and_in_every_gradient(shape, d
     inputs = oracle.draw(*shape, dtype=dtype, device=device)
     torch.manual_seed(7)
     seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=device)
-    mask = reference.dropout_mask(seed, shape[0], shape[1], dropout_p)
+    mask = dropout_mask(seed, shape[0], shape[1], dropout_p)
     torch.manual_seed(7)
     got = oracle.results(inputs, triton, dropout_p=dropout_p)
     oracle.check(inputs, got, mask, dropout_p, kernel=True)
@@ -65,7 +67,7 @@ def test_mask_bits_equal_the_reference_for_any_seed(seed, cols, device):
     x, eye = torch.ones(rows, cols, device=device), torch.eye(cols, device=device)
     zero = torch.zeros(cols, 8, device=device)
     _, thin = launch.lora_matmul(x, zero, eye, zero.t().contiguous().t()[:, :8], None, 1.0, seed, p, False)
-    assert torch.equal(thin != 0, reference.dropout_mask(seed, rows, cols, p))
+    assert torch.equal(thin != 0, dropout_mask(seed, rows, cols, p))
 
 
 def strided_views(x):
@@ -81,8 +83,8 @@ def strided_views(x):
 def test_any_strides_of_x_weight_and_adapters_are_within_the_budget(layout, dtype, device):
     inputs = oracle.draw(33, 50, 35, 5, dtype=dtype, device=device)
     with oracle.in_one_chain():
-        eager = reference.lora_matmul(*operands(inputs), None, 0.0, False)
-    exact = reference.lora_matmul(*operands(inputs.to(torch.float64)), None, 0.0, False)
+        eager = eager_backend.lora_matmul(*operands(inputs), None, 0.0, False)
+    exact = eager_backend.lora_matmul(*operands(inputs.to(torch.float64)), None, 0.0, False)
     for name in ("x", "weight", "lora_A", "lora_B"):
         setattr(inputs, name, strided_views(getattr(inputs, name))[layout])
     got = launch.lora_matmul(*operands(inputs), None, 0.0, False)
@@ -138,8 +140,8 @@ def test_every_tile_shape_computes_the_same(config, rank, device):
         seed = torch.tensor([3], device=device)
         got = launch.lora_matmul(*operands(inputs), seed, 0.25, on_output, config=config)
         with oracle.in_one_chain():
-            expected = reference.lora_matmul(*operands(inputs), seed, 0.25, on_output)
-        exact = reference.lora_matmul(*operands(inputs.to(torch.float64)), seed, 0.25, on_output)
+            expected = eager_backend.lora_matmul(*operands(inputs), seed, 0.25, on_output)
+        exact = eager_backend.lora_matmul(*operands(inputs.to(torch.float64)), seed, 0.25, on_output)
         for name, *values in zip(("out", "thin"), got, expected, exact, strict=True):
             oracle.within(name, *values)
 

@@ -5,11 +5,11 @@ import json
 import pytest
 from test_codegen import _compile
 
-from fused_lora.kernels import sass
+from fused_lora.codegen import sass
 
 SCAN = """
 import json, sys, torch
-from fused_lora.kernels.shipped import Case, compile_case
+from fused_lora.codegen.shipped import Case, compile_case
 
 found = []
 for sizes, base, adapters, dropout, transposed, stages in json.loads(sys.argv[1]):

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_lora.kernels import launch
-from fused_lora.kernels.configs import DecodeConfig, Form, ReductionConfig, Schedule, TileConfig
-from fused_lora.kernels.workspace import counters
-from fused_lora.ops import interpreting
+from fused_lora.backends.environment import interpreting
+from fused_lora.backends.triton import launch
+from fused_lora.backends.triton.configs import DecodeConfig, Form, ReductionConfig, Schedule, TileConfig
+from fused_lora.backends.triton.workspace import counters
 
 if not interpreting():
     pytest.skip("only the interpreter can be interleaved; test_device.py has races on a GPU", allow_module_level=True)

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_lora.kernels import workspace
-from fused_lora.kernels.workspace import LEAST, SPARES, counters
+from fused_lora.backends.triton import workspace
+from fused_lora.backends.triton.workspace import LEAST, SPARES, counters
 
 GPU, OTHER_GPU = torch.device("cuda", 0), torch.device("cuda", 1)
 ZEROS = torch.zeros

@@ -1,0 +1,143 @@
+"""Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors`` in one folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import validation
+from ..adapter import LoRAAdapter
+from ..layer import FusedLoRALinear
+from ..models.apply import adapter_names, install, set_adapter
+from ..models.modules_to_save import Trained
+from ..switching import Adapted, adapted_modules
+from .reading import read_folder
+from .writing import CONFIG_FILE, WEIGHTS_FILE, contents, write_folder, writes_here
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "hotswap_adapter", "load_adapter", "save_adapter"]
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str = "default") -> None:
+    """Write adapter ``adapter`` of ``model``, alone, where PEFT, vLLM and :func:`load_adapter` read it.
+
+    A and B, and what the adapter trains beside them. ``model`` may be compiled or wrapped for data parallelism.
+
+    Where the adapter is sharded (DTensor), every rank must call: all gather, and the first of the mesh writes.
+
+    Whenever it is stopped, by a kill too, :func:`load_adapter` finds the old adapter or the new one, whole. (Other
+    readers see one file of each between the two moves that end it, if the two have different configs.) What else is in
+    the folder is left alone.
+
+    Raises:
+        ValueError: no layer has that adapter, or its layers differ in what the format holds once.
+        OSError: the folder can't be written (NotADirectoryError: it is a file); it holds what it held.
+    """
+    model = _unwrapped(model)
+    validation.check_known_adapter(adapter, adapter_names(model))
+    config, tensors = contents(model, adapter)
+    if writes_here(model):
+        write_folder(Path(folder), config, tensors)
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], adapter: str = "default", strict: bool = True
+) -> nn.Module:
+    """Read an adapter folder, ours or PEFT's, into ``model`` as ``adapter`` and make it active; returns ``model``.
+
+    A plain model is adapted on the way: its base is frozen and the layers in the folder get the adapter. An adapter of
+    that name that is here already is replaced. Values of A and B keep their precision: tensors of another dtype than
+    the weight's are held in float32.
+
+    Args:
+        strict: refuse keys that the model has no place for, and layers that the config names and the file lacks.
+            Without it both are left alone, and one warning lists them.
+
+    Raises:
+        OSError, ValueError: the folder is not what it claims, or does not fit the model; nothing is changed.
+    """
+    validation.check_adapter_name(adapter)
+    inner = _unwrapped(model)
+    installation = read_folder(inner, Path(folder), strict)
+    before = adapted_modules(inner)
+    if not before:
+        inner.requires_grad_(False)
+    for _, module in before:
+        if adapter in module.adapters:
+            module.delete_adapter(adapter)
+    install(inner, adapter, installation, "auto")
+    set_adapter(inner, adapter)
+    return model
+
+
+def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str = "default") -> nn.Module:
+    """Put a folder's values into an adapter that is here, in place; returns ``model``.
+
+    Every Parameter stays the one it is, with its shape and the layer's scale, so nothing is compiled again, no CUDA
+    graph is captured again, and optimizers keep what they hold. A smaller rank is filled up with zeros; another scale
+    is multiplied into B; a layer that the folder lacks gets a B of zeros. Dropout stays the adapter's.
+
+    Raises:
+        OSError, ValueError: as :func:`load_adapter`, or the adapter is merged, or can't hold what the folder has: a
+            larger rank, other layers, other ``modules_to_save`` or biases; nothing is changed.
+    """
+    inner = _unwrapped(model)
+    validation.check_known_adapter(adapter, adapter_names(inner))
+    read = read_folder(inner, Path(folder), strict=True)
+    modules: dict[str, Adapted] = {path: m for path, m in adapted_modules(inner) if adapter in m.adapters}
+    others = [path for path in (*read.adapters, *read.copies) if path not in modules]
+    if others:
+        raise ValueError(f"adapter {adapter!r} must have the folder's layers to be swapped, it lacks {others[0]!r}")
+    writes: list[tuple[Tensor, Tensor]] = []
+    for path, module in modules.items():
+        if isinstance(module, FusedLoRALinear):
+            writes += _swap_pair(path, module, adapter, read.adapters.get(path))
+        elif isinstance(module, Trained):
+            part = module.part(adapter)
+            if path not in read.copies or read.copies[path][0].names != part.names:
+                raise ValueError(f"the folder must train what adapter {adapter!r} does, got a difference in {path!r}")
+            new = part.of(read.copies[path][1])
+            writes += [(old, new[key]) for key, old in part.of(module.adapters[adapter]).items()]
+    with torch.no_grad():
+        for old, value in writes:
+            old.copy_(value)
+    return model
+
+
+def _swap_pair(path: str, layer: FusedLoRALinear, name: str, new: LoRAAdapter | None) -> list[tuple[Tensor, Tensor]]:
+    """(tensor of the adapter, its new value): ``new`` in the old one's rank and scale."""
+    old = layer.adapter(name)
+    if layer.merged and name in layer.active_adapters:
+        raise ValueError(f"adapter {name!r} must not be merged to be swapped, and {path!r} is; unmerge it first")
+    if new is None:
+        return [(old.lora_B, torch.zeros_like(old.lora_B)), *_pairs(old.bias, layer.bias)]
+    if new.rank > old.rank:
+        raise ValueError(f"rank of {path!r} must be at most the adapter's, {old.rank}, to be swapped, got {new.rank}")
+    if (new.bias is None) != (old.bias is None):
+        raise ValueError(f"the folder must train what adapter {name!r} does, got a difference in the bias of {path!r}")
+    if old.scale == 0.0 and new.scale != 0.0:
+        raise ValueError(f"scale of {path!r} must not be 0 to be swapped, got alpha {old.alpha:g}")
+    A, B = torch.zeros_like(old.lora_A), torch.zeros_like(old.lora_B)
+    with torch.no_grad():
+        A[: new.rank] = new.lora_A
+        B[:, : new.rank] = new.lora_B if new.scale == old.scale else new.lora_B * (new.scale / old.scale)
+    if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+        raise ValueError(f"values of {path!r} must be finite in {A.dtype} with scale {old.scale:g}, got an infinity")
+    return [(old.lora_A, A), (old.lora_B, B), *_pairs(old.bias, new.bias)]
+
+
+def _pairs(old: Tensor | None, new: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    return [] if old is None or new is None else [(old, new)]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` or data parallelism wraps: the names on disk are the model's own."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

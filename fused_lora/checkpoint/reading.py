@@ -1,0 +1,352 @@
+"""Reading an adapter folder: every check, and no effect. A folder comes from a stranger."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .. import validation
+from ..adapter import LoRAAdapter
+from ..models.apply import Installation
+from ..models.config import ALL_LINEAR, LoRAConfig, selector
+from ..models.modules_to_save import Part, copy_of
+from ..models.selection import biases, check_kinds, linear_layers, parts_below
+from ..switching import base_modules
+from .writing import CONFIG_FILE, DIGEST, PREFIX, WEIGHTS_FILE, beside_of, digest
+
+# the name of an adapter may stand before ".weight", as some writers leave it there
+_PAIR = re.compile(r"(?:(?P<path>.+)\.)?lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
+_LARGEST_CONFIG = 1 << 24
+
+# what PEFT may write and a plain LoRA ignores; any other field must be empty
+_NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights", "lora_alpha",
+    "lora_dropout", "peft_type", "peft_version", "r", "rank_pattern", "alpha_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora", "bias", "layers_to_transform", "layers_pattern", "megatron_core",
+    "qalora_group_size", "modules_to_save",
+}  # fmt: skip
+# the ones whose base weights are those on the hub
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+def read_folder(model: nn.Module, folder: Path, strict: bool) -> Installation:
+    """What the folder holds for ``model``, made and ready to be put in.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: naming the file, the rule and the value.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"folder must be a directory, got the file {str(folder)!r}")
+    file = folder / WEIGHTS_FILE
+    _check_file(file, _memory())
+    with _safetensors(file) as tensors:
+        config = _read_config(*_config_beside(folder, (tensors.metadata() or {}).get(DIGEST)))
+        return _Reader(model, file, tensors, config, strict).read()
+
+
+@contextmanager
+def _safetensors(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{file} must be a safetensors file: {error}") from None
+
+
+def _check_file(file: Path, largest: int) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"folder must hold {file.name}, got no file {str(file)!r}")
+    size = file.stat().st_size
+    if size > largest:
+        raise ValueError(f"{file} must have at most {largest:,} bytes, got {size:,}")
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory, where it tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 1 << 40
+
+
+# --------------------------------------------------------------------------------------------------
+# The config
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Config:
+    lora: LoRAConfig
+    names_layers: bool
+    file: Path
+
+
+def _config_beside(folder: Path, wanted: str | None) -> tuple[Path, bytes]:
+    """The config of the weights that say their config's digest, wherever the writer was stopped; else what is there."""
+    place = folder / CONFIG_FILE
+    # a writer may be at work: what was beside its place a moment ago is in it now
+    for path in (place, *beside_of(folder, CONFIG_FILE), place) if wanted is not None else ():
+        try:
+            _check_file(path, _LARGEST_CONFIG)
+            data = path.read_bytes()
+        except (OSError, ValueError):
+            continue
+        if digest(data) == wanted:
+            return path, data
+    _check_file(place, _LARGEST_CONFIG)
+    if wanted is not None:
+        warnings.warn(f"{place} is not the one that {WEIGHTS_FILE} was saved with; it was changed since", stacklevel=5)
+    return place, place.read_bytes()
+
+
+def _read_config(file: Path, data: bytes) -> _Config:
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must be JSON: {error}") from None
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(f"{file}: peft_type must be 'LORA', got {kind!r}")
+    foreign = {
+        name: value for name, value in raw.items() if name not in _NEUTRAL and value not in (None, False, {}, [], "")
+    }
+    if foreign:
+        raise ValueError(
+            f"{file}: only plain LoRA can be loaded, got {', '.join(f'{k}={v!r}' for k, v in foreign.items())}"
+        )
+    if raw.get("init_lora_weights") not in _PLAIN_INITS:
+        raise ValueError(
+            f"{file}: init_lora_weights={raw['init_lora_weights']!r} changes the base weights, which can't be done here"
+        )
+    if not isinstance(raw.get("use_rslora", False), bool):
+        raise ValueError(f"{file}: use_rslora must be true or false, got {raw['use_rslora']!r}")
+    try:
+        config = LoRAConfig(
+            rank=raw.get("r", 8),
+            alpha=raw.get("lora_alpha", 8),
+            dropout=raw.get("lora_dropout") or 0.0,
+            use_rslora=raw.get("use_rslora", False),
+            target_modules=raw.get("target_modules") or ALL_LINEAR,
+            exclude_modules=raw.get("exclude_modules") or None,
+            modules_to_save=raw.get("modules_to_save") or (),
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
+            bias=raw.get("bias") or "none",
+        )
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    return _Config(config, bool(raw.get("target_modules")) and not raw.get("layers_to_transform"), file)
+
+
+# --------------------------------------------------------------------------------------------------
+# The weights
+# --------------------------------------------------------------------------------------------------
+
+
+def _renaming(
+    model: nn.Module, names: list[str], modules: dict[str, nn.Module]
+) -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """(the model's name for one of the file, the file's for one of the model).
+
+    They differ where a Transformers model with a head reads what was saved from the bare one, or the other way round:
+    ``base_model_prefix`` stands before all but the head's names, as in its own checkpoints.
+    """
+    prefix = getattr(model, "base_model_prefix", None)
+    paths = [match["path"] for name in names if (match := _PAIR.fullmatch(name)) and match["path"]]
+    if isinstance(prefix, str) and prefix and paths and paths[0] not in modules:
+
+        def with_prefix(name: str) -> str:
+            return f"{prefix}.{name}"
+
+        def without(name: str) -> str:
+            return name.removeprefix(f"{prefix}.")
+
+        if with_prefix(paths[0]) in modules:
+            return with_prefix, without
+        if without(paths[0]) in modules:
+            return without, with_prefix
+    return (lambda name: name), (lambda name: name)
+
+
+class _Reader:
+    """One reading: the file's keys are taken one by one by what the model and the config want of them."""
+
+    def __init__(self, model: nn.Module, file: Path, tensors: Any, config: _Config, strict: bool) -> None:
+        self.file, self.tensors, self.config, self.strict = file, tensors, config, strict
+        self.modules = dict(base_modules(model))
+        self.linears = linear_layers(model)
+        self.ignored: list[str] = []
+        self.missing: list[str] = []
+        names = list(tensors.keys())
+        foreign = [key for key in names if not key.startswith(PREFIX)]
+        if foreign:
+            raise ValueError(f"{file}: keys must be {PREFIX}<layer>.lora_A.weight or the like, got {foreign[0]!r}")
+        to_model, self.in_file = _renaming(model, [key[len(PREFIX) :] for key in names], self.modules)
+        # the name that the model has for it -> the file's
+        self.rest = {to_model(key[len(PREFIX) :]): key for key in names}
+
+    def read(self) -> Installation:
+        pairs = self._pairs()
+        adapters = {path: self._adapter(path, keys) for path, keys in pairs.items()}
+        copies = self._copies(set(pairs))
+        self._check_complete(pairs)
+        for name, key in self.rest.items():
+            self._refuse(key, f"has no place in the model: no layer takes {name!r}", self.ignored)
+        if self.ignored or self.missing:
+            found = [f"ignored: {', '.join(self.ignored)}"] * bool(self.ignored)
+            found += [f"missing: {', '.join(self.missing)}"] * bool(self.missing)
+            warnings.warn(f"{self.file}: {'; '.join(found)}", stacklevel=4)
+        return Installation(adapters, copies)
+
+    def _refuse(self, what: str, why: str, reported: list[str]) -> None:
+        """Strict: an error. Otherwise remembered for the one warning."""
+        if self.strict:
+            raise ValueError(f"{self.file}: {what!r} {why}")
+        reported.append(what)
+
+    def _pairs(self) -> dict[str, dict[str, str]]:
+        """path -> {"A": key, "B": key}, names, shapes and ranks checked before any value is read."""
+        pairs: dict[str, dict[str, str]] = {}
+        for name, key in list(self.rest.items()):
+            match = _PAIR.fullmatch(name)
+            if match is None:
+                continue
+            path, side = match["path"] or "", match["side"]
+            if path not in self.linears:
+                self._refuse(key, f"needs a linear layer {path!r}, and the model has none", self.ignored)
+                del self.rest[name]
+                continue
+            linear, rank = self.linears[path], self.config.lora.rank_of(self.in_file(path))
+            self._check_shape(key, (rank, linear.in_features) if side == "A" else (linear.out_features, rank))
+            if side in pairs.setdefault(path, {}):
+                raise ValueError(f"{self.file}: {key!r} stands there twice")
+            pairs[path][side] = self.rest.pop(name)
+        for path, pair in pairs.items():
+            if len(pair) != 2:
+                raise ValueError(
+                    f"{self.file}: {path!r} must have lora_A and lora_B, got lora_{next(iter(pair))} alone"
+                )
+        if not pairs:
+            raise ValueError(f"{self.file} must hold at least one adapter, got none")
+        return pairs
+
+    def _check_shape(self, key: str, wanted: tuple[int, ...]) -> None:
+        shape = tuple(self.tensors.get_slice(key).get_shape())
+        if shape != wanted:
+            raise ValueError(f"{self.file}: {key!r} must be {wanted}, got {shape}")
+
+    def _tensor(self, key: str, device: torch.device, dtype: Callable[[torch.dtype], torch.dtype]) -> Tensor:
+        """A tensor of its own, of the dtype that ``dtype`` says for the file's, finite in it."""
+        stored = self.tensors.get_tensor(key)
+        if not stored.is_floating_point() or stored.dtype.itemsize < 2:
+            raise ValueError(f"{self.file}: {key!r} must be floating point of 16 bits or more, got {stored.dtype}")
+        # the file's bytes may be mapped, and change: what is checked is a copy
+        tensor = stored.to(device, dtype(stored.dtype), copy=True)
+        # a finite sum has finite terms, and is one pass; one that is not may be of too many large ones
+        if not math.isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{self.file}: {key!r} must be finite, got NaN or infinity")
+        return tensor
+
+    def _adapter(self, path: str, keys: dict[str, str]) -> LoRAAdapter:
+        validation.check_whole(self.linears[path].weight, f"{path}.weight")
+        weight, lora, name = self.linears[path].weight, self.config.lora, self.in_file(path)
+        if weight.device.type == "meta":
+            raise ValueError(f"{path}.weight must have values before an adapter is loaded, got one on meta")
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        A, B = (
+            self._tensor(keys[side], weight.device, lambda stored: stored if stored == weight.dtype else precise)
+            for side in "AB"
+        )
+        return LoRAAdapter.of(
+            A, B, alpha=lora.alpha_of(name), dropout=lora.dropout, use_rslora=lora.use_rslora, bias=self._bias(path)
+        )
+
+    def _bias(self, path: str) -> Tensor | None:
+        bias = self.linears[path].bias
+        if self.config.lora.bias == "none" or bias is None:
+            return None
+        key = self.rest.pop(f"{path}.base_layer.bias" if path else "base_layer.bias", None)
+        if key is None:
+            self._refuse(f"{path}.base_layer.bias", "must be there, as bias is not 'none'", self.missing)
+            return bias.detach().clone()
+        self._check_shape(key, tuple(bias.shape))
+        return self._tensor(key, bias.device, lambda _: bias.dtype)
+
+    def _copies(self, paths: set[str]) -> dict[str, tuple[Part, nn.Module]]:
+        """What is trained beside A and B: each module's copy, with the file's values."""
+        try:
+            parts = {path: part for root in self._roots() for path, part in parts_below(self.modules, root).items()}
+            if self.config.lora.bias == "all":
+                parts |= biases(self.modules, {*paths, *parts})
+            check_kinds({path: self.linears[path] for path in paths}, parts)
+        except ValueError as error:
+            raise ValueError(f"{self.config.file}: {error}") from None
+        shared: dict[int, nn.Parameter] = {}
+        copies = {path: (part, copy_of(module, part, shared)) for path, (module, part) in parts.items()}
+        filled: set[int] = set()
+        lacking: list[tuple[str, int]] = []
+        for path, (part, clone) in copies.items():
+            for name, target in part.of(clone).items():
+                whole = f"{path}.{name}" if path else name
+                key = self.rest.pop(whole, None)
+                if key is None:
+                    lacking.append((whole, id(target)))
+                    continue
+                filled.add(id(target))
+                self._fill(key, target)
+        for name, target_id in lacking:
+            # a tensor of two names may stand there under one
+            if target_id not in filled:
+                self._refuse(name, "must be there, as the config has it trained", self.missing)
+        return copies
+
+    def _fill(self, key: str, target: Tensor) -> None:
+        self._check_shape(key, tuple(target.shape))
+        if target.is_floating_point():
+            target.data.copy_(self._tensor(key, target.device, lambda _: target.dtype))
+            return
+        stored = self.tensors.get_tensor(key)
+        if stored.dtype != target.dtype:
+            raise ValueError(f"{self.file}: {key!r} must be {target.dtype}, got {stored.dtype}")
+        target.data.copy_(stored)
+
+    def _roots(self) -> list[str]:
+        """The topmost modules that modules_to_save names: by PEFT's rule, the end of a path, and here with values."""
+        wanted, named = self.config.lora.modules_to_save, selector(self.config.lora.modules_to_save)
+        ends = tuple(wanted)
+        roots = [path for path in self.modules if path and (named(path) or path.endswith(ends))] if ends else []
+        roots = [path for path in roots if not any(path.startswith(other + ".") for other in roots)]
+        for root in roots:
+            self._forget_doubles(root)
+        return [root for root in roots if named(root) or any(name.startswith(root + ".") for name in self.rest)]
+
+    def _forget_doubles(self, root: str) -> None:
+        """PEFT writes a saved module's biases again under its own names for it where ``bias`` is "all"."""
+        double = re.compile(re.escape(root) + r"\.(?:modules_to_save\.[^.]+|original_module)\.(?P<rest>.+)")
+        for name in list(self.rest):
+            match = double.fullmatch(name)
+            if match is not None and f"{root}.{match['rest']}" in self.rest:
+                del self.rest[name]
+
+    def _check_complete(self, pairs: dict[str, Any]) -> None:
+        config = self.config
+        if not config.names_layers or config.lora.target_modules == ALL_LINEAR:
+            return
+        for path in self.linears:
+            if path not in pairs and config.lora.targets(self.in_file(path)):
+                why = f"is one of target_modules, and {WEIGHTS_FILE} lacks it; strict=False leaves such layers alone"
+                self._refuse(path, why, self.missing)

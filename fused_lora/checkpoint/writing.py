@@ -1,0 +1,205 @@
+"""Writing an adapter folder: PEFT's two files, as one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .. import validation
+from ..adapter import LoRAAdapter
+from ..layer import FusedLoRALinear, whole
+from ..models.config import ends_of
+from ..models.modules_to_save import Part, Trained
+from ..models.selection import linear_layers
+from ..switching import adapted_modules, base_modules
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# in the weights' metadata: of the very config file that belongs to them
+DIGEST = "fused_lora.config_sha256"
+
+# of a leftover of a writer that was killed
+_STALE_SECONDS = 3600
+
+
+def writes_here(model: nn.Module) -> bool:
+    """Of the ranks that hold DTensors, the first writes; who holds plain Tensors decides by calling or not."""
+    dtensors: list[Any] = [parameter for parameter in model.parameters() if validation.is_dtensor(parameter)]
+    return not any(any(parameter.device_mesh.get_coordinate()) for parameter in dtensors)
+
+
+def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors, on the CPU, of one adapter.
+
+    Raises:
+        ValueError: its layers differ in what the format holds once.
+    """
+    modules: dict[str, LoRAAdapter] = {}
+    parts: dict[str, Part] = {}
+    tensors: dict[str, Tensor] = {}
+    for path, module in adapted_modules(model):
+        if adapter not in module.adapters:
+            continue
+        stem = PREFIX + (path + "." if path else "")
+        if isinstance(module, FusedLoRALinear):
+            lora = modules[path] = module.adapter(adapter)
+            tensors[stem + "lora_A.weight"] = lora.lora_A
+            tensors[stem + "lora_B.weight"] = lora.lora_B
+            if lora.bias is not None:
+                tensors[stem + "base_layer.bias"] = lora.bias
+        elif isinstance(module, Trained):
+            part = parts[path] = module.part(adapter)
+            tensors |= {stem + key: tensor for key, tensor in part.of(module.adapters[adapter]).items()}
+    written = {key: whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()}
+    # a tensor under two names is written twice, as readers expect it
+    seen: set[int] = set()
+    for key, tensor in written.items():
+        if tensor.data_ptr() in seen:
+            written[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return _config_of(model, modules, parts), written
+
+
+def _config_of(model: nn.Module, modules: dict[str, LoRAAdapter], parts: dict[str, Part]) -> dict[str, Any]:
+    if not modules:
+        raise ValueError(f"an adapter on disk must have A and B in one layer at least, got only {', '.join(parts)}")
+    dropouts = {module.dropout for module in modules.values()}
+    rslora = {module.use_rslora for module in modules.values()}
+    if len(dropouts) > 1 or len(rslora) > 1:
+        raise ValueError(
+            f"an adapter on disk has one dropout and one use_rslora, got {sorted(dropouts)} and {sorted(rslora)}"
+        )
+    # the commonest values are the config's own, so that the patterns stay short
+    rank = Counter(module.rank for module in modules.values()).most_common(1)[0][0]
+    alpha = Counter(module.alpha for module in modules.values()).most_common(1)[0][0]
+    if any(part.root is None for part in parts.values()):
+        bias = "all"
+    else:
+        bias = "lora_only" if any(module.trains_bias for module in modules.values()) else "none"
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": _integral(alpha),
+        "lora_dropout": dropouts.pop(),
+        "use_rslora": rslora.pop(),
+        "target_modules": _target_modules(model, list(modules)),
+        "rank_pattern": {_exact(path): m.rank for path, m in modules.items() if m.rank != rank},
+        "alpha_pattern": {_exact(path): _integral(m.alpha) for path, m in modules.items() if m.alpha != alpha},
+        "bias": bias,
+        "fan_in_fan_out": False,
+        # on disk this says only that A and B are the whole story: other values make readers change the base
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": _modules_to_save(model, parts),
+        "task_type": None,
+        "base_model_name_or_path": None,
+    }
+
+
+def _integral(value: float) -> float | int:
+    """Alpha as others write it: 16, not 16.0."""
+    return int(value) if value == int(value) else value
+
+
+def _exact(path: str) -> str:
+    """A pattern key for this path; readers try it as the end of a path, so it is anchored."""
+    return "^" + re.escape(path)
+
+
+def _target_modules(model: nn.Module, paths: list[str]) -> list[str] | str:
+    """The paths; as a regular expression where a path is also the end of another layer's, which would be taken too."""
+    names = set(paths)
+    chosen = {path for path in linear_layers(model) if not names.isdisjoint(ends_of(path)) or path in names}
+    return sorted(paths) if chosen == names else "|".join(re.escape(path) for path in sorted(paths))
+
+
+def _modules_to_save(model: nn.Module, parts: dict[str, Part]) -> list[str] | None:
+    roots = sorted({part.root for part in parts.values() if part.root is not None})
+    for path, _ in base_modules(model):
+        taken = [root for root in roots if path.endswith(root) and path != root and not path.startswith(root + ".")]
+        if taken:
+            warnings.warn(f"modules_to_save: PEFT will take {path!r} too, as it ends in {taken[0]!r}", stacklevel=5)
+    return roots or None
+
+
+def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write both files beside their places, then move them there: the weights, which say what their config is, first.
+
+    From that move on the folder holds the new adapter: a reader finds its config at its place, or still beside it.
+
+    Raises:
+        OSError: naming the folder; it holds what it held.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"folder must be a directory, got the file {str(folder)!r}")
+    text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    weights = save(tensors, metadata={"format": "pt", DIGEST: digest(text)})
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    beside: list[Path] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_beside(folder / CONFIG_FILE, text, beside)
+        _write_beside(folder / WEIGHTS_FILE, weights, beside)
+        os.replace(beside[1], folder / WEIGHTS_FILE)
+        os.replace(beside[0], folder / CONFIG_FILE)
+        _flush(folder)
+    except BaseException as error:
+        if len(beside) == 2 and not beside[1].exists():
+            # the new adapter is there, whatever came then: its config must not be lost
+            with contextlib.suppress(OSError):
+                os.replace(beside[0], folder / CONFIG_FILE)
+        else:
+            for path in beside:
+                path.unlink(missing_ok=True)
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"the adapter can't be saved: {error.strerror}", str(folder)) from error
+        raise
+    for path in beside_of(folder, CONFIG_FILE) + beside_of(folder, WEIGHTS_FILE):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()
+
+
+def digest(config: bytes) -> str:
+    return hashlib.sha256(config).hexdigest()
+
+
+def beside_of(folder: Path, name: str) -> list[Path]:
+    """Files written for this place and not, or not yet, moved there."""
+    return sorted(folder.glob(f".{name}.*.tmp"))
+
+
+def _write_beside(path: Path, data: bytes, beside: list[Path]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    beside.append(Path(temporary))
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+
+
+def _flush(folder: Path) -> None:
+    """The moves too, where a directory can be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

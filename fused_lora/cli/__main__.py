@@ -1,0 +1,7 @@
+"""``python -m fused_lora.cli``."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,181 @@
+"""The launches that a layer makes, as they would be made on a GPU that is not here: what codegen compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..backends.triton import launch
+from ..backends.triton.configs import (
+    DecodeConfig,
+    Form,
+    Problem,
+    ReductionConfig,
+    Schedule,
+    TileConfig,
+    default_config,
+    default_decode,
+    default_reduction,
+    default_schedule,
+    takes_decode,
+)
+from .compiler import DEVICES, MATRIX_INSTRUCTION, Resources, compile_call
+
+Config = TypeVar("Config", TileConfig, DecodeConfig, ReductionConfig)
+# the main loop of tiles that wait may have this many times the instructions of the bare GEMM's
+LOOP_LIMIT = 1.05
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer of M tokens, K in_features, N out_features on compute capability arch; dtypes of base and adapters.
+
+    transposed: A and B lie in memory as their transposes do.  stages: of the main loop's pipeline, other than the
+    rule's.
+    """
+
+    arch: int
+    M: int
+    K: int
+    N: int
+    R: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    dropout: bool = False
+    transposed: bool = False
+    stages: int | None = None
+
+    @property
+    def exact(self) -> bool:
+        """float32 at full precision, which no matrix instruction multiplies."""
+        return self.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
+@dataclass(frozen=True)
+class Found:
+    """plain: the same tile's bare GEMM, where there is one to compare with.  loads: "descriptors" or "pointers"."""
+
+    case: Case
+    work: str
+    tile: tuple[int, ...]
+    form: str
+    loads: str
+    resources: Resources
+    plain: Resources | None
+
+    @property
+    def loop(self) -> int | None:
+        """Instructions in the main loop of the tiles that wait: it has as many matrix instructions as the bare GEMM's.
+
+        A publisher's main loop has more of them, one that makes the thin product alone has fewer, unless ranks are as
+        many as the tile's columns: then the longer of the two counts.
+        """
+        got, plain = self.resources, self.plain
+        if plain is None or not plain.loops:
+            return got.loops[0] if got.loops else None
+        loops = zip(got.loops, got.matrix_counts, strict=True)
+        return max((size for size, count in loops if count == plain.matrix_counts[0]), default=None)
+
+    @property
+    def plain_loop(self) -> int | None:
+        return self.plain.loops[0] if self.plain is not None and self.plain.loops else None
+
+    def faults(self) -> list[str]:
+        """What must not be, in words: spills, warnings, code that ``sass.py`` finds wrong, another matrix instruction,
+        a main loop longer than allowed.
+
+        A tile that recomputes has more to do in its main loop than a bare GEMM, so that one's length is free.
+        """
+        faults = [f"ptxas warns: {code}" for code in self.resources.warnings]
+        if self.resources.spill_bytes:
+            faults.append(f"{self.resources.spill_bytes} bytes of spills")
+        faults += [f"ptxas {self.resources.assembler} miscompiles: {what}" for what in self.resources.miscompiled]
+        expected = MATRIX_INSTRUCTION[self.case.arch]
+        if not self.case.exact and expected not in self.resources.matrix_instructions:
+            faults.append(f"no {expected}")
+        if self.form == "RECOMPUTE" or self.case.exact:
+            return faults
+        loop, plain = self.loop, self.plain_loop
+        if loop is None:
+            faults.append("no main loop with the matrix instructions of the bare GEMM")
+        elif plain is not None and loop > LOOP_LIMIT * plain:
+            faults.append(f"{loop} instructions in the main loop, the bare GEMM has {plain}")
+        return faults
+
+
+def compile_case(case: Case, compare: bool = True) -> Iterator[Found]:
+    """Forward, input gradient and adapter gradients of a case, one by one: each takes seconds.
+
+    compare: compile the bare GEMM of each tile too.
+    """
+    x, dy, weight = _meta(case, case.M, case.K), _meta(case, case.M, case.N), _meta(case, case.N, case.K)
+    h = _meta(case, case.M, case.R)
+    A, B = _adapter(case, case.R, case.K), _adapter(case, case.N, case.R)
+    yield _compile_matmul(case, "forward", (x, weight.t(), A.t(), B.t(), _meta(case, case.N)), h, compare)
+    yield _compile_matmul(case, "input gradient", (dy, weight, B, A, None), h, compare)
+
+    seed = _meta(case, 1, dtype=torch.int64) if case.dropout else None
+    reduction = _staged(default_reduction(case.R, case.dtype.itemsize, DEVICES[case.arch]), case)
+    parts = _meta(case, 4, 128, 64, reduction.BLOCK_R, dtype=torch.float32)
+    call = launch.adapter_grad_call(x, h, dy, h, 1.5, seed, 0.1, A, B, reduction, parts, _counters(case))
+    tile = (reduction.BLOCK_M, reduction.BLOCK_C, reduction.BLOCK_R, reduction.num_warps, reduction.num_stages)
+    yield Found(case, "adapter gradients", tile, "in parts", "pointers", compile_call(call, case.arch), None)
+
+
+def _compile_matmul(case: Case, work: str, operands: tuple[Any, ...], thin: Tensor, compare: bool) -> Found:
+    """operands: a, w, u, v and bias.  As ``launch.lora_matmul`` would launch it."""
+    a, w, *_, bias = operands
+    device = DEVICES[case.arch]
+    seed = _meta(case, 1, dtype=torch.int64) if case.dropout else None
+    sizes = (case.M, w.shape[1], w.shape[0], case.R, case.dtype.itemsize, case.adapter_dtype.itemsize)
+    problem = Problem(*sizes, case.dropout, not case.exact, launch.aligned(a, w))
+    out = _meta(case, case.M, w.shape[1])
+    if takes_decode(problem):
+        decode = _staged(default_decode(problem, device), case)
+        few: tuple[Any, ...] = (*operands, 1.5, out, thin, _counters(case), decode)
+        call = launch.decode_call(*few)
+        tile = (decode.BLOCK_P, decode.BLOCK_Q, decode.BLOCK_R, decode.num_warps, decode.num_stages)
+        return Found(case, work, tile, "few tokens", "pointers", compile_call(call, case.arch), None)
+    config = _staged(default_config(problem, device), case)
+    schedule = default_schedule(problem, config, device)
+    dropout = (seed, 0.1, work != "forward")
+    sync = None if schedule.form <= Form.RECOMPUTE else _counters(case)
+    given: tuple[Any, ...] = (*operands, 1.5, *dropout, out, thin, config, schedule, sync)
+    call = launch.lora_matmul_call(*given)
+    tile = (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.num_warps, config.num_stages)
+    loads = "descriptors" if schedule.descriptors else "pointers"
+    plain = _compile_plain(case, a, w, bias, config, schedule) if compare else None
+    return Found(case, work, tile, schedule.form.name, loads, compile_call(call, case.arch), plain)
+
+
+def _compile_plain(
+    case: Case, a: Tensor, w: Tensor, bias: Tensor | None, config: TileConfig, schedule: Schedule
+) -> Resources:
+    """The bare GEMM of a tile. Its adapters, which it never reads, are always the same: so it is compiled once."""
+    u, v = _meta(case, w.shape[0], 16), _meta(case, 16, w.shape[1])
+    out, thin = _meta(case, case.M, w.shape[1]), _meta(case, case.M, 16)
+    config, schedule = replace(config, BLOCK_R=16), Schedule(Form.PLAIN, descriptors=schedule.descriptors)
+    call = launch.lora_matmul_call(a, w, u, v, bias, 1.5, None, 0.0, False, out, thin, config, schedule, None)
+    return compile_call(call, case.arch)
+
+
+def _staged(config: Config, case: Case) -> Config:
+    return config if case.stages is None else replace(config, num_stages=case.stages)
+
+
+def _adapter(case: Case, *shape: int) -> Tensor:
+    if case.transposed:
+        return _meta(case, *shape[::-1], dtype=case.adapter_dtype).t()
+    return _meta(case, *shape, dtype=case.adapter_dtype)
+
+
+def _counters(case: Case) -> Tensor:
+    return _meta(case, 1 << 14, dtype=torch.int32)
+
+
+def _meta(case: Case, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(*shape, dtype=dtype or case.dtype, device="meta")

@@ -1,0 +1,243 @@
+"""Whole models: put adapters into them, switch, combine, disable, and find what is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import validation
+from ..adapter import LoRAAdapter
+from ..functional import concatenate_adapters
+from ..layer import FusedLoRALinear
+from ..switching import adapted_modules, base_modules
+from .config import LoRAConfig
+from .modules_to_save import Part, adopt, copy_of
+from .selection import Plan, plan
+
+
+def apply_lora(
+    model: nn.Module, config: LoRAConfig | None = None, *, adapter: str = "default", impl: str = "auto", **fields: Any
+) -> nn.Module:
+    """Freeze ``model``, add one adapter to the linear layers that the config names, make it active; returns ``model``.
+
+    Layers are changed in place: they keep their identity, their hooks and their parameters' names, and a layer that
+    has other adapters keeps those. A fresh adapter changes no output. A weight that is another module's too is warned
+    of: the adapter acts on the one layer alone.
+
+    Args:
+        config: or its fields as keywords (``rank=8, target_modules=["q_proj"]``), or both: the keywords win.
+        adapter: the new adapter's name.
+        impl: for every layer adapted now; see :func:`fused_lora.lora_linear`.
+
+    Raises:
+        TypeError, ValueError: naming argument, rule and value; the model is unchanged.
+    """
+    LoRAConfig.check_field_names(fields)
+    config = dataclasses.replace(config or LoRAConfig(), **fields)
+    installation = _prepare(model, adapter, config, impl)
+    model.requires_grad_(False)
+    install(model, adapter, installation, impl)
+    set_adapter(model, adapter)
+    return model
+
+
+def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None, *, impl: str = "auto") -> nn.Module:
+    """Add a fresh adapter to the layers that the config names, without making it active; returns ``model``.
+
+    Raises:
+        TypeError, ValueError: naming argument, rule and value (``name`` is taken, nothing matches); nothing is changed.
+    """
+    install(model, name, _prepare(model, name, config or LoRAConfig(), impl), impl)
+    return model
+
+
+def set_adapter(model: nn.Module, name: str | Sequence[str] | None) -> None:
+    """Make adapter ``name`` active wherever it is, and trainable, and no other; None leaves the base model.
+
+    Several names are active at once: their changes add up, in one kernel call a layer. Allocates nothing.
+
+    Raises:
+        ValueError: no layer has that adapter, or two of them train the same ``modules_to_save`` or bias; nothing is
+            changed.
+    """
+    names, known = validation.check_adapter_names(name), adapter_names(model)
+    for each in names:
+        validation.check_known_adapter(each, known)
+    modules = [module for _, module in adapted_modules(model)]
+    chosen = [[each for each in names if each in module.adapters] for module in modules]
+    for module, here in zip(modules, chosen, strict=True):
+        module.check_together(here)
+    for module, here in zip(modules, chosen, strict=True):
+        module.set_adapter(here)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove adapter ``name`` from every layer; where it was active, the others that were stay so."""
+    validation.check_known_adapter(name, adapter_names(model))
+    for _, module in adapted_modules(model):
+        if name in module.adapters:
+            module.delete_adapter(name)
+
+
+def add_weighted_adapter(
+    model: nn.Module, name: str, adapters: Sequence[str], weights: Sequence[float], combination_type: str = "cat"
+) -> nn.Module:
+    """Add an adapter made of others, without making it active; returns ``model``. PEFT's names and results.
+
+    Args:
+        adapters: names; a layer combines those that it has.
+        weights: one finite number for each.
+        combination_type: "cat" puts the ranks together: exactly ``Σ weight · scale · B A``, of all their ranks.
+            "linear" sums the A and the B, each by ``sqrt(|weight · scale|)``: an approximation, of the same rank, which
+            all must have.
+
+    Raises:
+        TypeError, ValueError: naming argument, rule and value; nothing is changed.
+    """
+    validation.check_adapter_name(name)
+    known, chosen = adapter_names(model), validation.check_adapter_names(adapters)
+    validation.check_new_adapter(name, known)
+    for each in chosen:
+        validation.check_known_adapter(each, known)
+    if combination_type not in ("cat", "linear"):
+        raise ValueError(f"combination_type must be 'cat' or 'linear', got {combination_type!r}")
+    if not chosen or len(chosen) != len(weights):
+        raise ValueError(f"weights must be one for each of at least one adapter, got {weights!r} for {list(chosen)}")
+    factors = {each: validation.check_weight(weight) for each, weight in zip(chosen, weights, strict=True)}
+    built = {}
+    for path, module in adapted_modules(model):
+        here = [each for each in chosen if each in module.adapters]
+        if not here:
+            continue
+        if not isinstance(module, FusedLoRALinear) or any(module.adapter(each).trains_bias for each in here):
+            raise ValueError(f"adapters to combine must train A and B alone, got {here}, which train more in {path!r}")
+        built[path] = _combine(path, module, {each: factors[each] for each in here}, combination_type)
+    install(model, name, Installation(built, {}), "auto")
+    return model
+
+
+def _combine(path: str, layer: FusedLoRALinear, weights: Mapping[str, float], combination_type: str) -> LoRAAdapter:
+    parts = [(layer.adapter(name), weight) for name, weight in weights.items()]
+    with torch.no_grad():
+        if combination_type == "cat":
+            A, B, scale = concatenate_adapters([(a.lora_A, a.lora_B, weight * a.scale) for a, weight in parts])
+            B = B * scale
+        else:
+            ranks = [adapter.rank for adapter, _ in parts]
+            if len(set(ranks)) > 1:
+                raise ValueError(f"combination_type 'linear' needs one rank, got {ranks} in {path!r}; take 'cat'")
+            factors = [(math.sqrt(abs(weight * a.scale)), math.copysign(1.0, weight * a.scale)) for a, weight in parts]
+            As = [root * sign * a.lora_A for (a, _), (root, sign) in zip(parts, factors, strict=True)]
+            Bs = [root * a.lora_B for (a, _), (root, _) in zip(parts, factors, strict=True)]
+            A, B = torch.stack(As).sum(0), torch.stack(Bs).sum(0)
+    return LoRAAdapter.of(A.clone(), B.clone(), alpha=None, dropout=parts[0][0].dropout, use_rslora=False)
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Within it ``model`` is exactly its base, merged layers included. May be nested; an exception restores too.
+
+    In this thread alone: others that compute with ``model`` keep its adapters, and so do threads that this one starts.
+    """
+    switches = [module._switch for _, module in adapted_modules(model)]
+    for switch in switches:
+        switch.turn(off=True)
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.turn(off=False)
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, FusedLoRALinear]]:
+    """(path, layer) of every FusedLoRALinear in ``model``."""
+    return [(path, module) for path, module in base_modules(model) if isinstance(module, FusedLoRALinear)]
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    return sorted({name for _, module in adapted_modules(model) for name in module.adapters})
+
+
+def lora_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
+    """What the active adapters train, or ``adapter`` does: what an optimizer wants.
+
+    A and B of every layer, and the adapter's own copies of biases and of ``modules_to_save``.
+
+    Raises:
+        ValueError: there are none, or no layer has that adapter.
+    """
+    if adapter is not None:
+        validation.check_known_adapter(adapter, adapter_names(model))
+    # a parameter that two modules share is trained once
+    found = {
+        parameter: None
+        for _, module in adapted_modules(model)
+        for name in (module.active_adapters if adapter is None else (adapter,))
+        if name in module.adapters
+        for parameter in module.trained_parameters(name)
+    }
+    if not found:
+        raise ValueError("model must have an active adapter, got none; call apply_lora or set_adapter first")
+    return list(found)
+
+
+# --------------------------------------------------------------------------------------------------
+# Everything is made before the model is touched
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Installation:
+    """adapters: path -> A and B for that layer.  copies: path -> what of that module is trained, and its copy."""
+
+    adapters: Mapping[str, LoRAAdapter]
+    copies: Mapping[str, tuple[Part, nn.Module]]
+
+
+def _prepare(model: nn.Module, adapter: str, config: LoRAConfig, impl: str) -> Installation:
+    validation.check_impl(impl)
+    # what its patterns may cost is one model's
+    config = dataclasses.replace(config)
+    chosen = plan(model, adapter, config)
+    built = {
+        path: LoRAAdapter.beside(
+            linear,
+            rank=config.rank_of(path),
+            alpha=config.alpha_of(path),
+            dropout=config.dropout,
+            use_rslora=config.use_rslora,
+            init=config.init,
+            dtype=config.dtype_over(linear.weight.dtype),
+            trains_bias=config.bias != "none",
+        )
+        for path, linear in chosen.linears.items()
+    }
+    return Installation(built, copies_for(chosen))
+
+
+def copies_for(chosen: Plan) -> dict[str, tuple[Part, nn.Module]]:
+    shared: dict[int, nn.Parameter] = {}
+    return {path: (part, copy_of(module, part, shared)) for path, (module, part) in chosen.parts.items()}
+
+
+def install(model: nn.Module, adapter: str, installation: Installation, impl: str) -> None:
+    """Put what is made into the model's modules, which have no adapter of this name, without making it active."""
+    modules = dict(base_modules(model))
+    for path, built in installation.adapters.items():
+        linear: Any = modules[path]
+        layer = linear if isinstance(linear, FusedLoRALinear) else FusedLoRALinear.adopt(linear, impl=impl)
+        layer.install(adapter, built)
+    for path, (part, clone) in installation.copies.items():
+        adopt(modules[path]).install(adapter, part, clone)
+    for path in (*installation.adapters, *installation.copies):
+        while path:
+            path = path.rpartition(".")[0]
+            if isinstance(modules[path], nn.TransformerEncoderLayer):
+                # its inference fast path reads the weights of its modules past their forward
+                modules[path].activation_relu_or_gelu = 0  # type: ignore[assignment]

@@ -1,0 +1,159 @@
+"""``LoRAConfig``: which layers of a model get an adapter, and of what kind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from .. import validation
+from .patterns import Budget, matcher
+
+ALL_LINEAR = "all-linear"
+
+Selector = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What ``apply_lora`` and ``add_adapter`` do to a model.
+
+    Args:
+        rank: R ≥ 1.
+        alpha: scale is alpha / rank, or alpha / sqrt(rank) with ``use_rslora``; None means alpha = rank.
+        dropout: LoRA dropout in [0, 1).
+        target_modules: "all-linear" (every plain ``nn.Linear`` but a Transformers model's output head), a regular
+            expression that a module's whole path must match, or names: a whole path or its last parts ("q_proj").
+        exclude_modules: the same, for what is left out.
+        rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the end of a path.
+        init: "kaiming" or "gaussian"; see :class:`fused_lora.adapter.LoRAAdapter`.
+        adapter_dtype: dtype of A and B; None means the weight's, and float32 over a 16-bit weight, as PEFT does: small
+            steps would be lost in 16 bits.
+        modules_to_save: modules to be trained whole beside the adapters, without A and B, a classification head for
+            instance; whole paths or their last parts. The adapter trains a copy, the base keeps its own.
+        bias: "none", or biases to be trained, as copies too: "lora_only", those of the adapted layers, or "all".
+
+    Raises:
+        TypeError, ValueError: naming the field, the rule and the value.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    init: str = "kaiming"
+    adapter_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        validation.check_rank(self.rank)
+        if self.alpha is not None:
+            validation.check_alpha(self.alpha)
+        validation.check_dropout(self.dropout)
+        validation.check_init(self.init)
+        _check_selection("target_modules", self.target_modules)
+        if self.exclude_modules is not None:
+            _check_selection("exclude_modules", self.exclude_modules)
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if not isinstance(patterns, Mapping):
+                raise TypeError(f"{name} must be a mapping of regular expressions, got {patterns!r}")
+        for pattern, rank in self.rank_pattern.items():
+            _check_regex("rank_pattern", pattern, ends=True)
+            validation.check_rank(rank, f"rank_pattern[{pattern!r}]")
+        for pattern, alpha in self.alpha_pattern.items():
+            _check_regex("alpha_pattern", pattern, ends=True)
+            validation.check_alpha(alpha, f"alpha_pattern[{pattern!r}]")
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
+        if self.modules_to_save:
+            _check_selection("modules_to_save", self.modules_to_save)
+        if self.bias not in ("none", "lora_only", "all"):
+            raise ValueError(f"bias must be 'none', 'lora_only' or 'all', got {self.bias!r}")
+        dtype = self.adapter_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"adapter_dtype must be a floating point torch.dtype or None, got {dtype!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the fields alone: what is cached beside them are functions, which can't be pickled
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def check_field_names(cls, names: Iterable[str]) -> None:
+        known = [f.name for f in fields(cls)]
+        for name in names:
+            if name not in known:
+                raise TypeError(f"LoRAConfig has no field {name!r}; fields: {', '.join(known)}")
+
+    def targets(self, path: str) -> bool:
+        """Whether a linear layer at this path is chosen, as far as its path tells."""
+        return not self._excludes(path) and self._includes(path)
+
+    @functools.cached_property
+    def _budget(self) -> Budget:
+        return Budget()
+
+    @functools.cached_property
+    def _includes(self) -> Selector:
+        return selector(".*" if self.target_modules == ALL_LINEAR else self.target_modules, self._budget)
+
+    @functools.cached_property
+    def _excludes(self) -> Selector:
+        return selector(self.exclude_modules or (), self._budget)
+
+    def rank_of(self, path: str) -> int:
+        return next((rank for matches, rank in self._ranks if matches(path)), self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        default = self.rank_of(path) if self.alpha is None else self.alpha
+        return next((alpha for matches, alpha in self._alphas if matches(path)), default)
+
+    @functools.cached_property
+    def _ranks(self) -> list[tuple[Selector, int]]:
+        return [(matcher(pattern, self._budget, ends=True), rank) for pattern, rank in self.rank_pattern.items()]
+
+    @functools.cached_property
+    def _alphas(self) -> list[tuple[Selector, float]]:
+        return [(matcher(pattern, self._budget, ends=True), alpha) for pattern, alpha in self.alpha_pattern.items()]
+
+    def dtype_over(self, weight_dtype: torch.dtype) -> torch.dtype:
+        """The dtype of A and B beside a weight of weight_dtype."""
+        return self.adapter_dtype or torch.promote_types(weight_dtype, torch.float32)
+
+
+def selector(selection: str | Sequence[str], budget: Budget | None = None) -> Selector:
+    """PEFT's test of paths: a regular expression for the whole path, or names that are the path or its last parts."""
+    if isinstance(selection, str):
+        return matcher(selection, budget or Budget())
+    names = frozenset(selection)
+    return lambda path: any(end in names for end in ends_of(path))
+
+
+def ends_of(path: str) -> Iterator[str]:
+    """The path and each of its ends: "a.b.c", "b.c", "c"."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
+
+
+def _check_regex(name: str, pattern: Any, *, ends: bool) -> None:
+    try:
+        matcher(pattern, Budget(), ends=ends)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+
+
+def _check_selection(name: str, selection: Any) -> None:
+    if isinstance(selection, str):
+        _check_regex(name, selection, ends=False)
+    elif not isinstance(selection, Iterable) or not all(isinstance(item, str) and item for item in selection):
+        raise TypeError(f"{name} must be a regular expression or a list of names, got {selection!r}")
+    elif not list(selection):
+        raise ValueError(f"{name} must name at least one module, got {selection!r}")

@@ -1,0 +1,149 @@
+"""``summary(model)``: a table of what is adapted, how it computes, and what is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .. import backends
+from ..layer import FusedLoRALinear
+from ..switching import adapted_modules
+from .modules_to_save import Trained
+from .selection import linear_layers
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One adapted layer. why: the reason it does not run the fused kernel, or None where it does.
+
+    adapter, rank and alpha are the active adapter's; of several, the names joined, the sum of the ranks and no alpha.
+    """
+
+    path: str
+    out_features: int
+    in_features: int
+    adapter: str | None
+    rank: int | None
+    alpha: float | None
+    parameters: int
+    implementation: str
+    why: str | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts are of parameters, bytes of their storage; ``str()`` is the table.
+
+    trained: names of what the active adapters train beside A and B: ``modules_to_save`` and biases.
+    """
+
+    layers: tuple[LayerRow, ...]
+    trained: tuple[str, ...]
+    not_adapted: tuple[str, ...]
+    base: int
+    adapters: int
+    trainable: int
+    base_bytes: int
+    trainable_bytes: int
+
+    @property
+    def added_percent(self) -> float:
+        """Parameters of all adapters, as a share of the base's."""
+        return 100.0 * self.adapters / max(self.base, 1)
+
+    def __str__(self) -> str:
+        head = ("layer", "shape", "adapter", "rank", "alpha", "parameters", "runs")
+        rows = [
+            (row.path or "(model)", f"{row.out_features}x{row.in_features}", str(row.adapter),
+             "" if row.rank is None else str(row.rank), "" if row.alpha is None else f"{row.alpha:g}",
+             f"{row.parameters:,}", row.implementation)
+            for row in self.layers
+        ]  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        table = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows)]
+        lines = ["  ".join(row).rstrip() for row in table]
+        for why in sorted({row.why for row in self.layers if row.why is not None}):
+            lines.append(f"not the fused kernel: {why}")
+        if self.trained:
+            lines.append(f"trained beside A and B: {_listed(self.trained)}")
+        if self.not_adapted:
+            lines.append(f"linear layers without an adapter: {_listed(self.not_adapted)}")
+        lines.append(
+            f"base {self.base:,} parameters ({_size(self.base_bytes)}), adapters {self.adapters:,} "
+            f"({self.added_percent:.3f} %), trainable {self.trainable:,} ({_size(self.trainable_bytes)})"
+        )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """What of ``model`` is adapted and how it computes: ``print(summary(model))``."""
+    linears = linear_layers(model)
+    layers = {path: layer for path, layer in linears.items() if isinstance(layer, FusedLoRALinear)}
+    parameters = list(model.parameters())
+    adapted = adapted_modules(model)
+    in_adapters = {id(p) for _, m in adapted for name in m.adapters for p in m.trained_parameters(name)}
+    base = [p for p in parameters if id(p) not in in_adapters]
+    trainable = [p for p in parameters if p.requires_grad]
+    return Summary(
+        layers=tuple(_row(path, layer) for path, layer in layers.items()),
+        trained=tuple(name for path, module in adapted for name in _trained(path, module)),
+        not_adapted=tuple(path or "(model)" for path in linears if path not in layers),
+        base=sum(p.numel() for p in base),
+        adapters=sum(p.numel() for p in parameters if id(p) in in_adapters),
+        trainable=sum(p.numel() for p in trainable),
+        base_bytes=sum(p.nbytes for p in base),
+        trainable_bytes=sum(p.nbytes for p in trainable),
+    )
+
+
+def _row(path: str, layer: FusedLoRALinear) -> LayerRow:
+    adapters = layer.active_modules()
+    implementation, why = _implementation(layer)
+    return LayerRow(
+        path, layer.out_features, layer.in_features, "+".join(layer.active_adapters) or None,
+        sum(adapter.rank for adapter in adapters) or None, adapters[0].alpha if len(adapters) == 1 else None,
+        sum(p.numel() for p in layer.adapters.parameters()), implementation, why,
+    )  # fmt: skip
+
+
+def _implementation(layer: FusedLoRALinear) -> tuple[str, str | None]:
+    """What a forward runs now, and why it is not the fused kernel."""
+    if layer.disabled:
+        return "linear", "adapters are disabled"
+    if layer.merged:
+        return "linear", "the adapter is merged into the weight"
+    if not layer.active_adapters:
+        return "linear", "no adapter is active"
+    device, dtype = layer.weight.device, layer.weight.dtype
+    unavailable = backends.why_not(layer.impl, device, dtype) if layer.impl != "auto" else None
+    if unavailable is not None:
+        return "nothing", f"impl={layer.impl!r} was asked for, which raises: {unavailable}"
+    implementation = backends.choose(layer.impl, device, dtype)
+    if implementation == "triton":
+        return implementation, None
+    if layer.impl != "auto":
+        return implementation, f"impl={layer.impl!r} was asked for"
+    return implementation, backends.why_not("triton", device, dtype) or f"on a CPU 'auto' takes {implementation!r}"
+
+
+def _trained(path: str, module: object) -> list[str]:
+    """Names of what the active adapters train here beside A and B."""
+    if isinstance(module, FusedLoRALinear):
+        names = ["bias"] if any(adapter.trains_bias for adapter in module.active_modules()) else []
+    else:
+        assert isinstance(module, Trained)
+        names = list(module.replaced())
+    return [f"{path}.{name}" if path else name for name in names]
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

@@ -1,0 +1,216 @@
+"""Which modules of a model get what of an adapter: every rule is checked here, before anything changes."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .. import validation
+from ..layer import FusedLoRALinear
+from ..switching import Adapted, base_modules
+from .config import ALL_LINEAR, LoRAConfig, ends_of, selector
+from .modules_to_save import Part, Trained, state_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """linears: path -> layer that gets A and B.  parts: path -> module, what of it is trained."""
+
+    linears: dict[str, nn.Linear]
+    parts: dict[str, tuple[nn.Module, Part]]
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """path -> layer that can take A and B: exactly ``nn.Linear``, or fused already.
+
+    Subclasses are left alone: their weight is not what ``F.linear`` expects (quantized), or is read past their forward
+    (``nn.MultiheadAttention``'s out_proj), and an adapter would silently not be trained.
+    """
+    return {
+        path: module
+        for path, module in base_modules(model)
+        if type(module) is nn.Linear or isinstance(module, FusedLoRALinear)
+    }
+
+
+def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
+    """What ``apply_lora`` is to change.
+
+    Raises:
+        TypeError, ValueError: nothing matches, a name is taken, or a module can't take what it should.
+    """
+    validation.check_adapter_name(adapter)
+    modules = dict(base_modules(model))
+    saved = _saved(modules, config)
+    candidates = linear_layers(model)
+    head = _output_head(model) if config.target_modules == ALL_LINEAR else None
+    chosen = {
+        path: layer
+        for path, layer in candidates.items()
+        if layer is not head and config.targets(path) and saved.isdisjoint(_to(path))
+    }
+    if not chosen:
+        raise ValueError(_nothing_matches(model, config, list(candidates)))
+    if not isinstance(config.target_modules, str):
+        _warn_of_idle("target_modules: no linear layer is called", config.target_modules, chosen)
+    for path, layer in chosen.items():
+        validation.check_whole(layer.weight, f"{path}.weight")
+        if not layer.weight.is_floating_point() or layer.weight.dtype.itemsize < 2:
+            raise TypeError(f"{path}.weight must be float16, bfloat16, float32 or float64, got {layer.weight.dtype}")
+    parts = {path: part for root in sorted(saved) for path, part in parts_below(modules, root).items()}
+    if config.bias == "all":
+        parts |= biases(modules, {*chosen, *parts})
+    for path, module in [*chosen.items(), *((path, module) for path, (module, _) in parts.items())]:
+        if isinstance(module, Adapted) and adapter in module.adapters:
+            raise ValueError(f"adapter {adapter!r} is in {path!r} already; delete it first or choose another name")
+    check_kinds(chosen, parts)
+    _warn_of_ties(model, chosen, parts)
+    return Plan(chosen, parts)
+
+
+def parts_below(modules: dict[str, nn.Module], root: str) -> dict[str, tuple[nn.Module, Part]]:
+    """The modules at and below ``root`` that hold parameters or buffers themselves, each to be trained whole.
+
+    A container keeps its class: what it holds is copied, not itself.
+    """
+    found: dict[str, tuple[nn.Module, Part]] = {}
+
+    def visit(path: str, module: nn.Module) -> None:
+        own = any("." not in key for key in state_of(module))
+        if own or isinstance(module, Adapted):
+            found[path] = (module, Part(None, root))
+            return
+        for name, child in module.named_children():
+            visit(f"{path}.{name}" if path else name, child)
+
+    visit(root, modules[root])
+    if not found:
+        raise ValueError(f"modules_to_save must name modules with parameters, got {root!r}, which has none")
+    return found
+
+
+def biases(modules: dict[str, nn.Module], without: set[str]) -> dict[str, tuple[nn.Module, Part]]:
+    """Every bias that is not at or below the paths of ``without``, by the module whose forward reads it."""
+    found: dict[str, tuple[nn.Module, Part]] = {}
+    attentions = {path for path, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
+    for path, module in modules.items():
+        if not without.isdisjoint(_to(path)) or not attentions.isdisjoint(_above(path)):
+            continue
+        if path in attentions:
+            # it reads its out_proj past that one's forward
+            if module.out_proj.bias is not None:  # type: ignore[union-attr]
+                found[path] = (module, Part(("out_proj.bias",)))
+        elif module._parameters.get("bias") is not None:
+            found[path] = (module, Part(("bias",)))
+    return found
+
+
+def tied(model: nn.Module) -> dict[int, list[str]]:
+    """id of a base Parameter -> its names, for those that have several: one tensor of two modules."""
+    names: dict[int, list[str]] = {}
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    return {key: listed for key, listed in names.items() if len(listed) > 1}
+
+
+def check_kinds(linears: dict[str, nn.Linear], parts: dict[str, tuple[nn.Module, Part]]) -> None:
+    """ValueError where a module can't hold what it should: A and B, or a copy, and never both."""
+    whole = {path for path, (_, part) in parts.items() if part.names is None}
+    both = [path for path in linears if not whole.isdisjoint(_to(path))]
+    if both:
+        raise ValueError(f"modules_to_save must leave out layers with A and B, got {both[0]!r}")
+    for path, (module, part) in parts.items():
+        if isinstance(module, FusedLoRALinear) or (
+            part.names is None and any(isinstance(m, FusedLoRALinear) for _, m in base_modules(module))
+        ):
+            raise ValueError(f"modules_to_save and biases must leave out layers with A and B of others, got {path!r}")
+        if not isinstance(module, Trained) and hasattr(module, "adapters"):
+            raise ValueError(f"{path!r} must not have an attribute 'adapters' of its own to be trained")
+        if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            raise ValueError(f"{path!r} must not be a {type(module).__name__} with parameters of its own")
+
+
+def _saved(modules: dict[str, nn.Module], config: LoRAConfig) -> set[str]:
+    """The topmost paths that modules_to_save names."""
+    chosen = selector(config.modules_to_save)
+    found = {path for path in modules if chosen(path)}
+    if config.modules_to_save:
+        if not found:
+            tails = sorted({path.rpartition(".")[2] for path in modules if path})
+            raise ValueError(
+                f"modules_to_save must name modules, got {list(config.modules_to_save)!r}; "
+                f"modules here: {_near(config.modules_to_save, tails)}"
+            )
+        _warn_of_idle("modules_to_save: no module is called", config.modules_to_save, found)
+    return {path for path in found if found.isdisjoint(_above(path))}
+
+
+def _warn_of_idle(message: str, names: Iterable[str], paths: Iterable[str]) -> None:
+    used = {end for path in paths for end in ends_of(path)}
+    idle = [name for name in names if name not in used]
+    if idle:
+        warnings.warn(f"{message} {', '.join(map(repr, idle))}", stacklevel=5)
+
+
+def _warn_of_ties(model: nn.Module, linears: dict[str, nn.Linear], parts: dict[str, tuple[nn.Module, Part]]) -> None:
+    names = tied(model)
+    if not names:
+        return
+    for path, layer in linears.items():
+        if id(layer.weight) in names:
+            listed = " and ".join(names[id(layer.weight)])
+            message = f"{listed} are one tensor: the adapter acts on {path} alone, and can't be merged"
+            warnings.warn(message, stacklevel=4)
+    for path, (module, part) in parts.items():
+        for tensor in part.of(module).values():
+            if id(tensor) in names:
+                listed = " and ".join(names[id(tensor)])
+                warnings.warn(f"{listed} are one tensor: the adapter trains a copy for {path} alone", stacklevel=4)
+
+
+def _above(path: str) -> list[str]:
+    """The paths of the modules around this one, the model's own left out."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def _to(path: str) -> list[str]:
+    return [*_above(path), path]
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """A Transformers model's output embedding: usual practice leaves it out of "all-linear"."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def _nothing_matches(model: nn.Module, config: LoRAConfig, candidates: list[str]) -> str:
+    message = f"target_modules must match a plain nn.Linear, got {config.target_modules!r}"
+    others = [f"{p} ({_kind(m)})" for p, m in base_modules(model) if p and config.targets(p) and p not in candidates]
+    if others and config.target_modules != ALL_LINEAR:
+        message += f"; it matches {', '.join(others[:5])}, which can't take an adapter"
+    if config.exclude_modules is not None:
+        message += f" without {config.exclude_modules!r}"
+    if config.modules_to_save:
+        message += f" beside modules_to_save={list(config.modules_to_save)!r}"
+    wanted = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
+    tails = sorted({path.rpartition(".")[2] for path in candidates})
+    if not candidates:
+        return message + "; the model has no linear layer"
+    return message + f"; linear layers here: {_near(wanted, tails, candidates)}"
+
+
+def _near(wanted: Iterable[str], tails: list[str], paths: Sequence[str] = ()) -> str:
+    names = dict.fromkeys([*tails, *paths])
+    near = [name for want in wanted for name in difflib.get_close_matches(want, names, n=3, cutoff=0.4)]
+    return ", ".join(map(repr, near or tails[:10]))
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__name__}, another adapter's" if isinstance(module, Trained) else type(module).__name__

@@ -1,0 +1,182 @@
+"""``make models``: a training step of whole models: ours, PEFT's, PEFT's fused, eager, fine-tuned in full, and frozen.
+
+    python -m tools.models [--device cpu|cuda] [--threads N] [--seconds N] [--out FILE]
+
+Each is made as a user makes it: ``apply_lora``, ``get_peft_model``, ``fuse``. A step is forward, backward and fused
+Adam on what is trained. A results file like any other, in benchmarks/results/models/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.bench import measure, series
+from fused_lora.bench.baselines import EAGER, FROZEN, OURS, PEERS, Weights, our_choice
+from fused_lora.bench.nets import CASES, Case
+from fused_lora.bench.problems import Candidate, Computed, copies_of, parse_dtype
+from fused_lora.bench.results import Environment, Results, default_path
+from fused_lora.models.apply import apply_lora
+
+MODEL = "model"
+FULL, PEFT, FUSED_PEFT = "full", "peft", f"{OURS}in-peft"
+OUR_IMPLS = ("triton", "native", "eager")
+LORA_NAMES = (FROZEN, *(f"{OURS}{impl}" for impl in OUR_IMPLS), FUSED_PEFT, PEFT, EAGER)
+NAMES = (*LORA_NAMES, FULL)
+SCALE = 2
+
+
+class ModelProblem:
+    """A training step of a whole model with LoRA in all its linear layers: forward, backward, fused Adam.
+
+    Adam's learning rate is zero: the same arithmetic, and every step is the same step. The input asks for its gradient,
+    as it would inside a deeper model. Models are in eval mode: a dropout of their own would give each other results.
+    """
+
+    work, first = MODEL, False
+
+    def __init__(self, case: Case, device: torch.device, names: tuple[str, ...] = NAMES) -> None:
+        self.names = names
+        self.label, self.dtype, self.device, self.case = str(case), case.dtype, device, case
+        base, self.adapter_dtype = parse_dtype(case.dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.random.fork_rng(), device:
+            torch.manual_seed(0)
+            self.net = case.make().to(device, base).requires_grad_(False).eval()
+        self.weights = {
+            name: Weights.beside(module, case.rank, SCALE, self.adapter_dtype, generator)
+            for name, module in self.net.named_modules() if isinstance(module, nn.Linear)
+        }  # fmt: skip
+        self.longest_sum = max(max(w.weight.shape) for w in self.weights.values()) * len(self.weights)
+        x = torch.randn(case.shape, generator=generator, device=device).to(base)
+        with torch.no_grad():
+            shape = self.net(x).shape
+        dy = (torch.randn(shape, generator=generator, device=device) * shape[-1] ** -0.5).to(base)
+        self.copies = copies_of(device, x.nbytes + dy.nbytes)
+        self.inputs = [(x.clone().requires_grad_(), dy.clone()) for _ in range(self.copies)]
+
+    def adapted(self, name: str) -> bool:
+        return name not in (FROZEN, FULL)
+
+    def ours(self) -> str:
+        return our_choice(next(iter(self.weights.values())))
+
+    def why_not(self, name: str) -> str | None:
+        if name in (FROZEN, FULL, EAGER):
+            return None
+        return PEERS[PEFT if name == FUSED_PEFT else name].why_not(next(iter(self.weights.values())))
+
+    def build(self, name: str) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        """The model by this peer, over the same frozen tensors, and its adapters by name: ``<path>.dA``, ``<path>.dB``.
+
+        ``full`` has tensors of its own, all trained, and no adapters.
+        """
+        if name == FULL:
+            return copy.deepcopy(self.net).requires_grad_(True), {}
+        # what is in the memo is shared
+        net = copy.deepcopy(self.net, {id(tensor): tensor for tensor in _tensors(self.net)})
+        if name == FROZEN:
+            return net, {}
+        if name == EAGER:
+            own = {path: weights.with_own_adapter() for path, weights in self.weights.items()}
+            for path, weights in own.items():
+                net.set_submodule(path, PEERS[EAGER].build(weights))
+            return net, {f"{path}.d{side}": getattr(w, f"lora_{side}") for path, w in own.items() for side in "AB"}
+        net, adapters = self._adapted(name, net)
+        with torch.no_grad():
+            for path, weights in self.weights.items():
+                for side in "AB":
+                    adapters[f"{path}.d{side}"].copy_(getattr(weights, f"lora_{side}"))
+        return net.eval(), adapters
+
+    def _adapted(self, name: str, net: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        paths, rank = list(self.weights), self.case.rank
+        if name not in (PEFT, FUSED_PEFT):
+            options: dict[str, Any] = {"target_modules": paths, "adapter_dtype": self.adapter_dtype}
+            apply_lora(net, rank=rank, alpha=SCALE * rank, impl=name[len(OURS) :], **options)
+            layers = {path: net.get_submodule(path) for path in paths}
+            return net, {f"{p}.d{side}": getattr(layer, f"lora_{side}") for p, layer in layers.items() for side in "AB"}
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=paths)
+        # in float32 over a 16-bit base, as PEFT does by default, or in the base's dtype
+        wide = self.adapter_dtype == torch.float32
+        model: Any = get_peft_model(net, config, autocast_adapter_dtype=wide)  # type: ignore[arg-type]
+        if name == FUSED_PEFT:
+            from fused_lora.integrations.peft import fuse
+
+            fuse(model)
+        layers = {path: model.get_base_model().get_submodule(path) for path in paths}
+        return model, {
+            f"{path}.d{side}": getattr(layer, f"lora_{side}")["default"].weight
+            for path, layer in layers.items() for side in "AB"
+        }  # fmt: skip
+
+    def candidate(self, name: str) -> Candidate:
+        net, adapters = self.build(name)
+        trained = [*net.parameters()] if name == FULL else [*adapters.values()]
+        optimizer: Any = torch.optim.Adam(trained, lr=0.0, fused=True) if trained else None
+        inputs = itertools.cycle(self.inputs)
+
+        def step() -> Computed:
+            x, dy = next(inputs)
+            y = net(x)
+            y.backward(dy)
+            results = {"y": y.detach(), "dx": x.grad} | {key: adapter.grad for key, adapter in adapters.items()}
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+            x.grad = None
+            return results
+
+        # a peer's module may hold the frozen tensors without registering them
+        return Candidate(step, (*_tensors(net), *_tensors(self.net), *adapters.values()))
+
+    def exact(self) -> ModelProblem:
+        exact = copy.copy(self)
+        exact.dtype, exact.adapter_dtype = "float64", torch.float64
+        exact.net = copy.deepcopy(self.net).double()
+        exact.weights = {path: weights.in_float64() for path, weights in self.weights.items()}
+        x, dy = self.inputs[0]
+        exact.inputs = [(x.detach().double().requires_grad_(), dy.double())]
+        return exact
+
+    def useful(self, name: str) -> tuple[int, int] | None:
+        return None
+
+
+def _tensors(net: nn.Module) -> tuple[Tensor, ...]:
+    return (*net.parameters(), *net.buffers())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when every candidate was right, 1 when one was not, 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="make models", description="A training step of whole models.")
+    parser.add_argument("--device", choices=tuple(CASES), help="default: cuda where there is one")
+    parser.add_argument("--threads", type=int, metavar="N", help="PyTorch's on the CPU; 1 for a machine that is busy")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each model; default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/models/ of the checkout")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    environment = Environment.here(device)
+    standard = default_path(environment)
+    path = args.out or (None if standard is None else standard.parent / "models" / standard.name)
+    plan = replace(measure.plan_for(device, quick=False), seconds=args.seconds, min_rounds=5)
+    agenda = [partial(ModelProblem, case, device) for case in CASES[device.type]]
+    return series.compete(list(agenda), Results.open(path, environment), path, plan)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

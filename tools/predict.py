@@ -1,0 +1,131 @@
+"""A model of how long a layer takes on a GPU: a roofline, its inputs and assumptions in the open. Not a measurement.
+
+A launch takes as long as its arithmetic or its memory traffic (``traffic.py``), whichever is longer, at a stated share
+of what the datasheet promises, and a fixed time to start. The base product's arithmetic comes in whole tiles, so a
+processor that has one more than the others is waited for; the tiles are those of our rules for every way, and a frozen
+linear's library may choose better. What the offline compile found (``compiled.py``) gives the pace of our main loop.
+Nothing is known here of caches or of waiting, so it is mostly a floor: where it errs, it should err low.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fused_lora.backends.triton.configs import (
+    DECODE_ROWS,
+    Device,
+    Form,
+    Problem,
+    TileConfig,
+    block_r,
+    default_config,
+    default_schedule,
+)
+
+from . import compiled, traffic
+from .compiled import Compiled
+from .traffic import OURS, Launch, Layer
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """From the vendor's datasheet: TFLOP/s of dense 16-bit products summed in float32, GB/s of memory."""
+
+    name: str
+    tflops: float
+    gb_per_s: float
+    device: Device
+
+
+GPUS = (
+    Gpu("A100 80 GB SXM", 312, 2039, Device((8, 0), 166912, 108)),
+    Gpu("H100 SXM", 989, 3350, Device((9, 0), 232448, 132)),
+    Gpu("RTX 4090", 165.2, 1008, Device((8, 9), 101376, 128)),
+)
+# what a good GEMM reaches of the datasheet's rate, what a good copy does of the memory's
+GEMM_SHARE = 0.7
+MEMORY_SHARE = 0.85
+# between the end of a launch and the next one's first load
+START_US = 2.0
+
+
+def gpu_called(device: str) -> Gpu | None:
+    """The one that the driver calls so, whose short name is in the driver's."""
+    return next((gpu for gpu in GPUS if (gpu.name.removesuffix(" SXM").removesuffix(" 80 GB")) in device), None)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The base product of one pass in tiles. found: what the offline compile says of our launch, if anything."""
+
+    tile: TileConfig
+    form: Form
+    tiles: int
+    multiprocessors: int
+    found: Compiled | None
+
+    @property
+    def rounded(self) -> float:
+        """The tiles of the busiest processor over the mean of all."""
+        return -(-self.tiles // self.multiprocessors) * self.multiprocessors / self.tiles
+
+    @property
+    def pace(self) -> float:
+        """Instructions in our main loop over the bare GEMM's; 1 where that is not known."""
+        found = self.found
+        return 1.0 if found is None or found.loop is None or found.plain is None else found.loop / found.plain
+
+
+FORWARD, INPUT_GRADIENT = "forward", "input gradient"
+
+
+def grid_of(work: str, layer: Layer, gpu: Gpu, known: Sequence[Compiled] = ()) -> Grid | None:
+    """By the rules that choose a tile and a form; None for few tokens, where memory decides."""
+    if layer.M <= DECODE_ROWS:
+        return None
+    P, Q = (layer.N, layer.K) if work == FORWARD else (layer.K, layer.N)
+    problem = Problem(layer.M, P, Q, layer.R, layer.itemsize, layer.itemsize)
+    tile = default_config(problem, gpu.device)
+    form = default_schedule(problem, tile, gpu.device).form
+    major, minor = gpu.device.capability
+    found = compiled.find(known, 10 * major + minor, work, tile, form.name, layer.R)
+    tiles = -(-layer.M // tile.BLOCK_M) * -(-P // tile.BLOCK_P)
+    return Grid(tile, form, tiles, gpu.device.multiprocessors, found)
+
+
+def forward_ms(way: str, layer: Layer, gpu: Gpu, known: Sequence[Compiled] = ()) -> float:
+    return _ms(FORWARD, way, traffic.forward(way, layer), layer, gpu, known)
+
+
+def step_ms(way: str, layer: Layer, gpu: Gpu, known: Sequence[Compiled] = ()) -> float:
+    """Forward and backward."""
+    backward = _ms(INPUT_GRADIENT, way, traffic.backward(way, layer), layer, gpu, known)
+    return forward_ms(way, layer, gpu, known) + backward
+
+
+def _ms(work: str, way: str, launches: list[Launch], layer: Layer, gpu: Gpu, known: Sequence[Compiled]) -> float:
+    grid = grid_of(work, layer, gpu, known)
+    total = 0.0
+    for launch in launches:
+        flops: float = launch.flops
+        if launch.what in traffic.BASES:
+            if way == OURS:
+                flops = _fused_flops(work, layer, grid) * (1.0 if grid is None else grid.pace)
+            flops *= 1.0 if grid is None else grid.rounded
+        arithmetic = flops / (gpu.tflops * GEMM_SHARE) * 1e-9
+        memory = launch.moved / (gpu.gb_per_s * MEMORY_SHARE) * 1e-6
+        total += max(arithmetic, memory) + START_US * 1e-3
+    return total
+
+
+def _fused_flops(work: str, layer: Layer, grid: Grid | None) -> int:
+    """Of our one kernel, padding and repetition included."""
+    P, Q = (layer.N, layer.K) if work == FORWARD else (layer.K, layer.N)
+    width = block_r(layer.R)
+    padded = -(-layer.R // width) * width
+    if grid is None:
+        # the tokens are padded to one tile
+        return 2 * DECODE_ROWS * (P * Q + padded * (P + Q))
+    columns = -(-P // grid.tile.BLOCK_P) if grid.form == Form.RECOMPUTE else 1
+    return 2 * layer.M * (P * Q + padded * (Q * columns + P))

@@ -44,6 +44,7 @@ def minutes_of(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds; not saved without --out")
+    parser.add_argument("--host", action="store_true", help="what a call costs the host, layer by layer; needs no GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument(
         "--dtype",
@@ -73,6 +74,13 @@ def run(args: argparse.Namespace) -> int:
     device_type = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device_type == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: PyTorch finds no CUDA device here")
+    if args.host:
+        from . import host
+
+        try:
+            return host.run(args, device_type)
+        except RuntimeError as error:
+            return _refuse(f"--host: {error}")
     if args.threads is not None:
         if args.threads < 1:
             return _refuse(f"--threads must be at least 1, got {args.threads}")

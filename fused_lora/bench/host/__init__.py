@@ -56,11 +56,17 @@ def save(results: dict[str, Any], path: Path) -> None:
 
 
 def show(results: dict[str, Any]) -> None:
-    print(f"{results['environment']['device']}, driver: {results['driver']}; µs, medians and p20–p80")
-    group = None
-    for row in results["rows"]:
-        if row["group"] != group:
-            group = row["group"]
-            print(f"\n{group}  {row['shape']}  {results['structure'].get(group, '')}")
-        us = row["us"]
-        print(f"  {row['part']:16} {us['median']:9.2f}  {us['p20']:.2f}–{us['p80']:.2f}")
+    from . import parts
+
+    print(f"{results['environment']['device']}, driver: {results['driver']}. Medians in µs, and p20–p80")
+    for group in dict.fromkeys(row["group"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["group"] == group]
+        did = ", ".join(f"{count} {name}" for name, count in results["structure"].get(group, {}).items())
+        print(f"\n{group}, {rows[0]['sizes']}" + (f": a call does {did}" if did else ""))
+        for row in rows:
+            print(f"  {row['part']:26} {row['us']['median']:9.2f}  {row['us']['p20']:.2f}–{row['us']['p80']:.2f}")
+        if any(row["part"] == parts.BACKEND for row in rows):
+            print("  the layer's path:")
+            for name, us in parts.path(results, group).items():
+                print(f"    {name:24} {us:9.2f}")
+    print()

@@ -1,26 +1,41 @@
-"""What is timed: a call of a layer, each part of it, and what the same call costs in plain PyTorch."""
+"""What is timed: a call of a layer, what it is made of, and what the like costs in plain PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import backends, functional, ops, validation
+from ... import backends, functional, validation
 from ..baselines import EAGER, FROZEN, OURS, PEERS, Weights
-from .watch import Call, watching
-
-SEED = 0
-LAYER, GEMMS, LINEAR, STEP = "layer", "three GEMMs", "F.linear", "step"
-FULL, PEFT = "full", "peft"
+from ..measure import Call
+from .parts import (
+    ALLOCATOR,
+    BACKEND,
+    CHOICE,
+    FULL,
+    GEMMS,
+    JIT,
+    LAUNCHER,
+    LAYER,
+    LINEAR,
+    LORA_LINEAR,
+    MODULE,
+    OPERATOR,
+    PEFT,
+    STEP,
+    VALIDATION,
+    VIEWS,
+)  # fmt: skip
+from .watch import watching
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A layer at work, as ``bench.shapes`` has them."""
+class Sizes:
+    """Of a layer at work, symbols as in ``reference.py``."""
 
     M: int
     K: int
@@ -31,44 +46,45 @@ class Shape:
     def __str__(self) -> str:
         return f"M={self.M} K={self.K} N={self.N} R={self.R} {str(self.dtype).removeprefix('torch.')}"
 
-    def weights(self, device: torch.device) -> Weights:
-        generator = torch.Generator(device).manual_seed(SEED)
-        return Weights.random(self.K, self.N, self.R, False, self.dtype, self.dtype, generator)
+    def operands(self, device: torch.device) -> tuple[Tensor, Weights]:
+        """x and the layer's weights, random."""
+        generator = torch.Generator(device).manual_seed(0)
+        weights = Weights.random(self.K, self.N, self.R, False, self.dtype, self.dtype, generator)
+        return torch.randn(self.M, self.K, dtype=self.dtype, device=device), weights
 
-    def x(self, device: torch.device) -> Tensor:
-        return torch.randn(self.M, self.K, dtype=self.dtype, device=device)
 
-
-# the sizes of Triton's layers do not show in the host's time, but choose the kernel; a CPU must compute what it is
-# given, so that what is plain PyTorch is as small as can be
+# A kernel's sizes don't show in the host's time, but choose the kernel and how it loads. A CPU must compute what it is
+# given, so what is plain PyTorch is as small as can be.
 TRITON = {
-    "decode": Shape(1, 1024, 1024, 16, torch.bfloat16),
-    "tile": Shape(512, 1024, 1024, 16, torch.bfloat16),
+    "decode": Sizes(1, 1024, 1024, 16, torch.bfloat16),
+    "tile": Sizes(512, 1024, 1024, 16, torch.bfloat16),
+    "descriptors": Sizes(4096, 1024, 1024, 16, torch.bfloat16),
 }
-TINY = Shape(1, 16, 16, 4, torch.float32)
-NATIVE = Shape(32, 256, 256, 16, torch.float32)
+TINY = Sizes(1, 16, 16, 4, torch.float32)
+NATIVE = Sizes(32, 256, 256, 16, torch.float32)
+CPU = torch.device("cpu")
 
 
-class Passing(nn.Module):
-    """A module that does nothing: what ``nn.Module`` costs."""
+class Nothing(nn.Module):
+    """What ``nn.Module`` costs."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-def triton_forward(shape: Shape, device: torch.device) -> dict[str, Call]:
-    """A call of the layer, and what it is made of: nested, then alone. To be called within ``no_grad``."""
+def triton_forward(sizes: Sizes, device: torch.device) -> dict[str, Call]:
+    """Without gradients. To be made and called within ``no_grad``."""
     from ...backends.triton import launch
 
-    weights, x = shape.weights(device), shape.x(device)
+    x, weights = sizes.operands(device)
     layer = PEERS[f"{OURS}triton"].build(weights)
     W, A, B, scale = weights.weight, weights.lora_A, weights.lora_B, weights.scale
-    # the first call of its kind compiles, and shows how its kernel is launched
+    # the first call of its kind goes through Triton's JIT, and shows what is launched
     with watching() as first:
         layer(x)
     operands = (x, W.t(), A.t(), B.t(), None, scale, None, 0.0, False)
-    result = launch.lora_matmul(*operands)
     operator = torch.ops.fused_lora.lora_matmul.default
+    out, low_rank = launch.lora_matmul(*operands)
 
     def validate() -> None:
         validation.check_operands(x, W, A, B, None)
@@ -79,85 +95,87 @@ def triton_forward(shape: Shape, device: torch.device) -> dict[str, Call]:
 
     return {
         LAYER: lambda: layer(x),
-        "lora_linear": lambda: functional.lora_linear(x, W, A, B, scale, impl="triton"),
-        "operator": lambda: operator(*operands, "triton"),
-        "backend": lambda: launch.lora_matmul(*operands),
-        "JITFunction.run": first.jits[0],
-        "launcher": first.launches[0],
-        "allocator": lambda: (x.new_empty(result[0].shape), x.new_empty(result[1].shape)),
-        "views": lambda: (W.t(), A.t(), B.t()),
-        "validation": validate,
-        "choice": lambda: backends.choose("triton", x.device, x.dtype),
+        LORA_LINEAR: lambda: functional.lora_linear(x, W, A, B, scale, impl="triton"),
+        OPERATOR: lambda: operator(*operands, "triton"),
+        BACKEND: lambda: launch.lora_matmul(*operands),
+        JIT: first.jit_runs[0],
+        LAUNCHER: first.launches[0],
+        ALLOCATOR: lambda: (x.new_empty(out.shape), x.new_empty(low_rank.shape)),
+        VIEWS: lambda: (W.t(), A.t(), B.t()),
+        VALIDATION: validate,
+        CHOICE: lambda: backends.choose("triton", x.device, x.dtype),
     }
 
 
 def plain_forward(device: torch.device) -> dict[str, Call]:
-    """The same of plain PyTorch, to be called within ``no_grad``."""
-    weights, x, module = TINY.weights(device), TINY.x(device), Passing()
+    """Without gradients. To be called within ``no_grad``."""
+    x, weights = TINY.operands(device)
     W, A, B, scale = weights.weight, weights.lora_A, weights.lora_B, weights.scale
-    eager = PEERS[EAGER].build(weights)
+    eager, nothing = PEERS[EAGER].build(weights), Nothing()
     return {
         # the fewest calls by which eager computes the layer
         GEMMS: lambda: torch.addmm(F.linear(x, W), F.linear(x, A), B.t(), alpha=scale),
         EAGER: lambda: eager(x),
         LINEAR: lambda: F.linear(x, W),
-        "nn.Module": lambda: module(x),
+        MODULE: lambda: nothing(x),
     }
 
 
-def step(module: nn.Module, wanted: Sequence[Tensor], x: Tensor) -> Call:
-    """Forward and backward, for gradients of x and of what is trained."""
-    x = x.detach().requires_grad_()
-    dy = torch.randn_like(module(x))
-    return lambda: torch.autograd.grad(module(x), (x, *wanted), dy)
-
-
-def triton_step(shape: Shape, device: torch.device) -> dict[str, Call]:
-    weights, x = shape.weights(device), shape.x(device)
+def triton_step(sizes: Sizes, device: torch.device) -> dict[str, Call]:
+    x, weights = sizes.operands(device)
     layer = PEERS[f"{OURS}triton"].build(weights)
-    wanted = (weights.lora_A, weights.lora_B)
-    with watching() as first:
-        step(layer, wanted, x)()
+    call = step(layer, (weights.lora_A, weights.lora_B), x)
+    with watching() as seen:
+        call()
 
-    def launches() -> None:
-        for launch in first.launches:
-            launch()
+    def launch() -> None:
+        for kernel in seen.launches:
+            kernel()
 
-    with_grad = x.detach().requires_grad_()
-    return {STEP: step(layer, wanted, x), "forward": lambda: layer(with_grad), "launchers": launches}
+    x_with_grad = x.detach().requires_grad_()
+    return {STEP: call, LAYER: lambda: layer(x_with_grad), LAUNCHER: launch}
 
 
 def plain_step(device: torch.device) -> dict[str, Call]:
-    """Steps of a tiny layer: eager's, PEFT's where it is installed, that of the bare linear, frozen and trained."""
-    weights, x = TINY.weights(device), TINY.x(device)
-    wanted = (weights.lora_A, weights.lora_B)
-    full = nn.Linear(TINY.K, TINY.N, bias=False, device=device, dtype=TINY.dtype)
-    calls = {name: step(PEERS[name].build(weights), wanted, x) for name in (EAGER, PEFT) if not _missing(name, weights)}
-    return {**calls, FULL: step(full, (full.weight,), x), FROZEN: step(PEERS[FROZEN].build(weights), (), x)}
+    """LoRA by eager PyTorch and by PEFT where it is installed; the bare linear, trained and frozen."""
+    x, weights = TINY.operands(device)
+    full = nn.Linear(TINY.K, TINY.N, bias=False, dtype=TINY.dtype, device=device)
+    return {
+        **_steps((EAGER, PEFT), x, weights),
+        FULL: step(full, (full.weight,), x),
+        FROZEN: step(PEERS[FROZEN].build(weights), (), x),
+    }
 
 
-def native_forward(shape: Shape) -> dict[str, Call]:
-    """On the CPU, to be called within ``no_grad``; LINEAR alone where the extension is not built."""
-    device = torch.device("cpu")
-    weights, x = shape.weights(device), shape.x(device)
+def native_forward() -> dict[str, Call]:
+    """Without gradients, on the CPU; no LAYER where the extension is not built. To be called within ``no_grad``."""
+    x, weights = NATIVE.operands(CPU)
     calls: dict[str, Call] = {LINEAR: lambda: F.linear(x, weights.weight)}
-    if not _missing(f"{OURS}native", weights):
-        layer = PEERS[f"{OURS}native"].build(weights)
+    if PEERS[_NATIVE].why_not(weights) is None:
+        layer = PEERS[_NATIVE].build(weights)
         calls[LAYER] = lambda: layer(x)
     return calls
 
 
-def native_step(shape: Shape) -> dict[str, Call]:
-    device = torch.device("cpu")
-    weights, x = shape.weights(device), shape.x(device)
+def native_step() -> dict[str, Call]:
+    x, weights = NATIVE.operands(CPU)
+    steps = _steps((_NATIVE, EAGER), x, weights)
+    if _NATIVE in steps:
+        steps[STEP] = steps.pop(_NATIVE)
+    return {**steps, FROZEN: step(PEERS[FROZEN].build(weights), (), x)}
+
+
+_NATIVE = f"{OURS}native"
+
+
+def _steps(names: Sequence[str], x: Tensor, weights: Weights) -> dict[str, Call]:
+    """Of those candidates that can run here."""
     wanted = (weights.lora_A, weights.lora_B)
-    names: dict[str, str] = {STEP: f"{OURS}native", EAGER: EAGER, FROZEN: FROZEN}
-    return {
-        key: step(PEERS[name].build(weights), () if name == FROZEN else wanted, x)
-        for key, name in names.items()
-        if not _missing(name, weights)
-    }
+    return {name: step(PEERS[name].build(weights), wanted, x) for name in names if PEERS[name].why_not(weights) is None}
 
 
-def _missing(name: str, weights: Weights) -> str | None:
-    return PEERS[name].why_not(weights)
+def step(module: nn.Module, wanted: Sequence[Tensor], x: Tensor) -> Call:
+    """Forward and backward, with gradients of x and of what is wanted."""
+    x = x.detach().requires_grad_()
+    dy = torch.randn_like(module(x))
+    return lambda: torch.autograd.grad(module(x), (x, *wanted), dy)

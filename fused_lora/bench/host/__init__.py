@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -11,62 +10,70 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SECONDS, QUICK_SECONDS = 8.0, 0.5
+# for each of eight groups
+SECONDS, QUICK_SECONDS = 8.0, 0.2
+_ROOT = Path(__file__).parents[3]
 
 
-def run(args: argparse.Namespace, device_type: str) -> int:
-    """0, or 1 where the process that measures fails. Raises RuntimeError where there is nothing to measure with."""
-    from . import stub
+def run(device_type: str, quick: bool, out: Path | None) -> int:
+    """0, or 1 where the process that measures fails.
 
-    root = Path(__file__).parents[3]
-    path = args.out or (None if args.quick else default_folder(root))
+    device_type: "cuda", or "cpu" for Triton's driver over a stub of libcuda.
+    The last line on stdout is a JSON object of ``parts.ratios``.
+
+    Raises:
+        RuntimeError: there is nothing to measure with; the message says what is missing.
+    """
+    from . import parts, stub
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        out = folder / "results.json"
+        file = folder / "results.json"
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-        options = ["--seconds", str(QUICK_SECONDS if args.quick else SECONDS), "--out", str(out)]
+        # this package, wherever it was found
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+        options = ["--seconds", str(QUICK_SECONDS if quick else SECONDS), "--out", str(file)]
         if device_type == "cpu":
             stub.compile_library(folder)
             options += ["--libcuda", str(folder)]
             environment |= {"TRITON_LIBCUDA_PATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", f"{__name__}.child", *options]
-        if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode != 0:
-            print("fused-lora bench: the process that measures failed; what it said is above", file=sys.stderr)
+        # stdout is for the results
+        if subprocess.run(command, env=environment, stdout=sys.stderr.fileno()).returncode != 0:
+            print("fused-lora bench --host: the process that measures failed", file=sys.stderr)
             return 1
-        results = json.loads(out.read_text(encoding="utf-8"))
-    show(results)
-    if path is not None:
-        save(results, path)
-    print(json.dumps(results["ratios"]))
+        results = json.loads(file.read_text(encoding="utf-8"))
+    _show(results)
+    _save(results, out, quick)
+    print(json.dumps(parts.ratios(results)))
     return 0
 
 
-def default_folder(root: Path) -> Path | None:
-    return root / "benchmarks" / "results" / "host" if (root / "pyproject.toml").is_file() else None
-
-
-def save(results: dict[str, Any], path: Path) -> None:
-    from ..results import Environment, write_json
-
-    environment = Environment(**results["environment"])
-    file = path if path.suffix == ".json" else path / f"{environment.slug}-{environment.date}.json"
-    write_json(file, results)
-    print(f"saved: {file}")
-
-
-def show(results: dict[str, Any]) -> None:
+def _show(results: dict[str, Any]) -> None:
     from . import parts
 
-    print(f"{results['environment']['device']}, driver: {results['driver']}. Medians in µs, and p20–p80")
-    for group in dict.fromkeys(row["group"] for row in results["rows"]):
-        rows = [row for row in results["rows"] if row["group"] == group]
-        did = ", ".join(f"{count} {name}" for name, count in results["structure"].get(group, {}).items())
-        print(f"\n{group}, {rows[0]['sizes']}" + (f": a call does {did}" if did else ""))
-        for row in rows:
-            print(f"  {row['part']:26} {row['us']['median']:9.2f}  {row['us']['p20']:.2f}–{row['us']['p80']:.2f}")
-        if any(row["part"] == parts.BACKEND for row in rows):
-            print("  the layer's path:")
+    print(f"{results['environment']['device']}, driver: {results['settings']['driver']}. Medians in µs, p20–p80.")
+    for pass_, shape in dict.fromkeys((row["pass"], row["shape"]) for row in results["rows"]):
+        group = shape.split(" ")[0]
+        counted = results["settings"]["counted"].get(f"{group} {pass_}", {})
+        did = ", ".join(f"{name} {count}" for name, count in counted.items())
+        print(f"\n{pass_} {shape}" + (f"   in a warm call: {did}" if did else ""))
+        rows = parts.rows_of(results, pass_, group)
+        for part, row in rows.items():
+            print(f"  {part:26} {row['median']:9.2f}  {row['p20']:.2f}–{row['p80']:.2f}")
+        if parts.BACKEND in rows:
+            print("  a call of the layer is")
             for name, us in parts.path(results, group).items():
-                print(f"    {name:24} {us:9.2f}")
-    print()
+                print(f"    {name.replace('`', ''):24} {us:9.2f}")
+    if parts.LAYER not in parts.rows_of(results, "forward", parts.NATIVE):
+        print("\nnative: the compiled extension is not built; build it with `make native`")
+
+
+def _save(results: dict[str, Any], out: Path | None, quick: bool) -> None:
+    from ..results import Environment, default_path, write_json
+
+    default = None if quick else default_path(Environment(**results["environment"]))
+    path = out or (None if default is None else default.parent / "host" / default.name)
+    if path is not None:
+        write_json(path, results)
+        print(f"\nsaved: {path}")

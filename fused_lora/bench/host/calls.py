@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,25 +13,10 @@ from torch import Tensor, nn
 from ... import backends, functional, validation
 from ..baselines import EAGER, FROZEN, OURS, PEERS, Weights
 from ..measure import Call
-from .parts import (
-    ALLOCATOR,
-    BACKEND,
-    CHOICE,
-    FULL,
-    GEMMS,
-    JIT,
-    LAUNCHER,
-    LAYER,
-    LINEAR,
-    LORA_LINEAR,
-    MODULE,
-    OPERATOR,
-    PEFT,
-    STEP,
-    VALIDATION,
-    VIEWS,
-)  # fmt: skip
+from . import parts
 from .watch import watching
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -44,7 +30,7 @@ class Sizes:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"M={self.M} K={self.K} N={self.N} R={self.R} {str(self.dtype).removeprefix('torch.')}"
+        return f"(M={self.M} K={self.K} N={self.N} R={self.R})"
 
     def operands(self, device: torch.device) -> tuple[Tensor, Weights]:
         """x and the layer's weights, random."""
@@ -56,13 +42,12 @@ class Sizes:
 # A kernel's sizes don't show in the host's time, but choose the kernel and how it loads. A CPU must compute what it is
 # given, so what is plain PyTorch is as small as can be.
 TRITON = {
-    "decode": Sizes(1, 1024, 1024, 16, torch.bfloat16),
-    "tile": Sizes(512, 1024, 1024, 16, torch.bfloat16),
-    "descriptors": Sizes(4096, 1024, 1024, 16, torch.bfloat16),
+    parts.DECODE: Sizes(1, 1024, 1024, 16, torch.bfloat16),
+    parts.TILE: Sizes(512, 1024, 1024, 16, torch.bfloat16),
+    parts.DESCRIPTORS: Sizes(4096, 1024, 1024, 16, torch.bfloat16),
 }
 TINY = Sizes(1, 16, 16, 4, torch.float32)
 NATIVE = Sizes(32, 256, 256, 16, torch.float32)
-CPU = torch.device("cpu")
 
 
 class Nothing(nn.Module):
@@ -79,9 +64,11 @@ def triton_forward(sizes: Sizes, device: torch.device) -> dict[str, Call]:
     x, weights = sizes.operands(device)
     layer = PEERS[f"{OURS}triton"].build(weights)
     W, A, B, scale = weights.weight, weights.lora_A, weights.lora_B, weights.scale
-    # the first call of its kind goes through Triton's JIT, and shows what is launched
+    # the first call of its kind goes through Triton's JIT, the second goes as all later ones
     with watching() as first:
-        layer(x)
+        results = [layer(x)]
+    with watching() as warm:
+        results.append(layer(x))
     operands = (x, W.t(), A.t(), B.t(), None, scale, None, 0.0, False)
     operator = torch.ops.fused_lora.lora_matmul.default
     out, low_rank = launch.lora_matmul(*operands)
@@ -94,17 +81,23 @@ def triton_forward(sizes: Sizes, device: torch.device) -> dict[str, Call]:
         validation.check_dtypes(x, W, A, B, None)
 
     return {
-        LAYER: lambda: layer(x),
-        LORA_LINEAR: lambda: functional.lora_linear(x, W, A, B, scale, impl="triton"),
-        OPERATOR: lambda: operator(*operands, "triton"),
-        BACKEND: lambda: launch.lora_matmul(*operands),
-        JIT: first.jit_runs[0],
-        LAUNCHER: first.launches[0],
-        ALLOCATOR: lambda: (x.new_empty(out.shape), x.new_empty(low_rank.shape)),
-        VIEWS: lambda: (W.t(), A.t(), B.t()),
-        VALIDATION: validate,
-        CHOICE: lambda: backends.choose("triton", x.device, x.dtype),
+        parts.LAYER: lambda: layer(x),
+        parts.LORA_LINEAR: lambda: functional.lora_linear(x, W, A, B, scale, impl="triton"),
+        parts.OPERATOR: lambda: operator(*operands, "triton"),
+        parts.BACKEND: lambda: launch.lora_matmul(*operands),
+        parts.JIT: first.jit_runs[0],
+        parts.LAUNCHER: partial(_make, warm.launches, results),
+        parts.ALLOCATOR: lambda: (x.new_empty(out.shape), x.new_empty(low_rank.shape)),
+        parts.VALIDATION: validate,
+        parts.CHOICE: lambda: backends.choose("triton", x.device, x.dtype),
+        parts.VIEWS: lambda: (W.t(), A.t(), B.t()),
     }
+
+
+def _make(launches: Sequence[Call], written: object) -> None:
+    """The launches again. written: what they write to, so that its memory stays theirs."""
+    for launch in launches:
+        launch()
 
 
 def plain_forward(device: torch.device) -> dict[str, Call]:
@@ -114,64 +107,56 @@ def plain_forward(device: torch.device) -> dict[str, Call]:
     eager, nothing = PEERS[EAGER].build(weights), Nothing()
     return {
         # the fewest calls by which eager computes the layer
-        GEMMS: lambda: torch.addmm(F.linear(x, W), F.linear(x, A), B.t(), alpha=scale),
+        parts.GEMMS: lambda: torch.addmm(F.linear(x, W), F.linear(x, A), B.t(), alpha=scale),
         EAGER: lambda: eager(x),
-        LINEAR: lambda: F.linear(x, W),
-        MODULE: lambda: nothing(x),
+        parts.LINEAR: lambda: F.linear(x, W),
+        parts.MODULE: lambda: nothing(x),
     }
 
 
 def triton_step(sizes: Sizes, device: torch.device) -> dict[str, Call]:
+    """Forward and backward, and the launches in it."""
     x, weights = sizes.operands(device)
-    layer = PEERS[f"{OURS}triton"].build(weights)
-    call = step(layer, (weights.lora_A, weights.lora_B), x)
-    with watching() as seen:
-        call()
-
-    def launch() -> None:
-        for kernel in seen.launches:
-            kernel()
-
-    x_with_grad = x.detach().requires_grad_()
-    return {STEP: call, LAYER: lambda: layer(x_with_grad), LAUNCHER: launch}
+    call = step(PEERS[f"{OURS}triton"].build(weights), (weights.lora_A, weights.lora_B), x)
+    call()
+    with watching() as warm:
+        results = call()
+    return {parts.LAYER: call, parts.LAUNCHER: partial(_make, warm.launches, results)}
 
 
 def plain_step(device: torch.device) -> dict[str, Call]:
     """LoRA by eager PyTorch and by PEFT where it is installed; the bare linear, trained and frozen."""
     x, weights = TINY.operands(device)
     full = nn.Linear(TINY.K, TINY.N, bias=False, dtype=TINY.dtype, device=device)
-    return {
-        **_steps((EAGER, PEFT), x, weights),
-        FULL: step(full, (full.weight,), x),
-        FROZEN: step(PEERS[FROZEN].build(weights), (), x),
-    }
+    trained = {parts.FULL: step(full, (full.weight,), x), FROZEN: step(weights.linear(), (), x)}
+    return _steps({EAGER: EAGER, parts.PEFT: parts.PEFT}, x, weights) | trained
 
 
 def native_forward() -> dict[str, Call]:
     """Without gradients, on the CPU; no LAYER where the extension is not built. To be called within ``no_grad``."""
     x, weights = NATIVE.operands(CPU)
-    calls: dict[str, Call] = {LINEAR: lambda: F.linear(x, weights.weight)}
-    if PEERS[_NATIVE].why_not(weights) is None:
-        layer = PEERS[_NATIVE].build(weights)
-        calls[LAYER] = lambda: layer(x)
+    calls: dict[str, Call] = {parts.LINEAR: lambda: F.linear(x, weights.weight)}
+    native = PEERS[f"{OURS}native"]
+    if native.why_not(weights) is None:
+        layer = native.build(weights)
+        calls[parts.LAYER] = lambda: layer(x)
     return calls
 
 
 def native_step() -> dict[str, Call]:
+    """On the CPU; no LAYER where the extension is not built."""
     x, weights = NATIVE.operands(CPU)
-    steps = _steps((_NATIVE, EAGER), x, weights)
-    if _NATIVE in steps:
-        steps[STEP] = steps.pop(_NATIVE)
-    return {**steps, FROZEN: step(PEERS[FROZEN].build(weights), (), x)}
+    return {
+        **_steps({parts.LAYER: f"{OURS}native", EAGER: EAGER}, x, weights),
+        FROZEN: step(weights.linear(), (), x),
+    }
 
 
-_NATIVE = f"{OURS}native"
-
-
-def _steps(names: Sequence[str], x: Tensor, weights: Weights) -> dict[str, Call]:
-    """Of those candidates that can run here."""
+def _steps(candidates: dict[str, str], x: Tensor, weights: Weights) -> dict[str, Call]:
+    """Part -> step, of those candidates that can run here."""
     wanted = (weights.lora_A, weights.lora_B)
-    return {name: step(PEERS[name].build(weights), wanted, x) for name in names if PEERS[name].why_not(weights) is None}
+    known = {part: PEERS[name] for part, name in candidates.items()}
+    return {part: step(peer.build(weights), wanted, x) for part, peer in known.items() if peer.why_not(weights) is None}
 
 
 def step(module: nn.Module, wanted: Sequence[Tensor], x: Tensor) -> Call:

@@ -16,8 +16,8 @@ import torch
 from .. import measure
 from ..baselines import EAGER
 from ..results import Environment, write_json
-from . import calls, stub, watch
-from .parts import GEMMS, LAYER, LINEAR, STEP
+from ..shapes import FORWARD, STEP
+from . import calls, parts, stub, watch
 
 
 def main() -> None:
@@ -31,20 +31,23 @@ def main() -> None:
     device = calls.CPU if launches is not None else torch.device("cuda")
     run = Run(device, args.seconds)
     run.everything()
-    write_json(args.out, {
-        "environment": dataclasses.asdict(Environment.here(device)),
+    settings = {
         "driver": "stub" if launches is not None else "CUDA",
         "launches": None if launches is None else launches.value,
-        "ratios": run.ratios(), "structure": run.structure, "rows": run.rows,
+        "counted": run.counted,
+    }
+    write_json(args.out, {
+        "format": "fused_lora results, 1", "kind": "host", "command": "make host",
+        "environment": dataclasses.asdict(Environment.here(device)), "settings": settings, "rows": run.rows,
     })  # fmt: skip
 
 
 class Run:
-    """rows: one for each part of each group.  structure: what a call of a group does, by ``watch.structure``."""
+    """rows: one for each part of each group.  counted: what a warm call of a group does, by ``watch.count``."""
 
     def __init__(self, device: torch.device, seconds: float) -> None:
-        self.device, self.rows, self.structure = device, list[dict[str, object]](), dict[str, dict[str, int]]()
-        self._measured = dict[str, measure.Measurement]()
+        self.rows, self.counted = list[dict[str, object]](), dict[str, dict[str, int]]()
+        self._device = device
         if device.type == "cuda":
             # samples that do not fill the queue of launches; backward is another thread's, and its user waits for it
             self._timer, sample_ms = measure.HostTimer(before=torch.cuda.synchronize), 1.0
@@ -56,33 +59,27 @@ class Run:
     def everything(self) -> None:
         for name, sizes in calls.TRITON.items():
             with torch.no_grad():
-                parts = calls.triton_forward(sizes, self.device)
-                self.structure[f"{name} forward"] = watch.structure(parts[LAYER])
-                self._measure(f"{name} forward", sizes, parts | calls.plain_forward(self.device))
-            parts = calls.triton_step(sizes, self.device)
-            self.structure[f"{name} step"] = watch.structure(parts[STEP])
-            self._measure(f"{name} step", sizes, parts | calls.plain_step(self.device))
+                made = calls.triton_forward(sizes, self._device)
+                self.counted[f"{name} {FORWARD}"] = watch.count(made[parts.LAYER])
+                self._measure(FORWARD, name, sizes, made | calls.plain_forward(self._device), parts.GEMMS)
+            made = calls.triton_step(sizes, self._device)
+            self.counted[f"{name} {STEP}"] = watch.count(made[parts.LAYER])
+            self._measure(STEP, name, sizes, made | calls.plain_step(self._device), EAGER)
         with torch.no_grad():
-            self._measure("native forward", calls.NATIVE, calls.native_forward())
-        self._measure("native step", calls.NATIVE, calls.native_step())
+            self._measure(FORWARD, parts.NATIVE, calls.NATIVE, calls.native_forward(), parts.LINEAR)
+        self._measure(STEP, parts.NATIVE, calls.NATIVE, calls.native_step(), EAGER)
 
-    def _measure(self, group: str, sizes: calls.Sizes, parts: Mapping[str, measure.Call]) -> None:
-        found = self._measured[group] = measure.interleave(parts, self._timer, self._plan)
+    def _measure(
+        self, pass_: str, group: str, sizes: calls.Sizes, made: Mapping[str, measure.Call], baseline: str
+    ) -> None:  # fmt: skip
+        found = measure.interleave(made, self._timer, self._plan)
         for part, samples in found.samples.items():
             us = {name: round(1e3 * ms, 3) for name, ms in dataclasses.asdict(found.time(part)).items()}
-            self.rows.append({"group": group, "sizes": str(sizes), "part": part, "rounds": len(samples), "us": us})
-
-    def ratios(self) -> dict[str, float | None]:
-        """Of a tiny layer's two kernels the one that is further behind; None where the extension is not built."""
-        kernels = ("decode", "tile")
-        forward = [self._ratio(f"{kernel} forward", LAYER, GEMMS) for kernel in kernels]
-        step = [self._ratio(f"{kernel} step", STEP, EAGER) for kernel in kernels]
-        built = LAYER in self._measured["native forward"].samples
-        native = self._ratio("native forward", LAYER, LINEAR) if built else None
-        return {"triton_forward": max(forward), "triton_step": max(step), "native_forward": native}
-
-    def _ratio(self, group: str, part: str, baseline: str) -> float:
-        return round(self._measured[group].ratio(part, baseline).median, 3)
+            ratio = {name: round(r, 4) for name, r in dataclasses.asdict(found.ratio(part, baseline)).items()}
+            self.rows.append({
+                "pass": pass_, "shape": f"{group} {sizes}", "dtype": str(sizes.dtype).removeprefix("torch."),
+                "candidate": part, "rounds": len(samples), **us, "unit": "us", "ratios": {baseline: ratio},
+            })  # fmt: skip
 
 
 if __name__ == "__main__":

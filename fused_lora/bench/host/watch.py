@@ -51,7 +51,7 @@ def watching() -> Iterator[Seen]:
         JITFunction.run, launcher.__call__, TensorDescriptor.__post_init__ = run, launch, describe
 
 
-def structure(call: Call) -> dict[str, int]:
+def count(call: Call) -> dict[str, int]:
     """How often a call, not the first of its kind, does what costs the host. operators: calls of the dispatcher."""
     with watching() as seen:
         call()

@@ -6,15 +6,12 @@ That a CPU's tensors are taken for a GPU's is arranged here and nowhere else.
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 import os
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ...backends.triton import backend
 
@@ -57,7 +54,7 @@ def install(folder: Path) -> ctypes.c_ulonglong:
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
-    from ...backends.triton import configs, launch
+    from ...backends.triton import choice, configs
 
     gpu = configs.Device((9, 0), 232448, 132, "a stub of an H100")
     cuda: Any = CudaDriver()
@@ -65,15 +62,8 @@ def install(folder: Path) -> ctypes.c_ulonglong:
     cuda.get_current_stream = lambda device: 0
     cuda.get_device_capability = lambda device=0: gpu.capability
     driver.set_active(cuda)
-    rules: Any = launch
+    rules: Any = choice
     rules.known_device = lambda device: gpu
-    for name in ("_tile_config", "_decode_config", "_reduction_config", "_reduction_parts"):
-        setattr(rules, name, _as_of_a_gpu(getattr(rules, name)))
     kernels: Any = backend
     kernels.why_not = lambda device, dtype: None
     return ctypes.c_ulonglong.in_dll(library, "stub_launches")
-
-
-def _as_of_a_gpu(rule: Any) -> Any:
-    """The rule, whose last argument is the device, for a GPU whatever the device."""
-    return functools.cache(lambda *problem: rule(*problem[:-1], torch.device("cuda", 0)))

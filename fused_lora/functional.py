@@ -65,6 +65,10 @@ def lora_linear(
     dropout_p = validation.check_dropout(dropout_p, "dropout_p")
     validation.check_impl(impl)
     dropout_p = dropout_p if training else 0.0
+    if key is None and not torch.compiler.is_compiling():
+        # kernels read what is in memory: of a tensor with the negative bit, the negative
+        x, weight, lora_A, lora_B = (tensor.resolve_neg() for tensor in (x, weight, lora_A, lora_B))
+        bias = None if bias is None else bias.resolve_neg()
     if distributed:
         # here, not at the top: it imports torch.distributed
         from .parallel import sharding
@@ -287,6 +291,8 @@ def _backward(
     """(dx, dW, dA, dB, dbias): at most one launch for dx and one for dA and dB together."""
     needs_x, needs_W, needs_A, needs_B, needs_bias = needs
     dx = dW = g = dA = dB = dbias = None
+    if dy.is_neg():
+        dy = dy.resolve_neg()
     dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
     if seed is not None and impl == "eager" and (torch.compiler.is_compiling() or (needs_x and needs_A)):
         # made once for both, and by a compiler in one loop; in forward too it would be the same mask, and be kept

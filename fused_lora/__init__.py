@@ -11,6 +11,7 @@ from .models.apply import (
     disable_adapters,
     lora_parameters,
     set_adapter,
+    set_impl,
 )
 from .models.config import LoRAConfig
 from .models.merging import merge, merge_and_unload, unmerge
@@ -34,6 +35,7 @@ __all__ = [
     "merge_and_unload",
     "save_adapter",
     "set_adapter",
+    "set_impl",
     "summary",
     "unmerge",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import validation
 from .adapter import AdapterOptions, LoRAAdapter
 from .functional import concatenate_adapters, lora_linear, plus_adapter
+from .renamed import renamed
 from .switching import Adapted
 
 # what a plain nn.Linear has not
@@ -101,11 +102,12 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     # ---------------------------------------------------------------- adapters
 
-    def add_adapter(self, name: str, *, dtype: torch.dtype | None = None, **options: Any) -> LoRAAdapter:
+    @renamed(name="adapter")
+    def add_adapter(self, adapter: str, *, dtype: torch.dtype | None = None, **options: Any) -> LoRAAdapter:
         """Add a fresh adapter, of the weight's dtype unless told; it is not active, and not trainable before it is."""
-        validation.check_new_adapter(validation.check_adapter_name(name), self.adapters)
+        validation.check_new_adapter(validation.check_adapter_name(adapter), self.adapters)
         validation.check_whole(self.weight)
-        return self.install(name, LoRAAdapter.beside(self, AdapterOptions(**options), dtype=dtype))
+        return self.install(adapter, LoRAAdapter.beside(self, AdapterOptions(**options), dtype=dtype))
 
     def install(self, name: str, adapter: LoRAAdapter) -> LoRAAdapter:
         """Put a finished adapter here, not active."""
@@ -121,6 +123,16 @@ class FusedLoRALinear(Adapted, nn.Linear):
         with_bias = [name for name in names if self.adapter(name).trains_bias] if len(names) > 1 else []
         if len(with_bias) > 1:
             raise ValueError(f"only one active adapter may train modules_to_save or biases, got {with_bias}")
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        return {name: adapter.strength for name, adapter in zip(self._active, self.active_modules(), strict=True)}
+
+    def _activate(self, strengths: Mapping[str, float]) -> None:
+        super()._activate(strengths)
+        for name, adapter in self.adapters.items():
+            if adapter.strength != strengths.get(name, 1.0):
+                adapter.strength = strengths.get(name, 1.0)  # type: ignore[assignment]
 
     @property
     def active_adapter(self) -> str | None:

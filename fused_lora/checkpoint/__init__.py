@@ -117,14 +117,16 @@ def _swap_pair(path: str, layer: FusedLoRALinear, name: str, new: LoRAAdapter | 
         raise ValueError(f"rank of {path!r} must be at most the adapter's, {old.rank}, to be swapped, got {new.rank}")
     if (new.bias is None) != (old.bias is None):
         raise ValueError(f"the folder must train what adapter {name!r} does, got a difference in the bias of {path!r}")
-    if old.scale == 0.0 and new.scale != 0.0:
+    # the folder's own scale against the adapter's own; a strength stays as it is
+    scale = old.options.scale
+    if scale == 0.0 and new.scale != 0.0:
         raise ValueError(f"scale of {path!r} must not be 0 to be swapped, got alpha {old.alpha:g}")
     A, B = torch.zeros_like(old.lora_A), torch.zeros_like(old.lora_B)
     with torch.no_grad():
         A[: new.rank] = new.lora_A
-        B[:, : new.rank] = new.lora_B if new.scale == old.scale else new.lora_B * (new.scale / old.scale)
+        B[:, : new.rank] = new.lora_B if new.scale == scale else new.lora_B * (new.scale / scale)
     if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
-        raise ValueError(f"values of {path!r} must be finite in {A.dtype} with scale {old.scale:g}, got an infinity")
+        raise ValueError(f"values of {path!r} must be finite in {A.dtype} with scale {scale:g}, got an infinity")
     return [(old.lora_A, A), (old.lora_B, B), *_pairs(old.bias, new.bias)]
 
 

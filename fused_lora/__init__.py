@@ -1,6 +1,6 @@
 """A LoRA layer in one kernel: ``FusedLoRALinear`` and what goes around it. Importing this imports no Triton."""
 
-from .checkpoint import hotswap_adapter, load_adapter, save_adapter
+from .checkpoint import base_state_dict, hotswap_adapter, load_adapter, save_adapter
 from .functional import lora_linear
 from .layer import FusedLoRALinear
 from .models.apply import (
@@ -25,6 +25,7 @@ __all__ = [
     "add_adapter",
     "add_weighted_adapter",
     "apply_lora",
+    "base_state_dict",
     "delete_adapter",
     "disable_adapters",
     "hotswap_adapter",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
-from .adapter import LoRAAdapter
+from .adapter import AdapterOptions, LoRAAdapter
 from .functional import concatenate_adapters, lora_linear, plus_adapter
+from .renamed import renamed
 from .switching import Adapted
 
 # what a plain nn.Linear has not
@@ -32,15 +33,14 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
-        rank: R ≥ 1, any.
-        alpha: scale is alpha / rank, or alpha / sqrt(rank) with ``use_rslora``; None means alpha = rank.
-        dropout: LoRA dropout in [0, 1), on x before A, in training mode.
         impl: "auto", "triton", "native" or "eager"; see :func:`fused_lora.lora_linear`.
+        options: the adapter's, ``rank=8, alpha=None, dropout=0.0, use_rslora=False, init="kaiming"``; see
+            :class:`fused_lora.adapter.AdapterOptions`.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value, before anything is made.
 
-    LoRA: https://arxiv.org/abs/2106.09685. Initialisation: see :class:`LoRAAdapter`.
+    LoRA: https://arxiv.org/abs/2106.09685.
     """
 
     impl: str
@@ -54,37 +54,22 @@ class FusedLoRALinear(Adapted, nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        rank: int = 8,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        validation.check_rank(rank)
+        checked = AdapterOptions(**options)
         validation.check_impl(impl)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._become_fused(impl)
-        self.add_adapter("default", rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+        self.install("default", LoRAAdapter.beside(self, checked))
         self.set_adapter("default")
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        rank: int = 8,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        init: str = "kaiming",
-        impl: str = "auto",
-    ) -> FusedLoRALinear:
+    def from_linear(cls, linear: nn.Linear, *, impl: str = "auto", **options: Any) -> FusedLoRALinear:
         """A layer of ``linear``'s own weight and bias (the same Parameters, now frozen), with one fresh adapter."""
-        adapter = LoRAAdapter.beside(
-            linear, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, init=init, dtype=linear.weight.dtype
-        )
+        adapter = LoRAAdapter.beside(linear, AdapterOptions(**options))
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -117,25 +102,12 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     # ---------------------------------------------------------------- adapters
 
-    def add_adapter(
-        self,
-        name: str,
-        *,
-        rank: int = 8,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        init: str = "kaiming",
-        dtype: torch.dtype | None = None,
-    ) -> LoRAAdapter:
+    @renamed(name="adapter")
+    def add_adapter(self, adapter: str, *, dtype: torch.dtype | None = None, **options: Any) -> LoRAAdapter:
         """Add a fresh adapter, of the weight's dtype unless told; it is not active, and not trainable before it is."""
-        validation.check_new_adapter(validation.check_adapter_name(name), self.adapters)
+        validation.check_new_adapter(validation.check_adapter_name(adapter), self.adapters)
         validation.check_whole(self.weight)
-        adapter = LoRAAdapter.beside(
-            self, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, init=init,
-            dtype=dtype or self.weight.dtype,
-        )  # fmt: skip
-        return self.install(name, adapter)
+        return self.install(adapter, LoRAAdapter.beside(self, AdapterOptions(**options), dtype=dtype))
 
     def install(self, name: str, adapter: LoRAAdapter) -> LoRAAdapter:
         """Put a finished adapter here, not active."""
@@ -151,6 +123,16 @@ class FusedLoRALinear(Adapted, nn.Linear):
         with_bias = [name for name in names if self.adapter(name).trains_bias] if len(names) > 1 else []
         if len(with_bias) > 1:
             raise ValueError(f"only one active adapter may train modules_to_save or biases, got {with_bias}")
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        return {name: adapter.strength for name, adapter in zip(self._active, self.active_modules(), strict=True)}
+
+    def _activate(self, strengths: Mapping[str, float]) -> None:
+        super()._activate(strengths)
+        for name, adapter in self.adapters.items():
+            if adapter.strength != strengths.get(name, 1.0):
+                adapter.strength = strengths.get(name, 1.0)  # type: ignore[assignment]
 
     @property
     def active_adapter(self) -> str | None:
@@ -201,9 +183,14 @@ class FusedLoRALinear(Adapted, nn.Linear):
         if len(computing) > 1:
             return self._forward_several(x)
         (adapter,) = computing
+        # past nn.Module's own search for each of them, which costs the host as much as a launch
+        own, trained = self._parameters, adapter._parameters
+        weight, bias = own.get("weight"), trained["bias"] if adapter.trains_bias else own.get("bias")
+        if weight is None:
+            # torch.nn.utils.parametrize makes it a property
+            weight = self.weight
         return lora_linear(
-            x, self.weight, adapter.lora_A, adapter.lora_B, adapter.scale,
-            adapter.bias if adapter.trains_bias else self.bias,
+            x, weight, trained["lora_A"], trained["lora_B"], adapter.scale, bias,
             dropout_p=adapter.dropout, training=self.training, impl=self.impl,
         )  # fmt: skip
 

@@ -5,8 +5,10 @@ Nothing here changes anything; every public function calls its checks before its
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +50,10 @@ def check_scale(scale: Any) -> float:
     return _finite(scale, "scale")
 
 
+def check_strength(strength: Any, name: str = "strength") -> float:
+    return _finite(strength, name)
+
+
 def check_weight(weight: Any) -> float:
     return _finite(weight, "weights")
 
@@ -66,9 +72,24 @@ def check_impl(impl: Any) -> str:
 
 
 def check_init(init: Any) -> str:
-    if init not in ("kaiming", "gaussian"):
-        raise ValueError(f"init must be 'kaiming' or 'gaussian', got {init!r}")
+    if init not in ("kaiming", "gaussian", "normal"):
+        raise ValueError(f"init must be 'kaiming', 'gaussian' or 'normal', got {init!r}")
     return init
+
+
+def check_flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_field_names(kind: str, names: Iterable[str], known: Sequence[str], elsewhere: Mapping[str, str]) -> None:
+    """elsewhere: what the known names are called by others."""
+    for name in names:
+        if name not in known:
+            near = [elsewhere[name]] if name in elsewhere else difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(known)}"
+            raise TypeError(f"{kind} has no field {name!r}; {hint}")
 
 
 def check_adapter_name(name: Any) -> str:
@@ -82,14 +103,22 @@ def check_adapter_name(name: Any) -> str:
     return name
 
 
-def check_adapter_names(names: Any) -> tuple[str, ...]:
+def check_strengths(adapters: Any) -> dict[str, float]:
+    """name -> strength, of one name, several, a mapping, or None for none."""
+    if isinstance(adapters, Mapping):
+        names = check_adapter_names([*adapters])
+        return {name: check_strength(adapters[name], f"strength of adapter {name!r}") for name in names}
+    return dict.fromkeys(check_adapter_names(adapters, "a mapping of them to strengths, "), 1.0)
+
+
+def check_adapter_names(names: Any, also: str = "") -> tuple[str, ...]:
     """One name, several, or None for none, as a tuple."""
     if names is None:
         return ()
     if isinstance(names, str):
         return (names,)
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"adapter names must be a str, a list of them, or None, got {names!r}")
+        raise TypeError(f"adapter names must be a str, a list of them, {also}or None, got {names!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"adapter names must differ, got {names!r}")
     return tuple(names)

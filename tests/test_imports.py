@@ -13,14 +13,14 @@ PACKAGE = ROOT / "fused_lora"
 
 # what a module may import, lowest first; a name stands for a module or a whole folder, the longest name counts
 LAYERS = [
-    {"validation", "dropout", "backends.environment", "models.patterns"},
+    {"validation", "renamed", "dropout", "backends.environment", "models.patterns"},
     {"reference"},
     {"backends"},
     {"ops"},
     {"parallel.sharding"},
     {"functional"},
-    {"switching", "adapter", "models.config"},
-    {"layer", "models.modules_to_save"},
+    {"switching", "adapter"},
+    {"layer", "models.config", "models.modules_to_save"},
     {"models.selection", "parallel"},
     {"models"},
     {"checkpoint"},

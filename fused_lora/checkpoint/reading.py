@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import validation
-from ..adapter import LoRAAdapter
+from ..adapter import PEFT_NAMES, LoRAAdapter
 from ..models.apply import Installation
 from ..models.config import ALL_LINEAR, LoRAConfig, selector
 from ..models.modules_to_save import Part, copy_of
@@ -29,13 +29,15 @@ from .writing import CONFIG_FILE, DIGEST, PREFIX, WEIGHTS_FILE, beside_of, diges
 # the name of an adapter may stand before ".weight", as some writers leave it there
 _PAIR = re.compile(r"(?:(?P<path>.+)\.)?lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
 _LARGEST_CONFIG = 1 << 24
+# what PEFT wrote before it wrote safetensors
+_PICKLE = "adapter_model.bin"
 
 # what PEFT may write and a plain LoRA ignores; any other field must be empty
 _NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights", "lora_alpha",
-    "lora_dropout", "peft_type", "peft_version", "r", "rank_pattern", "alpha_pattern", "revision", "runtime_config",
-    "target_modules", "task_type", "use_rslora", "bias", "layers_to_transform", "layers_pattern", "megatron_core",
-    "qalora_group_size", "modules_to_save",
+    *PEFT_NAMES.values(),
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "peft_type", "peft_version",
+    "rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "bias",
+    "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "modules_to_save",
 }  # fmt: skip
 # the ones whose base weights are those on the hub
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -50,6 +52,12 @@ def read_folder(model: nn.Module, folder: Path, strict: bool) -> Installation:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder must be a directory, got the file {str(folder)!r}")
     file = folder / WEIGHTS_FILE
+    if not file.exists() and (folder / _PICKLE).exists():
+        raise FileNotFoundError(
+            f"folder must hold {WEIGHTS_FILE}, got {str(folder)!r} with {_PICKLE}, a pickle, which can run code and is "
+            "never read; where you trust it, PEFT writes the other: PeftModel.from_pretrained(base_model, "
+            "folder).save_pretrained(folder)"
+        )
     _check_file(file, _memory())
     with _safetensors(file) as tensors:
         config = _read_config(*_config_beside(folder, (tensors.metadata() or {}).get(DIGEST)))
@@ -90,9 +98,22 @@ def _memory() -> int:
 
 @dataclass(frozen=True)
 class _Config:
+    """numbers, lists: of the layers of a list that are adapted alone, None for all, and of the lists' names."""
+
     lora: LoRAConfig
-    names_layers: bool
+    numbers: frozenset[int] | None
+    lists: tuple[str, ...]
     file: Path
+
+    def names(self, path: str) -> bool:
+        """Whether a linear layer at this path is the config's, by PEFT's rules."""
+        if not self.lora.targets(path):
+            return False
+        if self.numbers is None or isinstance(self.lora.target_modules, str):
+            return True
+        before = [rf"(?:.*?\.)?{re.escape(name)}" for name in self.lists] or [r".*?\.[^.]*"]
+        found = next((match for each in before if (match := re.match(rf"{each}\.(\d+)\.", path))), None)
+        return found is not None and int(found[1]) in self.numbers
 
 
 def _config_beside(folder: Path, wanted: str | None) -> tuple[Path, bytes]:
@@ -132,14 +153,9 @@ def _read_config(file: Path, data: bytes) -> _Config:
         raise ValueError(
             f"{file}: init_lora_weights={raw['init_lora_weights']!r} changes the base weights, which can't be done here"
         )
-    if not isinstance(raw.get("use_rslora", False), bool):
-        raise ValueError(f"{file}: use_rslora must be true or false, got {raw['use_rslora']!r}")
     try:
         config = LoRAConfig(
-            rank=raw.get("r", 8),
-            alpha=raw.get("lora_alpha", 8),
-            dropout=raw.get("lora_dropout") or 0.0,
-            use_rslora=raw.get("use_rslora", False),
+            **_options(raw),
             target_modules=raw.get("target_modules") or ALL_LINEAR,
             exclude_modules=raw.get("exclude_modules") or None,
             modules_to_save=raw.get("modules_to_save") or (),
@@ -149,7 +165,25 @@ def _read_config(file: Path, data: bytes) -> _Config:
         )
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
-    return _Config(config, bool(raw.get("target_modules")) and not raw.get("layers_to_transform"), file)
+    numbers, lists = (_listed(raw.get(name)) for name in ("layers_to_transform", "layers_pattern"))
+    if not all(type(number) is int for number in numbers) or not all(isinstance(name, str) for name in lists):
+        raise ValueError(f"{file}: layers_to_transform must be numbers of layers, layers_pattern names of their lists")
+    return _Config(config, frozenset(numbers) or None, tuple(lists), file)
+
+
+def _listed(value: Any) -> list[Any]:
+    """What PEFT may write alone, as a list, or leave out."""
+    if value in (None, "", []):
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _options(raw: dict[str, Any]) -> dict[str, Any]:
+    """What the config says of the adapter, by our names; what it leaves out has PEFT's defaults."""
+    found = {"lora_alpha": 8, **{key: value for key, value in raw.items() if value is not None}}
+    # how A was drawn is past; it is told for who draws it anew
+    found["init_lora_weights"] = "gaussian" if raw.get("init_lora_weights") == "gaussian" else "kaiming"
+    return {name: found[theirs] for name, theirs in PEFT_NAMES.items() if theirs in found}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,6 +264,10 @@ class _Reader:
                 self._refuse(key, f"needs a linear layer {path!r}, and the model has none", self.ignored)
                 del self.rest[name]
                 continue
+            if not self.config.names(self.in_file(path)):
+                self._refuse(key, f"is of a layer that {CONFIG_FILE} does not name in target_modules", self.ignored)
+                del self.rest[name]
+                continue
             linear, rank = self.linears[path], self.config.lora.rank_of(self.in_file(path))
             self._check_shape(key, (rank, linear.in_features) if side == "A" else (linear.out_features, rank))
             if side in pairs.setdefault(path, {}):
@@ -271,9 +309,7 @@ class _Reader:
             self._tensor(keys[side], weight.device, lambda stored: stored if stored == weight.dtype else precise)
             for side in "AB"
         )
-        return LoRAAdapter.of(
-            A, B, alpha=lora.alpha_of(name), dropout=lora.dropout, use_rslora=lora.use_rslora, bias=self._bias(path)
-        )
+        return LoRAAdapter.of(A, B, lora.options_for(name), self._bias(path))
 
     def _bias(self, path: str) -> Tensor | None:
         bias = self.linears[path].bias
@@ -343,10 +379,9 @@ class _Reader:
                 del self.rest[name]
 
     def _check_complete(self, pairs: dict[str, Any]) -> None:
-        config = self.config
-        if not config.names_layers or config.lora.target_modules == ALL_LINEAR:
+        if self.config.lora.target_modules == ALL_LINEAR:
             return
         for path in self.linears:
-            if path not in pairs and config.lora.targets(self.in_file(path)):
+            if path not in pairs and self.config.names(self.in_file(path)):
                 why = f"is one of target_modules, and {WEIGHTS_FILE} lacks it; strict=False leaves such layers alone"
                 self._refuse(path, why, self.missing)

@@ -13,8 +13,8 @@ from .modules_to_save import Trained
 from .selection import tied
 
 
-def merge(model: nn.Module) -> None:
-    """Fold every layer's active adapters into its weight; see :meth:`FusedLoRALinear.merge`. All layers or none.
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every layer's active adapters into its weight; see :meth:`FusedLoRALinear.merge`. Returns ``model``.
 
     What an adapter trains beside A and B, ``modules_to_save`` for instance, is called as it is, merged or not.
 
@@ -38,12 +38,14 @@ def merge(model: nn.Module) -> None:
         for layer in merged:
             layer.unmerge()
         raise
+    return model
 
 
-def unmerge(model: nn.Module) -> None:
-    """Restore every weight bit for bit."""
+def unmerge(model: nn.Module) -> nn.Module:
+    """Restore every weight bit for bit; returns ``model``."""
     for _, module in adapted_modules(model):
         module.unmerge()
+    return model
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:

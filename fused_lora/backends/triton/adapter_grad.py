@@ -50,18 +50,19 @@ def _adapter_grad_kernel(
             x_ptr, g_ptr, seed_ptr, offs_c, offs_r, M, K, R, stride_xm, stride_xk, stride_gm, stride_gr,
             threshold, V.DROPOUT, V,
         )  # fmt: skip
-        out_ptrs = dA_ptr + offs_r[None, :] * K + offs_c[:, None]
+        # names of their own in each branch: dA and dB may differ in dtype
+        dA_ptrs = dA_ptr + offs_r[None, :] * K + offs_c[:, None]
         mask = (offs_c < K)[:, None] & (offs_r < R)[None, :]
-        _finish(acc, scale * keep_scale, out_ptrs, mask, partials_ptr, arrived_ptr, V)
+        _finish(acc, scale * keep_scale, dA_ptrs, mask, partials_ptr, arrived_ptr, V)
     else:
         offs_c = (pid_c - tiles_A).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
         acc = _reduce(
             dy_ptr, h_ptr, seed_ptr, offs_c, offs_r, M, N, R, stride_dym, stride_dyn, stride_hm, stride_hr,
             threshold, False, V,
         )  # fmt: skip
-        out_ptrs = dB_ptr + offs_c[:, None] * R + offs_r[None, :]
+        dB_ptrs = dB_ptr + offs_c[:, None] * R + offs_r[None, :]
         mask = (offs_c < N)[:, None] & (offs_r < R)[None, :]
-        _finish(acc, scale, out_ptrs, mask, partials_ptr, arrived_ptr, V)
+        _finish(acc, scale, dB_ptrs, mask, partials_ptr, arrived_ptr, V)
 
 
 @triton.jit

@@ -33,7 +33,7 @@ from .prepare import (
     whole_parts,
 )
 from .straight import Kept, keep
-from .workspace import counters, stream_of
+from .workspace import counters, scratch, stream_of
 
 # of each kind; M varies, and every M has a plan of its own
 MOST_PLANS = 4096
@@ -127,6 +127,24 @@ def forget_plans() -> None:
     choice.reduction_choice.cache_clear()
 
 
+# a stream, the addresses of its counters, of its scratch, and of where h goes that nobody wants; then what holds them
+_Memory = tuple[int, int, int, int, tuple[Tensor | None, Tensor]]
+
+
+def _remember(
+    memory: dict[int, _Memory], device: torch.device, stream: int, counters: Tensor | None, size: int, h_size: int
+) -> None:  # fmt: skip
+    """Note what a plan's launches on this stream use beside their results, unless it may not be allocated now.
+
+    size, h_size: bytes of scratch, and of h.
+    """
+    h_offset = -(-size // 16) * 16
+    space = scratch(device, h_offset + h_size, stream)
+    if space is not None:
+        sync, address = 0 if counters is None else counters.data_ptr(), space.data_ptr()
+        memory[stream] = stream, sync, address if size else 0, address + h_offset, (counters, space)
+
+
 class MatmulPlan:
     """``lora_matmul`` of operands of one layout: called with operands of that layout, it returns (out, h).
 
@@ -143,9 +161,9 @@ class MatmulPlan:
         self._out_shape, self._h_shape = (*a.shape[:-1], P), (rows, R)
         self._layouts = [(tensor.shape, tensor.stride()) for tensor in (w, u, v)]
         self._kept: Kept | None = None
-        # memory for the launch beside its results, in elements of a, and how many counters
+        # float32 numbers beside the results, and how many counters
         self._scratch, self._counters = 0, 0
-        self._counters_of_stream: dict[int, int] = {}
+        self._memory: dict[int, _Memory] = {}
         self._alone: MatmulPlan | None = None
         if not rows * P:
             return
@@ -164,7 +182,7 @@ class MatmulPlan:
         if hands_over:
             self._counters = counters_of(self._problem, chosen)
         if produces:
-            self._scratch = math.prod(scratch_of(self._problem, chosen)) * 4 // a.itemsize
+            self._scratch = math.prod(scratch_of(self._problem, chosen))
 
     def _choose(self, config: TileConfig | DecodeConfig | None, schedule: Schedule | None) -> Tiled | DecodeConfig:
         chosen: Tiled | DecodeConfig
@@ -183,28 +201,20 @@ class MatmulPlan:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """keeps_h: whether h is wanted; without it (out, None) is returned."""
         kept = self._kept
-        if kept is None:
+        memory = self._memory.get(raw_stream(self._device.index) if self._on_gpu else get_ident())
+        if kept is None or memory is None:
             return self._through_jit(a, w, u, v, bias, scale, seed)
         pa, pw, pu, pv = a.data_ptr(), w.data_ptr(), u.data_ptr(), v.data_ptr()
         pb, ps = 0 if bias is None else bias.data_ptr(), 0 if seed is None else seed.data_ptr()
-        stream = raw_stream(self._device.index) if self._on_gpu else get_ident()
-        sync, scratch, h = self._counters_of_stream.get(stream, 0), 0, None
-        if not kept.usable(pa | pw | pu | pv | pb | ps) or (self._counters and not sync):
+        if not kept.usable(pa | pw | pu | pv | pb | ps):
             return self._through_jit(a, w, u, v, bias, scale, seed)
-        out = a.new_empty(self._out_shape)
+        stream, sync, parts, ph, _ = memory
+        out, h = a.new_empty(self._out_shape), None
         if keeps_h:
             h = a.new_empty(self._h_shape)
             ph = h.data_ptr()
-            if self._scratch:
-                memory = a.new_empty(self._scratch)
-                scratch = memory.data_ptr()
-        else:
-            # one piece of memory for all that is not returned
-            memory = a.new_empty(self._scratch + self._h_shape[0] * self._h_shape[1])
-            scratch = memory.data_ptr()
-            ph = scratch + self._scratch * a.itemsize
         reads = kept.described((a, w), (pa, pw)) if self._descriptors else (pa, pw)
-        varying = (*reads, pu, pv, pb, out.data_ptr(), ph, scratch, sync, scale)
+        varying = (*reads, pu, pv, pb, out.data_ptr(), ph, parts, sync, scale)
         kept.launch(stream, *varying) if seed is None else kept.launch(stream, *varying, ps)
         return out, h
 
@@ -222,24 +232,23 @@ class MatmulPlan:
         bias = None if bias is None else bias.contiguous()
         if self._descriptors and (a.data_ptr() | w.data_ptr()) % 16:
             return lora_matmul(a, w, u, v, bias, scale, seed, *self._dropout)
-        scratch = None
+        parts = None
         if self._scratch:
-            scratch = a.new_empty(self._scratch).view(torch.float32).view(scratch_of(self._problem, self._chosen))
+            parts = a.new_empty(scratch_of(self._problem, self._chosen), dtype=torch.float32)
         if isinstance(self._chosen, DecodeConfig):
-            assert scratch is not None
+            assert parts is not None
             assert sync is not None
-            launch = decode_launch(a, w, u, v, bias, scale, out, h, scratch, sync, self._chosen)
+            launch = decode_launch(a, w, u, v, bias, scale, out, h, parts, sync, self._chosen)
         else:
             tile, schedule = self._chosen.tile, self._chosen.schedule
             launch = lora_matmul_launch(
-                a, w, u, v, bias, scale, seed, *self._dropout, out, h, tile, schedule, scratch, sync
+                a, w, u, v, bias, scale, seed, *self._dropout, out, h, tile, schedule, parts, sync
             )  # fmt: skip
         compiled = launch.through_jit(self._device)
-        if sync is not None:
-            # workspace.py keeps them for good
-            self._counters_of_stream[stream] = sync.data_ptr()
         if self._kept is None and not self._copies:
             self._kept = keep(launch, compiled, self._device)
+        if self._kept is not None:
+            _remember(self._memory, self._device, stream, sync, 4 * self._scratch, h.nbytes)
         return out, h
 
     def _without_counters(self, *operands: Any) -> tuple[Tensor, Tensor]:
@@ -266,7 +275,7 @@ class AdapterGradPlan:
     ) -> None:  # fmt: skip
         self._dropout_p, self._dtypes = dropout_p, (dtype_A, dtype_B)
         self._kept: Kept | None = None
-        self._counters_of_stream: dict[int, int] = {}
+        self._memory: dict[int, _Memory] = {}
         pairs = [(rows_of(wide), low) for wide, low in ((x, g), (dy, h)) if wide is not None and low is not None]
         self._none = not pairs
         if not pairs:
@@ -301,18 +310,16 @@ class AdapterGradPlan:
         self, x: Tensor, g: Tensor, dy: Tensor, h: Tensor, scale: float, seed: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         kept = self._kept
+        memory = self._memory.get(raw_stream(self._device.index) if self._on_gpu else get_ident())
+        if kept is None or memory is None:
+            return self._through_jit(x, g, dy, h, scale, seed)
         px, pg, pdy, ph = x.data_ptr(), g.data_ptr(), dy.data_ptr(), h.data_ptr()
         ps = 0 if seed is None else seed.data_ptr()
-        stream = raw_stream(self._device.index) if self._on_gpu else get_ident()
-        arrived = self._counters_of_stream.get(stream, 0)
-        if kept is None or not kept.usable(px | pg | pdy | ph | ps) or (self._parts > 1 and not arrived):
+        if not kept.usable(px | pg | pdy | ph | ps):
             return self._through_jit(x, g, dy, h, scale, seed)
+        stream, arrived, partials, *_ = memory
         dA = None if self._A is None else x.new_empty(self._A, dtype=self._dtypes[0])
         dB = None if self._B is None else dy.new_empty(self._B, dtype=self._dtypes[1])
-        partials = 0
-        if self._parts > 1:
-            memory = x.new_empty(self._partials, dtype=torch.float32)
-            partials = memory.data_ptr()
         pdA, pdB = 0 if dA is None else dA.data_ptr(), 0 if dB is None else dB.data_ptr()
         varying = (px, pg, pdy, ph, pdA or pdB, pdB or pdA, partials, arrived, scale)
         kept.launch(stream, *varying) if seed is None else kept.launch(stream, *varying, ps)
@@ -338,7 +345,7 @@ class AdapterGradPlan:
         if arrived is not None or self._parts == 1:
             if self._kept is None and not copied:
                 self._kept = keep(launch, compiled, self._device)
-            if arrived is not None:
-                # workspace.py keeps them for good
-                self._counters_of_stream[stream] = arrived.data_ptr()
+            if self._kept is not None:
+                size = 4 * math.prod(self._partials) if self._parts > 1 else 0
+                _remember(self._memory, self._device, stream, arrived, size, 0)
         return dA, dB

@@ -1,9 +1,11 @@
-"""Counters by which programs of one launch hand results to each other: all zero before it, and again after it.
+"""Memory of a stream that its launches use in turn, beside their results: scratch, and counters.
+
+By counters programs of one launch hand results to each other: all are zero before it, and again after it.
 
 A launch that uses them sets them back itself, so launches on one stream share one set in turn, without a memset.
 Two graphs captured on one stream share its counters too: replay them in turn, as graphs that share memory are.
 
-They are allocated on a thread of their own. A memory pool that is current on the caller's thread must not own them:
+Both are allocated on a thread of their own. A memory pool that is current on the caller's thread must not own either:
 ``torch.compile(mode="reduce-overhead")`` makes one current for its warm-up, before it captures anything, and refuses
 tensors that stay in it. Since torch 2.8 a pool is current on one thread alone (``torch.cuda.use_mem_pool`` says so). A
 pool of our own within it would not do: in 2.8 the outer one wins (pytorch/pytorch#161193).
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -28,6 +31,7 @@ LEAST = 1 << 14
 SPARES = 8
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
+_scratch: dict[tuple[torch.device, int], Tensor] = {}
 _spares: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
 # kept, because a captured graph may hold their addresses
 _outgrown: list[Tensor] = []
@@ -53,6 +57,24 @@ def counters(device: torch.device, count: int, stream: int | None = None) -> Ten
         return known
     with _lock:
         return _found(key, count) if on_gpu and _capturing(device) else _made(key, count)
+
+
+def scratch(device: torch.device, size: int, stream: int) -> Tensor | None:
+    """At least size bytes for what launches on this stream need beside their results, one after the other.
+
+    None while a CUDA graph is captured, unless this stream has had as many before.
+    """
+    key, size = (device, stream), max(next_power_of_2(size), LEAST)
+    with _lock:
+        known = _scratch.get(key)
+        if known is not None and known.nbytes >= size:
+            return known
+        if device.type == "cuda" and _capturing(device):
+            return None
+        if known is not None:
+            _outgrown.append(known)
+        made = _scratch[key] = _apart(device, lambda: torch.empty(size, dtype=torch.uint8, device=device))
+        return made
 
 
 def _capturing(device: torch.device) -> bool:
@@ -82,14 +104,19 @@ def _made(key: tuple[torch.device, int], count: int) -> Tensor:
 
 
 def _zeros(device: torch.device, count: int) -> Tensor:
-    """count int32 zeros, for any stream; no pool of this thread owns them."""
+    """count int32 zeros."""
+    return _apart(device, lambda: torch.zeros(count, dtype=torch.int32, device=device))
+
+
+def _apart(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` makes, for any stream; no pool of this thread owns it."""
 
     def finished() -> Tensor:
-        zeros = torch.zeros(count, dtype=torch.int32, device=device)
+        made = make()
         if device.type == "cuda":
-            # they are written on this thread's stream, and used on another
+            # it is written on this thread's stream, and used on another
             torch.cuda.current_stream(device).synchronize()
-        return zeros
+        return made
 
     with ThreadPoolExecutor(max_workers=1) as elsewhere:
         return elsewhere.submit(finished).result()

@@ -77,7 +77,6 @@ def test_kernels_go_through_the_launcher_to_the_stub(measured):
         assert settings["counted"][f"{kernel} {FORWARD}"]["launches"] == 1
         # of the forward, the gradient of x, and those of A and B
         assert settings["counted"][f"{kernel} {STEP}"]["launches"] == 3
-        assert settings["counted"][f"{kernel} {FORWARD}"]["allocations"] >= 2
 
 
 @needs_compiler
@@ -103,18 +102,25 @@ def test_the_page_has_what_the_file_has(measured):
     assert f"| the bare linear, W trained | {' | '.join(format(time, '.1f') for time in times)} |" in page
 
 
-def some_results(jit_runs, operators):
-    times = {"layer": 50, "lora_linear": 45, "operator": 38, "launch.lora_matmul": 30, "JITFunction.run": 14}
-    times |= {"launcher": 2, "allocator": 3}
-    row = {"pass": FORWARD, "shape": "tile (M=512)"}
-    counted = {f"tile {FORWARD}": {"jit_runs": jit_runs, "operators": operators}}
-    rows = [{**row, "candidate": part, "median": us} for part, us in times.items()]
-    return {"rows": rows, "settings": {"counted": counted}}
+@needs_compiler
+def test_a_call_like_one_before_makes_nothing_but_its_results_and_scratch(measured):
+    counted = measured[1]["settings"]["counted"]
+    for did in counted.values():
+        assert (did["jit_runs"], did["descriptors"], did["operators"]) == (0, 0, 0)
+    # out and h; the decode kernel and producers put parts of sums aside
+    assert counted[f"{parts.DESCRIPTORS} {FORWARD}"]["allocations"] == 2
+    assert counted[f"{parts.DECODE} {FORWARD}"]["allocations"] == counted[f"{parts.TILE} {FORWARD}"]["allocations"] == 3
 
 
-def test_a_call_pays_only_for_what_it_goes_through():
-    assert list(parts.path(some_results(1, 1), "tile").values()) == [5, 7, 8, 13, 3, 14]
-    assert list(parts.path(some_results(0, 0), "tile").values()) == [5, 15, 0, 25, 3, 2]
+def some_results(jit_runs):
+    times = {"layer": 50, "lora_linear": 45, "plan": 30, "launcher": 2, "allocator": 3, "JITFunction.run": 14}
+    rows = [{"pass": FORWARD, "shape": "tile (M=512)", "candidate": part, "median": us} for part, us in times.items()]
+    return {"rows": rows, "settings": {"counted": {f"tile {FORWARD}": {"jit_runs": jit_runs}}}}
+
+
+def test_a_launch_is_that_which_a_call_makes():
+    assert list(parts.path(some_results(0), "tile").values()) == [5, 15, 25, 3, 2]
+    assert list(parts.path(some_results(1), "tile").values()) == [5, 15, 13, 3, 14]
 
 
 def test_without_the_extension_its_ratio_is_null():

@@ -15,7 +15,8 @@ KERNELS = {parts.DECODE: "decode", parts.TILE: "tile", parts.DESCRIPTORS: "tile,
 # parts -> what they are called on the page
 _ALONE = {
     parts.VALIDATION: "validation", parts.CHOICE: "choice of a backend", parts.VIEWS: "three transposed views",
-    parts.JIT: "`JITFunction.run`", parts.LAUNCHER: "Triton's launcher without it",
+    parts.OPERATOR: "the operator, by PyTorch's dispatcher", parts.BACKEND: "what the operator calls",
+    parts.JIT: "`JITFunction.run`",
 }  # fmt: skip
 _PLAIN = {
     parts.GEMMS: "eager's three GEMM calls", EAGER: "LoRA as one writes it, in a module",
@@ -77,7 +78,7 @@ def _forward(results: dict[str, Any]) -> list[str]:
     return [
         *(_line(name, [path[name] for path in paths]) for name in parts.PATH),
         _line("**the layer**, all of these", [row[parts.LAYER]["median"] for row in rows]),
-        *_lines({part: f"alone: {name}" for part, name in _ALONE.items()}, rows),
+        *_lines({part: f"not in it: {name}" for part, name in _ALONE.items()}, rows),
         *_lines({part: f"beside it: {name}" for part, name in _PLAIN.items()}, rows),
     ]
 

@@ -61,10 +61,10 @@ def _show(results: dict[str, Any]) -> None:
         rows = parts.rows_of(results, pass_, group)
         for part, row in rows.items():
             print(f"  {part:26} {row['median']:9.2f}  {row['p20']:.2f}–{row['p80']:.2f}")
-        if parts.BACKEND in rows:
+        if parts.PLAN in rows:
             print("  a call of the layer is")
             for name, us in parts.path(results, group).items():
-                print(f"    {name.replace('`', ''):24} {us:9.2f}")
+                print(f"    {name.replace('`', ''):26} {us:7.2f}")
     if parts.LAYER not in parts.rows_of(results, "forward", parts.NATIVE):
         print("\nnative: the compiled extension is not built; build it with `make native`")
 

@@ -71,7 +71,8 @@ def triton_forward(sizes: Sizes, device: torch.device) -> dict[str, Call]:
         results.append(layer(x))
     operands = (x, W.t(), A.t(), B.t(), None, scale, None, 0.0, False)
     operator = torch.ops.fused_lora.lora_matmul.default
-    out, low_rank = launch.lora_matmul(*operands)
+    plan = launch.matmul_plan(*operands[:5], None, 0.0, False)
+    out, low_rank = plan(x, W, A, B, None, scale, None)
 
     def validate() -> None:
         validation.check_operands(x, W, A, B, None)
@@ -83,14 +84,15 @@ def triton_forward(sizes: Sizes, device: torch.device) -> dict[str, Call]:
     return {
         parts.LAYER: lambda: layer(x),
         parts.LORA_LINEAR: lambda: functional.lora_linear(x, W, A, B, scale, impl="triton"),
-        parts.OPERATOR: lambda: operator(*operands, "triton"),
-        parts.BACKEND: lambda: launch.lora_matmul(*operands),
-        parts.JIT: first.jit_runs[0],
+        parts.PLAN: lambda: plan(x, W, A, B, None, scale, None),
         parts.LAUNCHER: partial(_make, warm.launches, results),
         parts.ALLOCATOR: lambda: (x.new_empty(out.shape), x.new_empty(low_rank.shape)),
         parts.VALIDATION: validate,
         parts.CHOICE: lambda: backends.choose("triton", x.device, x.dtype),
         parts.VIEWS: lambda: (W.t(), A.t(), B.t()),
+        parts.OPERATOR: lambda: operator(*operands, "triton"),
+        parts.BACKEND: lambda: launch.lora_matmul(*operands),
+        parts.JIT: first.jit_runs[0],
     }
 
 

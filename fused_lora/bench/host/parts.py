@@ -8,11 +8,11 @@ from ..baselines import EAGER
 from ..shapes import FORWARD, STEP
 
 # nested: each holds those that come after it
-LAYER, LORA_LINEAR, OPERATOR, BACKEND = "layer", "lora_linear", "operator", "launch.lora_matmul"
-# the launch, through Triton's JIT and through its launcher alone
-JIT, LAUNCHER = "JITFunction.run", "launcher"
-# other parts of it, alone
-VALIDATION, CHOICE, VIEWS, ALLOCATOR = "validation", "choice", "views", "allocator"
+LAYER, LORA_LINEAR, PLAN, LAUNCHER = "layer", "lora_linear", "plan", "launcher"
+ALLOCATOR = "allocator"
+# what only the first call of its kind goes through, or one that is watched
+VALIDATION, CHOICE, VIEWS = "validation", "choice", "views"
+OPERATOR, BACKEND, JIT = "operator", "launch.lora_matmul", "JITFunction.run"
 # the like in plain PyTorch
 GEMMS, LINEAR, MODULE, FULL, PEFT = "three GEMMs", "F.linear", "nn.Module", "full", "peft"
 # groups: three kernels, and the compiled extension
@@ -21,8 +21,7 @@ DECODE, TILE, DESCRIPTORS, NATIVE = "decode", "tile", "descriptors", "native"
 # of what a call without gradients is made
 PATH = (
     "`nn.Module` and the layer",
-    "validation, choice, views",
-    "dispatcher and operator",
+    "look-up of the call's plan",
     "preparation of the launch",
     "allocator: two tensors",
     "launch",
@@ -36,19 +35,14 @@ def rows_of(results: dict[str, Any], pass_: str, group: str) -> dict[str, dict[s
 
 
 def path(results: dict[str, Any], group: str) -> dict[str, float]:
-    """What each of PATH takes of a call without gradients, in µs; their sum is the layer's.
-
-    A warm call may go past the dispatcher and past Triton's JIT: what was counted says whether it does.
-    """
+    """What each of PATH takes of a call without gradients, in µs; their sum is the layer's."""
     us = {part: row["median"] for part, row in rows_of(results, FORWARD, group).items()}
-    did = results["settings"]["counted"][f"{group} {FORWARD}"]
-    dispatcher = us[OPERATOR] - us[BACKEND] if did["operators"] else 0.0
-    launch = us[JIT if did["jit_runs"] else LAUNCHER]
+    # a Triton whose launcher is not known is asked each time
+    launch = us[JIT if results["settings"]["counted"][f"{group} {FORWARD}"]["jit_runs"] else LAUNCHER]
     shares = (
         us[LAYER] - us[LORA_LINEAR],
-        us[LORA_LINEAR] - us[BACKEND] - dispatcher,
-        dispatcher,
-        us[BACKEND] - us[ALLOCATOR] - launch,
+        us[LORA_LINEAR] - us[PLAN],
+        us[PLAN] - us[ALLOCATOR] - launch,
         us[ALLOCATOR],
         launch,
     )

@@ -66,7 +66,7 @@ def _base(layer: Layer) -> Launch:
     return _launch("x Wᵀ", 2 * M * K * N, M * K + K * N, M * N, layer.itemsize)
 
 
-def _thin_forward(layer: Layer, itemsize: int) -> Launch:
+def _low_rank_forward(layer: Layer, itemsize: int) -> Launch:
     M, K, R = layer.M, layer.K, layer.R
     return _launch("h = x Aᵀ", 2 * M * K * R, M * K + R * K, M * R, itemsize)
 
@@ -84,14 +84,14 @@ def _ours_forward(layer: Layer) -> list[Launch]:
 def _addmm_forward(layer: Layer) -> list[Launch]:
     M, N, R = layer.M, layer.N, layer.R
     into = _launch("y += scale · h Bᵀ", 2 * M * N * R, M * R + N * R + M * N, M * N, layer.itemsize)
-    return [_base(layer), _thin_forward(layer, layer.itemsize), into]
+    return [_base(layer), _low_rank_forward(layer, layer.itemsize), into]
 
 
 def _eager_forward(layer: Layer) -> list[Launch]:
     M, N, R, size = layer.M, layer.N, layer.R, layer.itemsize
     return [
         _base(layer),
-        _thin_forward(layer, size),
+        _low_rank_forward(layer, size),
         _launch("h Bᵀ", 2 * M * N * R, M * R + N * R, M * N, size),
         _launch("· scale", M * N, M * N, M * N, size),
         _launch("+", M * N, 2 * M * N, M * N, size),
@@ -104,7 +104,7 @@ def _peft_forward(layer: Layer) -> list[Launch]:
     return [
         _base(layer),
         Launch("x in float32", 0, M * K * size, M * K * 4),
-        _thin_forward(layer, 4),
+        _low_rank_forward(layer, 4),
         _launch("h Bᵀ", 2 * M * N * R, M * R + N * R, M * N, 4),
         _launch("· scale", M * N, M * N, M * N, 4),
         Launch("+", M * N, M * N * (size + 4), M * N * 4),
@@ -117,7 +117,7 @@ def _base_backward(layer: Layer) -> Launch:
     return _launch("dy W", 2 * M * K * N, M * N + K * N, M * K, layer.itemsize)
 
 
-def _thin_backward(layer: Layer, itemsize: int) -> list[Launch]:
+def _low_rank_backward(layer: Layer, itemsize: int) -> list[Launch]:
     """g = dy B, dA = gᵀ x, dB = dyᵀ h."""
     M, K, N, R = layer.M, layer.K, layer.N, layer.R
     return [
@@ -133,25 +133,25 @@ def _frozen_backward(layer: Layer) -> list[Launch]:
 
 def _ours_backward(layer: Layer) -> list[Launch]:
     M, K, N, R, size = layer.M, layer.K, layer.N, layer.R, layer.itemsize
-    thin = 2 * M * R * (K + N)
+    low_rank = 2 * M * R * (K + N)
     return [
-        _launch("dx and g", 2 * M * K * N + thin, M * N + K * N + R * (K + N), M * K + M * R, size),
-        _launch("dA and dB", thin, M * (K + N) + 2 * M * R, R * (K + N), size),
+        _launch("dx and g", 2 * M * K * N + low_rank, M * N + K * N + R * (K + N), M * K + M * R, size),
+        _launch("dA and dB", low_rank, M * (K + N) + 2 * M * R, R * (K + N), size),
     ]
 
 
 def _addmm_backward(layer: Layer) -> list[Launch]:
     M, K, R, size = layer.M, layer.K, layer.R, layer.itemsize
-    again = _thin_forward(layer, size)
+    again = _low_rank_forward(layer, size)
     into = _launch("dx += g A", 2 * M * K * R, M * R + R * K + M * K, M * K, size)
-    return [*_thin_backward(layer, size), again, _base_backward(layer), into]
+    return [*_low_rank_backward(layer, size), again, _base_backward(layer), into]
 
 
 def _eager_backward(layer: Layer) -> list[Launch]:
     M, K, N, R, size = layer.M, layer.K, layer.N, layer.R, layer.itemsize
     return [
         _launch("dy · scale", M * N, M * N, M * N, size),
-        *_thin_backward(layer, size),
+        *_low_rank_backward(layer, size),
         _launch("g A", 2 * M * K * R, M * R + R * K, M * K, size),
         _base_backward(layer),
         _launch("dx +", M * K, 2 * M * K, M * K, size),
@@ -163,7 +163,7 @@ def _peft_backward(layer: Layer) -> list[Launch]:
     return [
         Launch("dy in float32", 0, M * N * size, M * N * 4),
         _launch("dy · scale", M * N, M * N, M * N, 4),
-        *_thin_backward(layer, 4),
+        *_low_rank_backward(layer, 4),
         _launch("g A", 2 * M * K * R, M * R + R * K, M * K, 4),
         Launch("dx in 16 bits", 0, M * K * 4, M * K * size),
         _base_backward(layer),

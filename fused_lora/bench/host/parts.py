@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..baselines import EAGER
+from ..results import ResultsFile, Row
 from ..shapes import FORWARD, STEP
 
 # nested: each holds those that come after it
@@ -14,7 +13,7 @@ ALLOCATOR = "allocator"
 VALIDATION, CHOICE, VIEWS = "validation", "choice", "views"
 OPERATOR, BACKEND, JIT = "operator", "launch.lora_matmul", "JITFunction.run"
 # the like in plain PyTorch
-GEMMS, LINEAR, MODULE, FULL, PEFT = "three GEMMs", "F.linear", "nn.Module", "full", "peft"
+GEMMS, LINEAR, MODULE, FULL = "three GEMMs", "F.linear", "nn.Module", "full"
 # groups: three kernels, and the compiled extension
 DECODE, TILE, DESCRIPTORS, NATIVE = "decode", "tile", "descriptors", "native"
 
@@ -28,17 +27,16 @@ PATH = (
 )
 
 
-def rows_of(results: dict[str, Any], pass_: str, group: str) -> dict[str, dict[str, Any]]:
+def rows_of(file: ResultsFile, pass_: str, group: str) -> dict[str, Row]:
     """Part -> row."""
-    rows = (row for row in results["rows"] if row["pass"] == pass_ and row["shape"].split(" ")[0] == group)
-    return {row["candidate"]: row for row in rows}
+    return {row.candidate: row for row in file.rows if row.pass_ == pass_ and row.shape.split(" ")[0] == group}
 
 
-def path(results: dict[str, Any], group: str) -> dict[str, float]:
+def path(file: ResultsFile, group: str) -> dict[str, float]:
     """What each of PATH takes of a call without gradients, in µs; their sum is the layer's."""
-    us = {part: row["median"] for part, row in rows_of(results, FORWARD, group).items()}
+    us = {part: row.median for part, row in rows_of(file, FORWARD, group).items()}
     # a Triton whose launcher is not known is asked each time
-    launch = us[JIT if results["settings"]["counted"][f"{group} {FORWARD}"]["jit_runs"] else LAUNCHER]
+    launch = us[JIT if file.settings["counted"][f"{group} {FORWARD}"]["jit_runs"] else LAUNCHER]
     shares = (
         us[LAYER] - us[LORA_LINEAR],
         us[LORA_LINEAR] - us[PLAN],
@@ -49,12 +47,12 @@ def path(results: dict[str, Any], group: str) -> dict[str, float]:
     return dict(zip(PATH, shares, strict=True))
 
 
-def ratios(results: dict[str, Any]) -> dict[str, float | None]:
+def ratios(file: ResultsFile) -> dict[str, float | None]:
     """Host time over plain PyTorch's. Of a layer's two kernels the one further behind; None where nothing ran."""
 
     def ratio(pass_: str, groups: tuple[str, ...], baseline: str) -> float | None:
-        rows = [rows_of(results, pass_, group) for group in groups]
-        found = [row[LAYER]["ratios"][baseline]["median"] for row in rows if LAYER in row]
+        rows = [rows_of(file, pass_, group) for group in groups]
+        found = [row[LAYER].ratios[baseline].median for row in rows if LAYER in row]
         return round(max(found), 3) if found else None
 
     return {

@@ -96,7 +96,7 @@ def test_the_page_has_what_the_file_has(measured):
     file = measured[1]
     page = host_tables.tables({"host": {"some.json": file}})
     assert "a stub of the driver" in page
-    assert "`host/some.json`" in page
+    assert "/host/some.json`" in page
     times = [parts.rows_of(file, STEP, kernel)[parts.FULL].median for kernel in KERNELS]
     assert f"| the bare linear, W trained | {' | '.join(format(time, '.1f') for time in times)} |" in page
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fused_lora.bench.results import ResultsFile
+from fused_lora.bench.results import FOLDERS, ResultsFile
 
 # kind -> file name -> file, newest first
 Files = Mapping[str, Mapping[str, ResultsFile]]
@@ -13,11 +13,9 @@ NOT_MEASURED = "**not measured**"
 
 def source(name: str, file: ResultsFile) -> str:
     """Where a table's numbers come from."""
-    return f"{file.environment}, measured on {file.environment.date} by `{file.command}`; from `{path_of(name, file)}`."
+    env = file.environment
+    return f"{env}, measured on {env.date} by `{file.command}`; from `{path_of(name, file)}`."
 
 
 def path_of(name: str, file: ResultsFile) -> str:
-    """Below benchmarks/results/."""
-    from fused_lora.bench.results import FOLDERS
-
-    return f"{FOLDERS[file.kind]}/{name}".lstrip("/")
+    return "/".join(filter(None, ("benchmarks/results", FOLDERS[file.kind], name)))

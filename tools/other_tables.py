@@ -51,7 +51,7 @@ def repeats_in_words(name: str, file: ResultsFile) -> str:
     return (
         f"RichBoyNet's step by `ours-native`, measured {len(rows)} more times on {file.environment.device}: "
         f"{_medians(rows, FROZEN)} of the frozen network's, {_medians(rows, PEFT)} of PEFT's "
-        f"([{path_of(name, file)}](benchmarks/results/{path_of(name, file)}))."
+        f"([native/{name}]({path_of(name, file)}))."
     )
 
 

@@ -14,9 +14,9 @@ from .workloads import Candidate, Workload, parse_dtype
 def allowance(plain: Tensor, truth: Tensor, dtype: torch.dtype, longest_sum: int) -> float:
     """How far a result may be from its float64 truth, given what plain PyTorch computes in the same dtype.
 
-    At most twice as far as that is, plus one rounding of the largest |truth|: the budget of tests/helpers/oracle.py.
-    Plus the random walk of the longest sum, in terms: candidates add the same terms in other orders, in float32 or
-    better, and to sum in one chain, as the tests do, takes too long for real sizes.
+    At most twice as far as that is, plus one rounding of the largest |truth|, as the tests have it, plus the
+    random walk of the longest sum, in terms: candidates add the same terms in other orders, in float32 or better, and
+    to sum in one chain, as the tests do, takes too long for real sizes.
     """
     # finfo.eps is two roundings
     rounding = (torch.finfo(dtype).eps + math.sqrt(longest_sum) * torch.finfo(torch.float32).eps) / 2

@@ -95,7 +95,6 @@ class Standing:
     """
 
     group: Group
-    ours: str
     baseline: str
     lead: float
     clear: bool
@@ -109,12 +108,11 @@ class Standing:
         return self.clear and self.lead < 0
 
     def __str__(self) -> str:
+        ours, noise = self.group.ours, f"({self.lead:+.1%}, within the noise)"
         if not self.clear:
-            return (
-                f"{self.ours} is level with {self.baseline}, the fastest baseline ({self.lead:+.1%}, within the noise)"
-            )
+            return f"{ours} is level with {self.baseline}, the fastest baseline {noise}"
         verdict = f"{self.lead:.1%} faster" if self.lead > 0 else f"{-self.lead:.1%} SLOWER"
-        return f"{self.ours} is {verdict} than {self.baseline}, the fastest baseline"
+        return f"{ours} is {verdict} than {self.baseline}, the fastest baseline"
 
 
 def standing(
@@ -133,7 +131,7 @@ def standing(
     best = min(others, key=lambda name: others[name].median)
     mine, other = times[group.ours], others[best]
     clear = mine.p80 < other.p20 or other.p80 < mine.p20
-    return Standing(group, group.ours, best, 1 - mine.median / other.median, clear)
+    return Standing(group, best, 1 - mine.median / other.median, clear)
 
 
 @dataclass(frozen=True)

@@ -132,15 +132,14 @@ class Row:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Row:
-        data = {_PYTHON_NAMES.get(name, name): value for name, value in data.items()}
         ratios = {name: Spread(**ratio) for name, ratio in data.pop("ratios", {}).items()}
-        return cls(**data, ratios=ratios)
+        return cls(pass_=data.pop("pass"), **data, ratios=ratios)
 
     def as_json(self) -> dict[str, Any]:
         """Without what is not defined here."""
         defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name not in ("ratios", "extra")}
-        data = {key: value for key, value in dataclasses.asdict(self).items() if value != defaults.get(key, {})}
-        return {_JSON_NAMES.get(name, name): value for name, value in data.items()}
+        data = dataclasses.asdict(self)
+        return {name.rstrip("_"): data[name] for name in data if data[name] != defaults.get(name, {})}
 
     @property
     def group(self) -> tuple[str, str, str]:
@@ -155,11 +154,6 @@ class Row:
     def host_share(self) -> float | None:
         """Of what a user waits, how much the host needs: near 1 the device waits for the host."""
         return None if self.wall_ms is None or self.host_ms is None else self.host_ms / self.wall_ms
-
-
-# a Python word
-_JSON_NAMES = {"pass_": "pass"}
-_PYTHON_NAMES = {"pass": "pass_"}
 
 
 @dataclass

@@ -17,11 +17,12 @@ class Cache(Generic[Value]):
         self.get = self._entries.get
 
     def put(self, key: Hashable, value: Value) -> Value:
-        """What is under the key from now on: of two threads that made a value, both take the first."""
+        """Returns the value."""
         with self._lock:
-            while len(self._entries) >= self._most:
+            if key not in self._entries and len(self._entries) >= self._most:
                 del self._entries[next(iter(self._entries))]
-            return self._entries.setdefault(key, value)
+            self._entries[key] = value
+        return value
 
     def clear(self) -> None:
         with self._lock:

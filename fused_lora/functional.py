@@ -54,10 +54,10 @@ def lora_linear(
     What is kept for the backward is what the wanted gradients need: x for A's, h (M, R) for B's.
     Double backward works. Source of the method: https://arxiv.org/abs/2106.09685.
     """
-    key = None
-    if not torch.compiler.is_compiling() and not plans.watched():
-        key = plans.key_of(x, weight, lora_A, lora_B, bias, scale, dropout_p, training, impl)
-        plan = None if key is None else plans.CALLS.get(key)
+    key, operands = None, (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
+    if not torch.compiler.is_compiling():
+        key = plans.key_of(x, weight, bias, scale, dropout_p, training, impl)
+        plan = None if key is None else plans.find(key, operands)
         if plan is not None:
             return _planned(plan, x, weight, lora_A, lora_B, bias, scale, dropout_p)
     distributed = validation.check_operands(x, weight, lora_A, lora_B, bias)
@@ -65,10 +65,10 @@ def lora_linear(
     dropout_p = validation.check_dropout(dropout_p, "dropout_p")
     validation.check_impl(impl)
     dropout_p = dropout_p if training else 0.0
-    if key is None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and any(tensor.is_neg() for tensor in operands):
         # kernels read what is in memory: of a tensor with the negative bit, the negative
         x, weight, lora_A, lora_B = (tensor.resolve_neg() for tensor in (x, weight, lora_A, lora_B))
-        bias = None if bias is None else bias.resolve_neg()
+        bias, key = None if bias is None else bias.resolve_neg(), None
     if distributed:
         # here, not at the top: it imports torch.distributed
         from .parallel import sharding
@@ -76,10 +76,10 @@ def lora_linear(
         local = sharding.localize(x, weight, lora_A, lora_B, bias)
         return local.join(_in_compute_dtype(*local.operands, scale, dropout_p, impl, local.stream))
     y = _in_compute_dtype(x, weight, lora_A, lora_B, bias, scale, dropout_p, impl)
-    if key is not None and x.dtype == weight.dtype == y.dtype:
-        # nothing was cast: such a call may go straight to its backend
-        drops = dropout_threshold(dropout_p) > 0
-        plans.CALLS.put(key, plans.CallPlan(backends.choose(impl, x.device, y.dtype), drops))
+    plain = all(type(tensor) in _PLAIN for tensor in operands) and not plans.watched()
+    if key is not None and plain and x.dtype == weight.dtype == y.dtype:
+        # nothing was cast, nobody looks: such a call may go straight to its backend
+        plans.put(key, operands, backends.choose(impl, x.device, y.dtype), dropout_threshold(dropout_p) > 0)
     return y
 
 
@@ -96,18 +96,12 @@ def _planned(
     if plan.impl == "triton" and plan.forward is None:
         plan.forward = triton.plan(x, weight.t(), lora_A.t(), lora_B.t(), bias, seed, dropout_p, False)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
-        return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, plan.impl, plan.forward)[0]
-    return _lora_matmul(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, plan.impl, plan.forward)[0]
-
-
-def _lora_matmul(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-    scale: float, seed: Tensor | None, dropout_p: float, impl: str, forward: plans.Forward | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, h), by a backend's plan of the forward where there is one."""
-    if forward is not None:
-        return forward(x, weight, lora_A, lora_B, bias, scale, seed)
-    return ops.lora_matmul(x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl)
+        return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, plan.impl, plan)[0]
+    if plan.forward is not None:
+        return plan.forward(x, weight, lora_A, lora_B, bias, scale, seed, False)[0]
+    return ops.lora_matmul(
+        x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, plan.impl
+    )[0]  # fmt: skip
 
 
 def concatenate_adapters(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, float]:
@@ -168,7 +162,9 @@ def _lora_linear(
         return native.lora_linear(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
         return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, impl, None)[0]
-    return _lora_matmul(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, impl, None)[0]
+    return ops.lora_matmul(
+        x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl
+    )[0]  # fmt: skip
 
 
 def _new_seed(device: torch.device, stream: int) -> Tensor:
@@ -238,10 +234,15 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-        scale: float, seed: Tensor | None, dropout_p: float, impl: str, forward: plans.Forward | None,
+        scale: float, seed: Tensor | None, dropout_p: float, impl: str, plan: plans.CallPlan | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        y, h = _lora_matmul(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, impl, forward)
-        ctx.scale, ctx.dropout_p, ctx.impl, ctx.x_shape = scale, dropout_p, impl, x.shape
+        y: Tensor
+        h: Any
+        if plan is not None and plan.forward is not None:
+            y, h = plan.forward(x, weight, lora_A, lora_B, bias, scale, seed)
+        else:
+            y, h = ops.lora_matmul(x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl)
+        ctx.scale, ctx.dropout_p, ctx.impl, ctx.plan, ctx.x_shape = scale, dropout_p, impl, plan, x.shape
         _, needs_W, needs_A, needs_B, _ = ctx.needs_input_grad[:5]
         ctx.set_materialize_grads(False)
         # what the wanted gradients need, and nothing else; the parameters are alive anyway
@@ -280,13 +281,16 @@ class _LoRALinear(torch.autograd.Function):
                 grads = (grads[0].view(ctx.x_shape), *grads[1:])
         else:
             assert dy is not None
-            grads = _backward(dy, x, weight, lora_A, lora_B, h, ctx.scale, seed, ctx.dropout_p, ctx.impl, needs)
+            grads = _backward(
+                dy, x, weight, lora_A, lora_B, h, ctx.scale, seed, ctx.dropout_p, ctx.impl, ctx.plan, needs
+            )
         return (*grads, None, None, None, None, None)
 
 
 def _backward(
     dy: Tensor, x: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None,
-    scale: float, seed: Tensor | None, dropout_p: float, impl: str, needs: tuple[bool, bool, bool, bool, bool],
+    scale: float, seed: Tensor | None, dropout_p: float, impl: str, plan: plans.CallPlan | None,
+    needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(dx, dW, dA, dB, dbias): at most one launch for dx and one for dA and dB together."""
     needs_x, needs_W, needs_A, needs_B, needs_bias = needs
@@ -297,15 +301,27 @@ def _backward(
     if seed is not None and impl == "eager" and (torch.compiler.is_compiling() or (needs_x and needs_A)):
         # made once for both, and by a compiler in one loop; in forward too it would be the same mask, and be kept
         seed = whole_mask(seed, dy2.shape[0], weight.shape[1], dropout_p)
-    if needs_x:
+    known = None
+    if plan is not None:
+        operands = [tensor for tensor in (dy, weight, lora_A, lora_B, x, h) if tensor is not None]
+        known = plan.gradients(needs, operands)
+    if needs_x and known is None:
         dx, g = ops.lora_matmul(dy, weight, lora_B, lora_A, None, scale, seed, dropout_p, True, impl)
+    elif needs_x and known is not None:
+        if known.input is None:
+            known.input = triton.plan(dy, weight, lora_B, lora_A, None, seed, dropout_p, True)
+        dx, g = known.input(dy, weight, lora_B, lora_A, None, scale, seed)
     elif needs_A:
         g = dy2 @ lora_B.to(dy.dtype)
     if needs_A or needs_B:
-        dA, dB = ops.adapter_grad(
-            x if needs_A else None, g if needs_A else None, dy if needs_B else None, h, scale, seed, dropout_p,
-            lora_A.dtype, lora_B.dtype, impl,
-        )  # fmt: skip
+        given = (x if needs_A else None, g if needs_A else None, dy if needs_B else None, h)
+        dtypes = (lora_A.dtype, lora_B.dtype)
+        if known is None:
+            dA, dB = ops.adapter_grad(*given, scale, seed, dropout_p, *dtypes, impl)
+        else:
+            if known.adapters is None:
+                known.adapters = triton.adapter_grad_plan(*given, seed, dropout_p, *dtypes)
+            dA, dB = known.adapters(*given, scale, seed)
     if needs_W:
         assert x is not None
         dW = dy2.t() @ x.reshape(-1, x.shape[-1])

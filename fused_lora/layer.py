@@ -185,10 +185,11 @@ class FusedLoRALinear(Adapted, nn.Linear):
         (adapter,) = computing
         # past nn.Module's own search for each of them, which costs the host as much as a launch
         own, trained = self._parameters, adapter._parameters
-        weight, bias = own.get("weight"), trained["bias"] if adapter.trains_bias else own.get("bias")
+        weight: Any = own.get("weight")
         if weight is None:
             # torch.nn.utils.parametrize makes it a property
             weight = self.weight
+        bias = trained["bias"] if adapter.trains_bias else own.get("bias")
         return lora_linear(
             x, weight, trained["lora_A"], trained["lora_B"], adapter.scale, bias,
             dropout_p=adapter.dropout, training=self.training, impl=self.impl,

@@ -1,77 +1,112 @@
-"""Calls of ``lora_linear`` like one before: a lookup stands for all that was checked and chosen then.
+"""Calls of ``lora_linear`` like one before: a look stands for all that was checked and chosen then.
 
-What a check or a choice looks at is in the key, exactly: kinds, shapes, strides, dtypes and devices of all operands,
-dropout, ``impl``, autocast's dtype and the precision of float32 products. Values of tensors are in none, nor is scale.
+What a check or a choice depends on is compared, exactly: kinds, layouts, shapes, strides, dtypes and devices of all
+operands, which of them want gradients, dropout, ``impl``, autocast, the precision of float32 products, and whether a
+mode, a transform or a tracer watches. Values of tensors are no part of it, nor is scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cache import Cache
-from .torch_internals import any_autocast, dispatch_modes, in_forward_ad, in_functorch, is_tracing
+from .torch_internals import Guard, any_autocast, dispatch_modes, guard, in_forward_ad, in_functorch, is_tracing
 
-_PLAIN = (Tensor, nn.Parameter)
-_FLOAT32 = torch.float32
-
-
-# of (x, weight, lora_A, lora_B, bias, scale, seed), which returns (y, h)
-Forward = Callable[..., tuple[Tensor, Tensor]]
+# of (x, weight, lora_A, lora_B, bias, scale, seed, keeps_h), which returns (y, h)
+Forward = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class CallPlan:
-    """impl: the backend that computes.  drops: whether there is a dropout mask to draw.
+    """What is known of calls like one.
 
+    impl: the backend that computes.  drops: whether there is a dropout mask to draw.
     forward: the backend's own plan of the forward; None before there is one, and where it makes none.
     """
 
-    __slots__ = ("drops", "forward", "impl")
+    __slots__ = ("_autocast", "_gradients", "_guard", "_precision", "drops", "forward", "impl")
 
-    def __init__(self, impl: str, drops: bool) -> None:
+    def __init__(self, operands: tuple[Tensor, ...], impl: str, drops: bool) -> None:
         self.impl, self.drops = impl, drops
         self.forward: Forward | None = None
+        self._gradients: tuple[tuple[Guard, tuple[bool, ...], GradientPlans], ...] = ()
+        self._guard: Guard = guard(*operands)
+        x = operands[0]
+        self._precision = torch.get_float32_matmul_precision() if x.dtype == torch.float32 else None
+        # whether autocast is on, the guard knows; to which dtype, it does not
+        self._autocast = torch.get_autocast_dtype(x.device.type) if any_autocast() else None
+
+    def fits(self, operands: tuple[Tensor, ...]) -> bool:
+        return (
+            self._guard(*operands)
+            and (self._precision is None or self._precision == torch.get_float32_matmul_precision())
+            and (self._autocast is None or self._autocast == torch.get_autocast_dtype(operands[0].device.type))
+        )
+
+    def gradients(self, wanted: tuple[bool, ...], operands: list[Tensor]) -> GradientPlans | None:
+        """The plans of a backward with operands like these, empty the first time; None where forward has none.
+
+        operands: all that the backward reads.  wanted: which gradients.
+        """
+        if self.forward is None or in_forward_ad():
+            return None
+        for fits, known, plans in self._gradients:
+            if known == wanted and fits(*operands):
+                return plans
+        made = GradientPlans()
+        self._gradients = ((guard(*operands), wanted, made), *self._gradients[: _MOST_ALIKE - 1])
+        return made
 
 
-CALLS: Cache[CallPlan] = Cache(4096)
+@dataclass
+class GradientPlans:
+    """A backend's plans of the input gradient and of the adapters', once they are made."""
+
+    input: Forward | None = None
+    adapters: Callable[..., tuple[Tensor | None, Tensor | None]] | None = None
+
+
+# those of one key differ in strides, dtypes, or in who wants gradients
+CALLS: Cache[tuple[CallPlan, ...]] = Cache(4096)
+_MOST_ALIKE = 16
+
+
+def key_of(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, dropout_p: float, training: bool, impl: str
+) -> Hashable | None:
+    """None for a call that always takes the long way; its arguments are not checked yet, and may be anything."""
+    if type(scale) is not float or scale - scale != 0.0 or type(dropout_p) is not float or in_forward_ad():
+        return None
+    try:
+        return x.shape, weight.shape, bias is None, dropout_p, training, impl
+    except (AttributeError, RuntimeError):
+        # no tensor, or a nested one
+        return None
+
+
+def find(key: Hashable, operands: tuple[Tensor, ...]) -> CallPlan | None:
+    """operands: x, weight, lora_A, lora_B, and bias where there is one."""
+    try:
+        for plan in CALLS.get(key, ()):
+            if plan.fits(operands):
+                return plan
+    except TypeError:
+        # arguments that are none
+        pass
+    return None
+
+
+def put(key: Hashable, operands: tuple[Tensor, ...], impl: str, drops: bool) -> None:
+    """For a call that was checked and computed by impl."""
+    if any_autocast() and not torch.is_autocast_enabled(operands[0].device.type):
+        return
+    known = CALLS.get(key, ())
+    CALLS.put(key, (CallPlan(operands, impl, drops), *known[: _MOST_ALIKE - 1]))
 
 
 def watched() -> bool:
     """Whether somebody sees or changes what is done with tensors now: a mode, a transform, a tracer."""
     return dispatch_modes() > 0 or in_functorch() or in_forward_ad() or is_tracing()
-
-
-def key_of(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-    scale: float, dropout_p: float, training: bool, impl: str,
-) -> Hashable | None:  # fmt: skip
-    """None for a call that always takes the long way."""
-    if (
-        type(x) not in _PLAIN or type(weight) not in _PLAIN or type(lora_A) not in _PLAIN or type(lora_B) not in _PLAIN
-        or (bias is not None and type(bias) not in _PLAIN)
-        or type(scale) is not float or scale - scale != 0.0 or type(dropout_p) is not float
-        # kernels read what is in memory, and of these it is the negative
-        or x.is_neg() or weight.is_neg() or lora_A.is_neg() or lora_B.is_neg()
-    ):  # fmt: skip
-        return None
-    dtype, device = x.dtype, x.device
-    try:
-        return (
-            x.shape, x.stride(), x.layout, dtype, device,
-            weight.shape, weight.stride(), weight.layout, weight.dtype, weight.device,
-            lora_A.shape, lora_A.stride(), lora_A.layout, lora_A.dtype, lora_A.device,
-            lora_B.shape, lora_B.stride(), lora_B.layout, lora_B.dtype, lora_B.device,
-            None if bias is None else (bias.shape, bias.stride(), bias.layout, bias.dtype, bias.device),
-            dropout_p, training, impl,
-            _autocast_dtype(device.type) if any_autocast() else None,
-            torch.get_float32_matmul_precision() if dtype is _FLOAT32 else None,
-        )  # fmt: skip
-    except (RuntimeError, TypeError):
-        # tensors of some kinds have no strides, some kinds of device have no autocast, and an impl may be anything
-        return None
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

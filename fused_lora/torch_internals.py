@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
+
+Guard = Callable[..., bool]
 
 # modes that see every operator, as selective checkpointing's does: how many are active
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -18,6 +23,16 @@ is_tracing: Callable[[], bool] = torch._C._is_tracing
 # a device's index, and its current stream as an int; a build without CUDA has neither
 current_device: Callable[[], int | None] = getattr(torch._C, "_cuda_getDevice", lambda: None)
 raw_stream: Callable[[int | None], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+
+
+def guard(*tensors: Tensor) -> Guard:
+    """Whether other tensors are like these, in as many arguments: of their very classes, layouts, shapes, strides,
+    dtypes, devices, with requires_grad as theirs, and seen by the same modes, transforms, tracers and autocast. What
+    ``torch.compile`` guards a graph with: one call of C++."""
+    sizes: list[Any]
+    strides: list[Any]
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
 def in_forward_ad() -> bool:

@@ -23,6 +23,7 @@ from ..backends.triton.configs import (
     default_schedule,
     takes_decode,
 )
+from ..backends.triton.entries import Tiled
 from .compiler import DEVICES, MATRIX_INSTRUCTION, Resources, compile_launch
 
 Config = TypeVar("Config", TileConfig, DecodeConfig, ReductionConfig)
@@ -136,7 +137,7 @@ def _compile_matmul(case: Case, pass_: str, operands: tuple[Any, ...], thin: Ten
     out = _meta(case, case.M, w.shape[1])
     if takes_decode(problem):
         decode = prepare.whole_parts(_staged(default_decode(problem, device), case), problem.Q)
-        slots = _scratch(case, prepare.scratch_of(case.M, problem.P, case.R, decode))
+        slots = _scratch(case, prepare.scratch_of(problem, decode))
         few: tuple[Any, ...] = (*operands, 1.5, out, thin, slots, _counters(case), decode)
         call = prepare.decode_launch(*few)
         tile = (decode.BLOCK_P, decode.BLOCK_Q, decode.BLOCK_R, decode.num_warps, decode.num_stages)
@@ -147,7 +148,7 @@ def _compile_matmul(case: Case, pass_: str, operands: tuple[Any, ...], thin: Ten
     sync = None if schedule.form <= Form.RECOMPUTE else _counters(case)
     parts = None
     if schedule.form == Form.PRODUCE:
-        parts = _scratch(case, prepare.scratch_of(case.M, problem.P, case.R, config, schedule.split))
+        parts = _scratch(case, prepare.scratch_of(problem, Tiled(config, schedule)))
     given: tuple[Any, ...] = (*operands, 1.5, *dropout, out, thin, config, schedule, parts, sync)
     call = prepare.lora_matmul_launch(*given)
     tile = (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.num_warps, config.num_stages)

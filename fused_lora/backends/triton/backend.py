@@ -41,6 +41,11 @@ def plan(*operands: Any) -> Any:
     return None if environment.interpreting() else _launch().matmul_plan(*operands)
 
 
+def adapter_grad_plan(*operands: Any) -> Any:
+    """As :func:`plan`, of ``adapter_grad``."""
+    return _launch().adapter_grad_plan(*operands)
+
+
 @functools.cache
 def _launch() -> Any:
     from . import launch

@@ -8,13 +8,14 @@ have changed. Pointers and scale are those of the call.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Hashable
-from typing import Any, TypeVar
+from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...cache import Cache
+from ...plans import CALLS
 from ...torch_internals import raw_stream
 from . import choice
 from .configs import DecodeConfig, Form, Problem, ReductionConfig, ReductionProblem, Schedule, TileConfig
@@ -32,12 +33,10 @@ from .prepare import (
     whole_parts,
 )
 from .straight import Kept, keep
-from .workspace import counters
+from .workspace import counters, stream_of
 
 # of each kind; M varies, and every M has a plan of its own
 MOST_PLANS = 4096
-
-Plan = TypeVar("Plan", "MatmulPlan", "AdapterGradPlan")
 
 
 def lora_matmul(
@@ -58,7 +57,7 @@ def lora_matmul(
         plan = matmul_plan(a, w, u, v, bias, seed, dropout_p, dropout_on_output)
     else:
         plan = MatmulPlan(a, w, u, v, bias, seed, dropout_p, dropout_on_output, config, schedule)
-    return plan(a, w, u, v, bias, scale, seed)
+    return plan(a, w, u, v, bias, scale, seed)  # type: ignore[return-value]
 
 
 def matmul_plan(
@@ -71,9 +70,9 @@ def matmul_plan(
         None if bias is None else bias.stride(), seed is None, dropout_p, dropout_on_output, a.device,
         a.dtype == torch.float32 and precision(), (a.data_ptr() | w.data_ptr()) % 16 == 0,
     )  # fmt: skip
-    return _matmul_plans.get(key) or _put(
-        _matmul_plans, key, MatmulPlan(a, w, u, v, bias, seed, dropout_p, dropout_on_output)
-    )
+    return _matmul_plans.get(key) or _matmul_plans.put(
+        key, MatmulPlan(a, w, u, v, bias, seed, dropout_p, dropout_on_output)
+    )  # fmt: skip
 
 
 def adapter_grad(
@@ -110,30 +109,20 @@ def adapter_grad_plan(
         seed is None, dropout_p, dtype_A, dtype_B,
         like is not None and (like.dtype, like.device, like.dtype == torch.float32 and precision()),
     )  # fmt: skip
-    return _adapter_grad_plans.get(key) or _put(
-        _adapter_grad_plans, key, AdapterGradPlan(x, g, dy, h, seed, dropout_p, dtype_A, dtype_B)
-    )
+    return _adapter_grad_plans.get(key) or _adapter_grad_plans.put(
+        key, AdapterGradPlan(x, g, dy, h, seed, dropout_p, dtype_A, dtype_B)
+    )  # fmt: skip
 
 
-_matmul_plans: dict[Hashable, MatmulPlan] = {}
-_adapter_grad_plans: dict[Hashable, AdapterGradPlan] = {}
-_lock = threading.Lock()
-
-
-def _put(plans: dict[Hashable, Plan], key: Hashable, plan: Plan) -> Plan:
-    with _lock:
-        if len(plans) >= MOST_PLANS:
-            # the oldest: who meets so many is not coming back to it soon
-            del plans[next(iter(plans))]
-        # of two threads that made one, both take the first
-        return plans.setdefault(key, plan)
+_matmul_plans: Cache[MatmulPlan] = Cache(MOST_PLANS)
+_adapter_grad_plans: Cache[AdapterGradPlan] = Cache(MOST_PLANS)
 
 
 def forget_plans() -> None:
     """For who changes what choices are made from: a file of tuned choices, a device's rules."""
-    with _lock:
-        _matmul_plans.clear()
-        _adapter_grad_plans.clear()
+    _matmul_plans.clear()
+    _adapter_grad_plans.clear()
+    CALLS.clear()
     choice.choice.cache_clear()
     choice.reduction_choice.cache_clear()
 
@@ -150,96 +139,108 @@ class MatmulPlan:
         config: TileConfig | DecodeConfig | None = None, schedule: Schedule | None = None,
     ) -> None:  # fmt: skip
         self._device, self._on_gpu, self._dropout = a.device, a.device.type == "cuda", (dropout_p, dropout_on_output)
-        rows = math.prod(a.shape[:-1])
-        self._out_shape, self._h_shape = (*a.shape[:-1], w.shape[1]), (rows, u.shape[1])
-        self._counters = 0
-        self._scratch: tuple[int, ...] | None = None
+        rows, (Q, P), R = math.prod(a.shape[:-1]), w.shape, u.shape[1]
+        self._out_shape, self._h_shape = (*a.shape[:-1], P), (rows, R)
+        self._layouts = [(tensor.shape, tensor.stride()) for tensor in (w, u, v)]
         self._kept: Kept | None = None
+        # memory for the launch beside its results, in elements of a, and how many counters
+        self._scratch, self._counters = 0, 0
+        self._counters_of_stream: dict[int, int] = {}
         self._alone: MatmulPlan | None = None
-        self._empty = math.prod(self._out_shape) == 0
-        if self._empty:
+        if not rows * P:
             return
         a2 = rows_of(a)
-        # rows that no strides describe are copied
-        self._copies = a2.data_ptr() != a.data_ptr()
-        self._copies_bias = bias is not None and not bias.is_contiguous()
-        self._layouts = [(tensor.shape, tensor.stride()) for tensor in (a, w, u, v)]
+        # rows that no strides describe are copied, and a bias with gaps
+        self._copies = a2.data_ptr() != a.data_ptr() or not (bias is None or bias.is_contiguous())
         exact = a.dtype == torch.float32 and precision() == "ieee"
-        sizes = (rows, w.shape[1], a.shape[-1], u.shape[1], a.dtype.itemsize, u.dtype.itemsize)
-        problem = Problem(*sizes, seed is not None, not exact, aligned(a2, w), along_p=w.stride(0) != 1)
-        self._problem = problem
-        self._choose(problem, config, schedule)
+        sizes = (rows, P, Q, R, a.itemsize, u.itemsize)
+        self._problem = Problem(*sizes, seed is not None, not exact, aligned(a2, w), along_p=w.stride(0) != 1)
+        self._chosen = self._choose(config, schedule)
+        chosen = self._chosen
+        self._descriptors = isinstance(chosen, Tiled) and chosen.schedule.descriptors
+        produces, hands_over = True, True
+        if isinstance(chosen, Tiled):
+            produces, hands_over = chosen.schedule.form == Form.PRODUCE, chosen.schedule.form > Form.RECOMPUTE
+        if hands_over:
+            self._counters = counters_of(self._problem, chosen)
+        if produces:
+            self._scratch = math.prod(scratch_of(self._problem, chosen)) * 4 // a.itemsize
 
-    def _choose(
-        self, problem: Problem, config: TileConfig | DecodeConfig | None, schedule: Schedule | None
-    ) -> None:  # fmt: skip
+    def _choose(self, config: TileConfig | DecodeConfig | None, schedule: Schedule | None) -> Tiled | DecodeConfig:
         chosen: Tiled | DecodeConfig
         if config is None and schedule is None:
-            chosen = choice.choice(problem, self._device)
+            chosen = choice.choice(self._problem, self._device)
         elif isinstance(config, DecodeConfig):
             chosen = config
         else:
-            ruled = choice.tiled_rule(problem, self._device, config)
-            chosen = ruled if schedule is None else Tiled(ruled.tile, schedule)
-        M, P, R = problem.M, problem.P, problem.R
-        self._descriptors = False
-        self._chosen: Tiled | DecodeConfig = chosen
-        if isinstance(chosen, DecodeConfig):
-            self._chosen = chosen = whole_parts(chosen, problem.Q)
-            self._counters, self._scratch = counters_of(M, P, R, chosen), scratch_of(M, P, R, chosen)
-            return
-        self._descriptors = chosen.schedule.descriptors
-        if chosen.schedule.form in (Form.PUBLISH, Form.PRODUCE):
-            self._counters = counters_of(M, P, R, chosen.tile)
-        if chosen.schedule.form == Form.PRODUCE:
-            self._scratch = scratch_of(M, P, R, chosen.tile, chosen.schedule.split)
+            chosen = choice.tiled_rule(self._problem, self._device, config)
+            chosen = chosen if schedule is None else Tiled(chosen.tile, schedule)
+        return whole_parts(chosen, self._problem.Q) if isinstance(chosen, DecodeConfig) else chosen
 
     def __call__(
-        self, a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float, seed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        sync = scratch = None
-        stream = raw_stream(self._device.index) if self._on_gpu else threading.get_ident()
-        if self._counters:
-            sync = counters(self._device, self._counters, stream)
-            if sync is None:
-                return self._without_counters(a, w, u, v, bias, scale, seed)
-            if self._scratch is not None:
-                scratch = a.new_empty(self._scratch, dtype=torch.float32)
-        out, h = a.new_empty(self._out_shape), a.new_empty(self._h_shape)
-        if self._empty:
-            return out, h
-        if self._copies:
-            a = rows_of(a)
-        if self._copies_bias and bias is not None:
-            bias = bias.contiguous()
+        self, a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float, seed: Tensor | None,
+        keeps_h: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """keeps_h: whether h is wanted; without it (out, None) is returned."""
+        kept = self._kept
+        if kept is None:
+            return self._through_jit(a, w, u, v, bias, scale, seed)
         pa, pw, pu, pv = a.data_ptr(), w.data_ptr(), u.data_ptr(), v.data_ptr()
         pb, ps = 0 if bias is None else bias.data_ptr(), 0 if seed is None else seed.data_ptr()
-        kept = self._kept
-        if kept is not None and kept.usable(pa | pw | pu | pv | pb | ps):
-            kept.launch(
-                stream, *(kept.described((a, w), (pa, pw)) if self._descriptors else (pa, pw)), pu, pv, pb,
-                out.data_ptr(), h.data_ptr(), 0 if scratch is None else scratch.data_ptr(),
-                0 if sync is None else sync.data_ptr(), scale, *(() if seed is None else (ps,)),
-            )  # fmt: skip
+        stream = raw_stream(self._device.index) if self._on_gpu else get_ident()
+        sync, scratch, h = self._counters_of_stream.get(stream, 0), 0, None
+        if not kept.usable(pa | pw | pu | pv | pb | ps) or (self._counters and not sync):
+            return self._through_jit(a, w, u, v, bias, scale, seed)
+        out = a.new_empty(self._out_shape)
+        if keeps_h:
+            h = a.new_empty(self._h_shape)
+            ph = h.data_ptr()
+            if self._scratch:
+                memory = a.new_empty(self._scratch)
+                scratch = memory.data_ptr()
+        else:
+            # one piece of memory for all that is not returned
+            memory = a.new_empty(self._scratch + self._h_shape[0] * self._h_shape[1])
+            scratch = memory.data_ptr()
+            ph = scratch + self._scratch * a.itemsize
+        reads = kept.described((a, w), (pa, pw)) if self._descriptors else (pa, pw)
+        varying = (*reads, pu, pv, pb, out.data_ptr(), ph, scratch, sync, scale)
+        kept.launch(stream, *varying) if seed is None else kept.launch(stream, *varying, ps)
+        return out, h
+
+    def _through_jit(
+        self, a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        stream = stream_of(self._device)
+        sync = counters(self._device, self._counters, stream) if self._counters else None
+        if self._counters and sync is None:
+            return self._without_counters(a, w, u, v, bias, scale, seed)
+        out, h = a.new_empty(self._out_shape), a.new_empty(self._h_shape)
+        if not out.numel():
             return out, h
         a, w, u, v = self._views(a, w, u, v)
-        if self._descriptors and (pa | pw) % 16:
-            out, h = lora_matmul(a, w, u, v, bias, scale, seed, *self._dropout)
-            return out.view(self._out_shape), h
-        results = (out, h)
+        bias = None if bias is None else bias.contiguous()
+        if self._descriptors and (a.data_ptr() | w.data_ptr()) % 16:
+            return lora_matmul(a, w, u, v, bias, scale, seed, *self._dropout)
+        scratch = None
+        if self._scratch:
+            scratch = a.new_empty(self._scratch).view(torch.float32).view(scratch_of(self._problem, self._chosen))
         if isinstance(self._chosen, DecodeConfig):
             assert scratch is not None
             assert sync is not None
-            launch = decode_launch(a, w, u, v, bias, scale, *results, scratch, sync, self._chosen)
+            launch = decode_launch(a, w, u, v, bias, scale, out, h, scratch, sync, self._chosen)
         else:
-            tiled = self._chosen
+            tile, schedule = self._chosen.tile, self._chosen.schedule
             launch = lora_matmul_launch(
-                a, w, u, v, bias, scale, seed, *self._dropout, *results, tiled.tile, tiled.schedule, scratch, sync
+                a, w, u, v, bias, scale, seed, *self._dropout, out, h, tile, schedule, scratch, sync
             )  # fmt: skip
         compiled = launch.through_jit(self._device)
-        if kept is None:
+        if sync is not None:
+            # workspace.py keeps them for good
+            self._counters_of_stream[stream] = sync.data_ptr()
+        if self._kept is None and not self._copies:
             self._kept = keep(launch, compiled, self._device)
-        return results
+        return out, h
 
     def _without_counters(self, *operands: Any) -> tuple[Tensor, Tensor]:
         """For a graph that is captured on a stream that had no counters: every tile computes its own rows of h."""
@@ -248,13 +249,11 @@ class MatmulPlan:
             a, w, u, v = self._views(a, w, u, v)
             tile = choice.tiled_rule(self._problem, self._device).tile
             self._alone = MatmulPlan(a, w, u, v, bias, seed, *self._dropout, tile, Schedule(Form.RECOMPUTE))
-        return self._alone(*operands)
+        return self._alone(*operands)  # type: ignore[return-value]
 
     def _views(self, a: Tensor, w: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Operands, or transposes of them, as this plan has them."""
-        given = (a, w, u, v)
-        layouts = (a.shape, a.stride()), *self._layouts[1:]
-        return tuple(t.as_strided(*layout) for t, layout in zip(given, layouts, strict=True))
+        return a, *(t.as_strided(*layout) for t, layout in zip((w, u, v), self._layouts, strict=True))
 
 
 class AdapterGradPlan:
@@ -267,6 +266,7 @@ class AdapterGradPlan:
     ) -> None:  # fmt: skip
         self._dropout_p, self._dtypes = dropout_p, (dtype_A, dtype_B)
         self._kept: Kept | None = None
+        self._counters_of_stream: dict[int, int] = {}
         pairs = [(rows_of(wide), low) for wide, low in ((x, g), (dy, h)) if wide is not None and low is not None]
         self._none = not pairs
         if not pairs:
@@ -285,6 +285,7 @@ class AdapterGradPlan:
         self._config = config or choice.reduction_rule(R, itemsize, self._device)
         self._tiles = reduction_tiles(K, N, R, self._config)
         self._parts = parts or choice.parts_rule(self._config, M, self._tiles, itemsize, self._device)
+        self._partials = (self._parts, self._tiles, self._config.BLOCK_C, self._config.BLOCK_R)
 
     def __call__(
         self, x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | None, scale: float, seed: Tensor | None
@@ -299,33 +300,45 @@ class AdapterGradPlan:
     def _launch(
         self, x: Tensor, g: Tensor, dy: Tensor, h: Tensor, scale: float, seed: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
+        kept = self._kept
+        px, pg, pdy, ph = x.data_ptr(), g.data_ptr(), dy.data_ptr(), h.data_ptr()
+        ps = 0 if seed is None else seed.data_ptr()
+        stream = raw_stream(self._device.index) if self._on_gpu else get_ident()
+        arrived = self._counters_of_stream.get(stream, 0)
+        if kept is None or not kept.usable(px | pg | pdy | ph | ps) or (self._parts > 1 and not arrived):
+            return self._through_jit(x, g, dy, h, scale, seed)
+        dA = None if self._A is None else x.new_empty(self._A, dtype=self._dtypes[0])
+        dB = None if self._B is None else dy.new_empty(self._B, dtype=self._dtypes[1])
+        partials = 0
+        if self._parts > 1:
+            memory = x.new_empty(self._partials, dtype=torch.float32)
+            partials = memory.data_ptr()
+        pdA, pdB = 0 if dA is None else dA.data_ptr(), 0 if dB is None else dB.data_ptr()
+        varying = (px, pg, pdy, ph, pdA or pdB, pdB or pdA, partials, arrived, scale)
+        kept.launch(stream, *varying) if seed is None else kept.launch(stream, *varying, ps)
+        return dA, dB
+
+    def _through_jit(
+        self, x: Tensor, g: Tensor, dy: Tensor, h: Tensor, scale: float, seed: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         dA = None if self._A is None else x.new_empty(self._A, dtype=self._dtypes[0])
         dB = None if self._B is None else dy.new_empty(self._B, dtype=self._dtypes[1])
         if not self._tiles:
             return dA, dB
-        x, dy = rows_of(x), rows_of(dy)
-        stream = raw_stream(self._device.index) if self._on_gpu else threading.get_ident()
-        partials = None
+        stream, partials = stream_of(self._device), None
         arrived = counters(self._device, self._tiles, stream) if self._parts > 1 else None
         if arrived is not None:
-            blocks = (self._parts, self._tiles, self._config.BLOCK_C, self._config.BLOCK_R)
-            partials = x.new_empty(blocks, dtype=torch.float32)
-        kept = self._kept
-        if kept is not None and (arrived is None) == (self._parts == 1):
-            pointers = [t.data_ptr() for t in (x, g, dy, h)]
-            ps = 0 if seed is None else seed.data_ptr()
-            if kept.usable(pointers[0] | pointers[1] | pointers[2] | pointers[3] | ps):
-                to = [grad.data_ptr() for grad in (dA, dB) if grad is not None]
-                kept.launch(
-                    stream, *pointers, to[0], to[-1],
-                    0 if partials is None else partials.data_ptr(), 0 if arrived is None else arrived.data_ptr(),
-                    scale, *(() if seed is None else (ps,)),
-                )  # fmt: skip
-                return dA, dB
+            partials = x.new_empty(self._partials, dtype=torch.float32)
+        rows = rows_of(x), rows_of(dy)
         launch = adapter_grad_launch(
-            x, g, dy, h, scale, seed, self._dropout_p, dA, dB, self._config, partials, arrived
+            rows[0], g, rows[1], h, scale, seed, self._dropout_p, dA, dB, self._config, partials, arrived
         )  # fmt: skip
         compiled = launch.through_jit(self._device)
-        if kept is None and (arrived is None) == (self._parts == 1):
-            self._kept = keep(launch, compiled, self._device)
+        copied = any(row.data_ptr() != tensor.data_ptr() for row, tensor in zip(rows, (x, dy), strict=True))
+        if arrived is not None or self._parts == 1:
+            if self._kept is None and not copied:
+                self._kept = keep(launch, compiled, self._device)
+            if arrived is not None:
+                # workspace.py keeps them for good
+                self._counters_of_stream[stream] = arrived.data_ptr()
         return dA, dB

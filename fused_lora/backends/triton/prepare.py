@@ -11,7 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...dropout import dropout_threshold, keep_scale
 from . import adapter_grad, decode, lora_matmul
-from .configs import DECODE_ROWS, DecodeConfig, Form, ReductionConfig, Schedule, TileConfig
+from .configs import DECODE_ROWS, DecodeConfig, Form, Problem, ReductionConfig, Schedule, TileConfig
+from .entries import Tiled
 from .straight import Launch
 
 
@@ -123,22 +124,19 @@ def adapter_grad_launch(
     )  # fmt: skip
 
 
-def scratch_of(M: int, P: int, R: int, config: TileConfig | DecodeConfig, split: int = 1) -> tuple[int, ...]:
-    """The shape of the float32 scratch of a launch of ``decode``, or of ``lora_matmul`` where h is produced apart.
-
-    split: how many programs then produce that of a row of tiles.
-    """
-    if isinstance(config, DecodeConfig):
-        parts, h_parts = _decode_parts(P, R, config)
-        return parts * config.BLOCK_P + h_parts * config.BLOCK_R, DECODE_ROWS
-    return (split, M, R)
+def scratch_of(problem: Problem, chosen: Tiled | DecodeConfig) -> tuple[int, ...]:
+    """The shape of the float32 scratch of a launch of ``decode``, or of ``lora_matmul`` where h is produced apart."""
+    if isinstance(chosen, DecodeConfig):
+        parts, h_parts = _decode_parts(problem.P, problem.R, chosen)
+        return parts * chosen.BLOCK_P + h_parts * chosen.BLOCK_R, DECODE_ROWS
+    return chosen.schedule.split, problem.M, problem.R
 
 
-def counters_of(M: int, P: int, R: int, config: TileConfig | DecodeConfig) -> int:
+def counters_of(problem: Problem, chosen: Tiled | DecodeConfig) -> int:
     """How many counters, all zero, a launch needs that hands the low-rank product over."""
-    if isinstance(config, DecodeConfig):
-        return 3 + cdiv(P, config.BLOCK_P) + cdiv(R, config.BLOCK_R)
-    return lora_matmul.SYNC_HEADER + cdiv(M, config.BLOCK_M)
+    if isinstance(chosen, DecodeConfig):
+        return 3 + cdiv(problem.P, chosen.BLOCK_P) + cdiv(problem.R, chosen.BLOCK_R)
+    return lora_matmul.SYNC_HEADER + cdiv(problem.M, chosen.tile.BLOCK_M)
 
 
 def whole_parts(config: DecodeConfig, Q: int) -> DecodeConfig:

@@ -43,9 +43,10 @@ def tables(files: Files) -> str:
 def _machine(name: str, file: ResultsFile) -> str:
     driver = "a stub of the driver" if file.settings["driver"] == "stub" else "its own driver"
     ratios = ", ".join(f"`{ratio}` {'–' if value is None else value}" for ratio, value in parts.ratios(file).items())
-    kernels, native = list(KERNELS.values()), {"forward": FORWARD, "forward and backward": STEP}
-    counted = [f"{kernel}, {pass_}" for kernel in kernels for pass_ in (FORWARD, STEP)]
     steps = [parts.rows_of(file, STEP, kernel) for kernel in KERNELS]
+    kernels = [f"{title} {_sizes(rows)}" for title, rows in zip(KERNELS.values(), steps, strict=True)]
+    counted = [f"{title}, {pass_}" for title in KERNELS.values() for pass_ in (FORWARD, STEP)]
+    native = {"forward": FORWARD, "forward and backward": STEP}
     extension = [parts.rows_of(file, pass_, parts.NATIVE) for pass_ in native.values()]
     return "\n".join((
         f"### {file.environment.device}, {driver}\n",
@@ -58,11 +59,16 @@ def _machine(name: str, file: ResultsFile) -> str:
         markdown(["", *kernels], _lines({
             parts.LAYER: "**the layer**", parts.LAUNCHER: "of which Triton's launcher", **_STEPS,
         }, steps)),
-        "The compiled extension on the CPU, 32×256×256, rank 16, float32, arithmetic included:\n",
+        f"The compiled extension on the CPU, {_sizes(extension[0])} in float32, arithmetic included:\n",
         markdown(["", *native], _lines({
             parts.LAYER: "**the layer**", parts.LINEAR: "`F.linear`", EAGER: _STEPS[EAGER], FROZEN: _STEPS[FROZEN],
         }, extension)),
     ))  # fmt: skip
+
+
+def _sizes(rows: Mapping[str, Row]) -> str:
+    """Those of the group that these are of."""
+    return next(iter(rows.values())).shape.partition(" ")[2]
 
 
 def _forward(file: ResultsFile) -> list[Line]:

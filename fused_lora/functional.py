@@ -54,21 +54,20 @@ def lora_linear(
     What is kept for the backward is what the wanted gradients need: x for A's, h (M, R) for B's.
     Double backward works. Source of the method: https://arxiv.org/abs/2106.09685.
     """
-    key, operands = None, (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
+    operands = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
     if not torch.compiler.is_compiling():
-        key = plans.key_of(x, weight, bias, scale, dropout_p, training, impl)
-        plan = None if key is None else plans.find(key, operands)
+        plan = plans.find(operands, scale, dropout_p, training, impl)
         if plan is not None:
             return _planned(plan, x, weight, lora_A, lora_B, bias, scale, dropout_p)
     distributed = validation.check_operands(x, weight, lora_A, lora_B, bias)
     scale = validation.check_scale(scale)
-    dropout_p = validation.check_dropout(dropout_p, "dropout_p")
+    given_p = dropout_p = validation.check_dropout(dropout_p, "dropout_p")
     validation.check_impl(impl)
     dropout_p = dropout_p if training else 0.0
     if not torch.compiler.is_compiling() and any(tensor.is_neg() for tensor in operands):
         # kernels read what is in memory: of a tensor with the negative bit, the negative
         x, weight, lora_A, lora_B = (tensor.resolve_neg() for tensor in (x, weight, lora_A, lora_B))
-        bias, key = None if bias is None else bias.resolve_neg(), None
+        bias = None if bias is None else bias.resolve_neg()
     if distributed:
         # here, not at the top: it imports torch.distributed
         from .parallel import sharding
@@ -76,11 +75,17 @@ def lora_linear(
         local = sharding.localize(x, weight, lora_A, lora_B, bias)
         return local.join(_in_compute_dtype(*local.operands, scale, dropout_p, impl, local.stream))
     y = _in_compute_dtype(x, weight, lora_A, lora_B, bias, scale, dropout_p, impl)
-    plain = all(type(tensor) in _PLAIN for tensor in operands) and not plans.watched()
-    if key is not None and plain and x.dtype == weight.dtype == y.dtype:
-        # nothing was cast, nobody looks: such a call may go straight to its backend
-        plans.put(key, operands, backends.choose(impl, x.device, y.dtype), dropout_threshold(dropout_p) > 0)
+    if not torch.compiler.is_compiling() and not plans.watched() and _is_plain(operands, y.dtype):
+        # such a call may go straight to its backend
+        drops = dropout_threshold(dropout_p) > 0
+        plans.put(operands, given_p, training, impl, backends.choose(impl, x.device, y.dtype), drops)
     return y
+
+
+def _is_plain(operands: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+    """Whether these are tensors of no other class, in memory as they count, and x and weight as they were computed."""
+    own = all(type(tensor) in _PLAIN and not tensor.is_neg() for tensor in operands)
+    return own and operands[0].dtype == operands[1].dtype == dtype
 
 
 def _planned(
@@ -96,7 +101,7 @@ def _planned(
     if plan.impl == "triton" and plan.forward is None:
         plan.forward = triton.plan(x, weight.t(), lora_A.t(), lora_B.t(), bias, seed, dropout_p, False)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
-        return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, plan.impl, plan)[0]
+        return _apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, plan.impl, plan)[0]
     if plan.forward is not None:
         return plan.forward(x, weight, lora_A, lora_B, bias, scale, seed, False)[0]
     return ops.lora_matmul(
@@ -242,8 +247,8 @@ class _LoRALinear(torch.autograd.Function):
             y, h = plan.forward(x, weight, lora_A, lora_B, bias, scale, seed)
         else:
             y, h = ops.lora_matmul(x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl)
-        ctx.scale, ctx.dropout_p, ctx.impl, ctx.plan, ctx.x_shape = scale, dropout_p, impl, plan, x.shape
-        _, needs_W, needs_A, needs_B, _ = ctx.needs_input_grad[:5]
+        ctx.call = scale, dropout_p, impl, plan, x.shape
+        _, needs_W, needs_A, needs_B, *_ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
         # what the wanted gradients need, and nothing else; the parameters are alive anyway
         kept_x, kept_h = (x if needs_A or needs_W else None), (h if needs_B else None)
@@ -264,6 +269,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
+        scale, dropout_p, impl, plan, x_shape = ctx.call
         needs = ctx.needs_input_grad[:5]
         grads: tuple[Tensor | None, ...]
         second = dh is not None or dy is None or torch.is_grad_enabled()
@@ -273,18 +279,18 @@ class _LoRALinear(torch.autograd.Function):
             mask = None
             if seed is not None:
                 rows = dh.shape[0] if dh is not None else dy.numel() // weight.shape[0]  # type: ignore[union-attr]
-                mask = dropout_mask(seed, rows, weight.shape[1], ctx.dropout_p)
-            grads = reference.eager_backward(
-                dy, dh, x, weight, lora_A, lora_B, h, ctx.scale, mask, ctx.dropout_p, needs
-            )  # fmt: skip
+                mask = dropout_mask(seed, rows, weight.shape[1], dropout_p)
+            grads = reference.eager_backward(dy, dh, x, weight, lora_A, lora_B, h, scale, mask, dropout_p, needs)
             if grads[0] is not None:
-                grads = (grads[0].view(ctx.x_shape), *grads[1:])
+                grads = (grads[0].view(x_shape), *grads[1:])
         else:
             assert dy is not None
-            grads = _backward(
-                dy, x, weight, lora_A, lora_B, h, ctx.scale, seed, ctx.dropout_p, ctx.impl, ctx.plan, needs
-            )
+            grads = _backward(dy, x, weight, lora_A, lora_B, h, scale, seed, dropout_p, impl, plan, needs)
         return (*grads, None, None, None, None, None)
+
+
+# past what Function.apply looks for, transforms of torch.func: a plan is found only where there is none
+_apply = super(torch.autograd.Function, _LoRALinear).apply
 
 
 def _backward(

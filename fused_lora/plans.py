@@ -27,23 +27,22 @@ class CallPlan:
     forward: the backend's own plan of the forward; None before there is one, and where it makes none.
     """
 
-    __slots__ = ("_autocast", "_gradients", "_guard", "_precision", "drops", "forward", "impl")
+    __slots__ = ("_autocast", "_gradients", "_precision", "drops", "forward", "impl", "settled")
 
-    def __init__(self, operands: tuple[Tensor, ...], impl: str, drops: bool) -> None:
+    def __init__(self, x: Tensor, impl: str, drops: bool) -> None:
         self.impl, self.drops = impl, drops
         self.forward: Forward | None = None
         self._gradients: tuple[tuple[Guard, tuple[bool, ...], GradientPlans], ...] = ()
-        self._guard: Guard = guard(*operands)
-        x = operands[0]
         self._precision = torch.get_float32_matmul_precision() if x.dtype == torch.float32 else None
         # whether autocast is on, the guard knows; to which dtype, it does not
         self._autocast = torch.get_autocast_dtype(x.device.type) if any_autocast() else None
+        # whether a guard says all
+        self.settled = self._precision is None and self._autocast is None
 
-    def fits(self, operands: tuple[Tensor, ...]) -> bool:
-        return (
-            self._guard(*operands)
-            and (self._precision is None or self._precision == torch.get_float32_matmul_precision())
-            and (self._autocast is None or self._autocast == torch.get_autocast_dtype(operands[0].device.type))
+    def holds(self, x: Tensor) -> bool:
+        """Of what no guard knows."""
+        return (self._precision is None or self._precision == torch.get_float32_matmul_precision()) and (
+            self._autocast is None or self._autocast == torch.get_autocast_dtype(x.device.type)
         )
 
     def gradients(self, wanted: tuple[bool, ...], operands: list[Tensor]) -> GradientPlans | None:
@@ -70,41 +69,39 @@ class GradientPlans:
 
 
 # those of one key differ in strides, dtypes, or in who wants gradients
-CALLS: Cache[tuple[CallPlan, ...]] = Cache(4096)
+CALLS: Cache[tuple[tuple[Guard, CallPlan], ...]] = Cache(4096)
 _MOST_ALIKE = 16
 
 
-def key_of(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, dropout_p: float, training: bool, impl: str
-) -> Hashable | None:
-    """None for a call that always takes the long way; its arguments are not checked yet, and may be anything."""
+def find(
+    operands: tuple[Tensor, ...], scale: float, dropout_p: float, training: bool, impl: str
+) -> CallPlan | None:  # fmt: skip
+    """operands: x, weight, lora_A, lora_B, and bias where there is one. Nothing is checked yet: they may be anything.
+
+    A call whose numbers are no plain floats, or not finite, always takes the long way.
+    """
     if type(scale) is not float or scale - scale != 0.0 or type(dropout_p) is not float or in_forward_ad():
         return None
     try:
-        return x.shape, weight.shape, bias is None, dropout_p, training, impl
-    except (AttributeError, RuntimeError):
-        # no tensor, or a nested one
-        return None
-
-
-def find(key: Hashable, operands: tuple[Tensor, ...]) -> CallPlan | None:
-    """operands: x, weight, lora_A, lora_B, and bias where there is one."""
-    try:
-        for plan in CALLS.get(key, ()):
-            if plan.fits(operands):
+        for fits, plan in CALLS.get(_key(operands, dropout_p, training, impl), ()):
+            if fits(*operands) and (plan.settled or plan.holds(operands[0])):
                 return plan
-    except TypeError:
-        # arguments that are none
+    except (AttributeError, RuntimeError, TypeError):
+        # no tensors, or nested ones
         pass
     return None
 
 
-def put(key: Hashable, operands: tuple[Tensor, ...], impl: str, drops: bool) -> None:
-    """For a call that was checked and computed by impl."""
+def put(operands: tuple[Tensor, ...], dropout_p: float, training: bool, impl: str, chosen: str, drops: bool) -> None:
+    """For a call that was checked, and computed by ``chosen``."""
     if any_autocast() and not torch.is_autocast_enabled(operands[0].device.type):
         return
-    known = CALLS.get(key, ())
-    CALLS.put(key, (CallPlan(operands, impl, drops), *known[: _MOST_ALIKE - 1]))
+    key = _key(operands, dropout_p, training, impl)
+    CALLS.put(key, ((guard(*operands), CallPlan(operands[0], chosen, drops)), *CALLS.get(key, ())[: _MOST_ALIKE - 1]))
+
+
+def _key(operands: tuple[Tensor, ...], dropout_p: float, training: bool, impl: str) -> Hashable:
+    return operands[0].shape, operands[1].shape, len(operands), dropout_p, training, impl
 
 
 def watched() -> bool:

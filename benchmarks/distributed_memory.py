@@ -5,14 +5,12 @@
 On the CPU: what a tensor weighs does not depend on the device. Counted are the parameters, gradients and optimizer
 state that a rank keeps between steps; measured, by PyTorch's profiler, is the most that its allocator had out at once
 during a step, above that: activations, and weights gathered on the way.
-Default FILE: benchmarks/results/torch/distributed-memory-<ranks>.json.
+Default FILE: benchmarks/results/distributed/<device>-<date>.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import runpy
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +22,8 @@ from torch import Tensor
 
 from fused_lora import apply_lora, lora_parameters
 from fused_lora.bench.measure import peak_bytes
-from fused_lora.bench.results import Environment
+from fused_lora.bench.results import Environment, ResultsFile, Row, default_path
+from fused_lora.bench.shapes import TRAIN
 
 ROOT = Path(__file__).parents[1]
 WIDTH, DEPTH, TOKENS, RANK = 512, 4, 512, 16
@@ -54,11 +53,11 @@ def measure(strategy: str, example: dict) -> dict[str, int]:
 
     step()
     return {
-        "frozen": size(p for p in net.parameters() if not p.requires_grad),
-        "adapters": size(trained),
-        "gradients": size(p.grad for p in trained),
-        "optimizer": size(t for s in optimizer.state.values() for t in s.values() if t.dim() > 0),
-        "peak of a step": peak_bytes(step, torch.device("cpu")),
+        "frozen_bytes": size(p for p in net.parameters() if not p.requires_grad),
+        "adapters_bytes": size(trained),
+        "gradients_bytes": size(p.grad for p in trained),
+        "optimizer_bytes": size(t for s in optimizer.state.values() for t in s.values() if t.dim() > 0),
+        "peak_bytes": peak_bytes(step, torch.device("cpu")),
     }
 
 
@@ -68,21 +67,23 @@ def main() -> None:
     args = parser.parse_args()
     dist.init_process_group("gloo")
     example = runpy.run_path(str(ROOT / "examples" / "train_distributed.py"))
-    rows = []
+    environment = Environment.here(torch.device("cpu"))
+    command = f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/distributed_memory.py"
+    file = ResultsFile("distributed", command, environment, settings={"ranks": dist.get_world_size()})
+    shape = f"{DEPTH} blocks {WIDTH}→{4 * WIDTH}→{WIDTH}, {TOKENS} tokens, rank {RANK}"
     for strategy in example["STRATEGIES"]:
         mine = measure(strategy, example)
         every: list[dict[str, int]] = [{}] * dist.get_world_size()
         dist.all_gather_object(every, mine)
         # the rank that needs the most
-        rows.append({"strategy": strategy, **{key: max(one[key] for one in every) for key in mine}})
+        most = {key: max(one[key] for one in every) for key in mine}
+        peak = most.pop("peak_bytes")
+        file.rows.append(Row(TRAIN, shape, "float32", strategy, 1, peak, peak, peak, unit="bytes", extra=most))
         if dist.get_rank() == 0:
-            print(rows[-1], flush=True)
+            print(file.rows[-1].as_json(), flush=True)
     if dist.get_rank() == 0:
-        what = {"ranks": dist.get_world_size(), "width": WIDTH, "depth": DEPTH, "tokens": TOKENS, "rank": RANK}
-        environment = dataclasses.asdict(Environment.here(torch.device("cpu")))
-        out = args.out or ROOT / "benchmarks" / "results" / "torch" / f"distributed-memory-{what['ranks']}.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"environment": environment, "model": what, "rows": rows}, indent=1) + "\n")
+        out = args.out or default_path("distributed", environment)
+        file.save(out)
         print(f"saved: {out}")
     dist.destroy_process_group()
 

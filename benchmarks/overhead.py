@@ -1,13 +1,11 @@
 """What Python costs a call, and what torch.compile does to a step. On the CPU; candidates take turns.
 
-python benchmarks/overhead.py [--out FILE]      default: benchmarks/results/torch/overhead-<device>-<date>.json
+python benchmarks/overhead.py [--out FILE]      default: benchmarks/results/overhead/<device>-<date>.json
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +15,8 @@ from transformers import BertConfig, BertModel
 
 from fused_lora import FusedLoRALinear, apply_lora
 from fused_lora.bench import measure
-from fused_lora.bench.results import Environment
+from fused_lora.bench.results import Environment, ResultsFile, Row, default_path
+from fused_lora.bench.shapes import FORWARD, STEP
 from fused_lora.demo.net import RichBoyNet
 
 PLAN = measure.Plan(seconds=6.0, min_rounds=15, max_rounds=200, sample_ms=20.0)
@@ -75,51 +74,48 @@ class Encoder(nn.Module):
         return self.bert(inputs_embeds=x).last_hidden_state
 
 
-def problems() -> Iterator[tuple[str, Calls]]:
-    """Title and candidates."""
+def workloads() -> Iterator[tuple[str, str, str, Calls]]:
+    """Pass, shape, dtype and candidates."""
     torch.manual_seed(0)
-    yield "call, 1×16×16, rank 4, no grad", forward_calls()
+    single = "float32"
+    yield FORWARD, "1×16×16, rank 4", single, forward_calls()
     half = torch.bfloat16
     for tokens, size, rank, dtype in (
         (10, 64, 4, torch.float32),
         (512, 2048, 16, torch.float32),
         (512, 2048, 16, half),
     ):
-        title = f"step, {tokens}×{size}×{size}, rank {rank}, {str(dtype).removeprefix('torch.')}"
+        name, title = str(dtype).removeprefix("torch."), f"{tokens}×{size}×{size}, rank {rank}"
         x = torch.randn(tokens, size, dtype=dtype).requires_grad_()
-        yield title, step_calls(layer(size, rank, dtype), x)
-        yield title, step_calls(nn.Linear(size, size, dtype=dtype).requires_grad_(False), x, "frozen ")
+        yield STEP, title, name, step_calls(layer(size, rank, dtype), x)
+        yield STEP, title, name, step_calls(nn.Linear(size, size, dtype=dtype).requires_grad_(False), x, "frozen ")
         if tokens > 10 and dtype != half:
-            yield f"{title}, dropout 0.1", step_calls(layer(size, rank, dtype, dropout=0.1), x)
+            yield STEP, f"{title}, dropout 0.1", name, step_calls(layer(size, rank, dtype, dropout=0.1), x)
     for batch in (10, 512):
-        title, x = f"step, RichBoyNet, batch {batch}, rank 1", torch.randn(batch, 784).requires_grad_()
-        yield title, step_calls(apply_lora(RichBoyNet(), rank=1), x)
-        yield title, step_calls(RichBoyNet().requires_grad_(False), x, "frozen ")
-    title, x = "step, BERT of MiniLM's sizes, 8×64 tokens, rank 8", torch.randn(8, 64, 384).requires_grad_()
-    yield title, step_calls(apply_lora(Encoder(), rank=8), x)
-    yield title, step_calls(Encoder().requires_grad_(False), x, "frozen ")
+        title, x = f"RichBoyNet, batch {batch}, rank 1", torch.randn(batch, 784).requires_grad_()
+        yield STEP, title, single, step_calls(apply_lora(RichBoyNet(), rank=1), x)
+        yield STEP, title, single, step_calls(RichBoyNet().requires_grad_(False), x, "frozen ")
+    title, x = "BERT of MiniLM's sizes, 8×64 tokens, rank 8", torch.randn(8, 64, 384).requires_grad_()
+    yield STEP, title, single, step_calls(apply_lora(Encoder(), rank=8), x)
+    yield STEP, title, single, step_calls(Encoder().requires_grad_(False), x, "frozen ")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     environment = Environment.here(torch.device("cpu"))
-    default = Path(__file__).parent / "results" / "torch" / f"overhead-{environment.slug}-{environment.date}.json"
-    parser.add_argument("--out", type=Path, default=default, metavar="FILE")
+    parser.add_argument("--out", type=Path, default=default_path("overhead", environment), metavar="FILE")
     out = parser.parse_args().out
-    rows = []
-    for title, calls in problems():
+    file = ResultsFile("overhead", "python benchmarks/overhead.py", environment)
+    for pass_, shape, dtype, calls in workloads():
         measured = measure.interleave(calls, measure.HostTimer(), PLAN)
         for name in calls:
             base = BASES.get(name, name)
-            time, ratio = measured.time(name), measured.ratio(name, base)
-            microseconds = {key: round(1e3 * value, 3) for key, value in dataclasses.asdict(time).items()}
-            rows.append({
-                "problem": title, "candidate": name, "rounds": len(measured.samples[name]), "us": microseconds,
-                "divided_by": base, "ratio": {key: round(v, 4) for key, v in dataclasses.asdict(ratio).items()},
-            })  # fmt: skip
-            print(f"{title:52} {name:15} {microseconds['median']:12.2f} µs  ×{ratio.median:.3f}", flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"environment": dataclasses.asdict(environment), "rows": rows}, indent=1) + "\n")
+            us = {key: round(1e3 * value, 3) for key, value in vars(measured.time(name)).items()}
+            ratio = measured.ratio(name, base)
+            row = Row(pass_, shape, dtype, name, len(measured.samples[name]), **us, unit="us", ratios={base: ratio})
+            file.rows.append(row)
+            print(f"{pass_:8} {shape:44} {name:15} {row.median:12.2f} µs  ×{ratio.median:.3f}", flush=True)
+    file.save(out)
     print(f"saved: {out}")
 
 

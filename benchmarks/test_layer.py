@@ -1,11 +1,11 @@
-"""A layer's forward, backward, both, decoding, and memory, against the frozen linear and the peers."""
+"""A layer's forward, backward, both, decoding, and memory, against the baselines."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fused_lora.bench.baselines import PEERS
+from fused_lora.bench.baselines import CANDIDATES
 from fused_lora.bench.shapes import BACKWARD, DECODE, FORWARD, STEP, select
 
 ON_GPU = torch.cuda.is_available()
@@ -15,13 +15,13 @@ DTYPES = [*(["bfloat16", "float16"] if ON_GPU else ["float32", "bfloat16"]), "bf
 
 pytestmark = [
     pytest.mark.benchmark(max_time=0.2),
-    pytest.mark.parametrize("name", PEERS),
+    pytest.mark.parametrize("name", CANDIDATES),
     pytest.mark.parametrize("dtype", DTYPES),
 ]
 
 
-def _shapes_of(work):
-    shapes = [shape for shape in SHAPES if work in shape.works]
+def _shapes_of(pass_):
+    shapes = [shape for shape in SHAPES if pass_ in shape.passes]
     return pytest.mark.parametrize("shape", shapes, ids=lambda shape: shape.name)
 
 

@@ -1,4 +1,4 @@
-"""A model of a thousand layers: adapting, switching, saving and loading, each beside the floor that it stands on.
+"""A model of a thousand layers: adapting, switching, saving and loading, each beside the least that it could take.
 
 ``pytest benchmarks/test_models.py --benchmark-only --benchmark-json=FILE`` writes the numbers.
 """

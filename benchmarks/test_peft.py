@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -21,12 +19,14 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from fused_lora.bench import measure
-from fused_lora.bench.results import Environment
+from fused_lora.bench.baselines import PEFT
+from fused_lora.bench.results import Environment, ResultsFile, Row
+from fused_lora.bench.shapes import TRAIN
 from fused_lora.demo.net import LAYERS, RichBoyNet
 from fused_lora.integrations.peft import fuse, summary, unfuse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CANDIDATES = ("peft", "fused")
+CANDIDATES = (PEFT, "fused")
 BATCH, TOKENS = 8, 64
 
 
@@ -47,7 +47,7 @@ class MiniLM(nn.Module):
 
 
 @dataclass(frozen=True)
-class Case:
+class PeftModel:
     """r and lora_dropout are PEFT's; adapters are float32, as PEFT makes them."""
 
     model: str
@@ -56,7 +56,7 @@ class Case:
     r: int
 
     def __str__(self) -> str:
-        return f"{self.model} {self.dtype} r={self.r} dropout={self.dropout}"
+        return f"{self.model}, rank {self.r}, dropout {self.dropout}"
 
     def make(self) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(0)
@@ -75,35 +75,14 @@ class Case:
         return model, x.to(DEVICE, dtype if x.is_floating_point() else None)
 
 
-CASES = [
-    Case("RichBoyNet", "float32", 0.0, 1),
-    Case("RichBoyNet", "float32", 0.1, 1),
-    Case("MiniLM", "float32", 0.0, 8),
-    Case("MiniLM", "float32", 0.1, 8),
-    Case("MiniLM", "bfloat16", 0.0, 8),
-    Case("MiniLM", "bfloat16", 0.1, 8),
+MODELS = [
+    PeftModel("RichBoyNet", "float32", 0.0, 1),
+    PeftModel("RichBoyNet", "float32", 0.1, 1),
+    PeftModel("MiniLM", "float32", 0.0, 8),
+    PeftModel("MiniLM", "float32", 0.1, 8),
+    PeftModel("MiniLM", "bfloat16", 0.0, 8),
+    PeftModel("MiniLM", "bfloat16", 0.1, 8),
 ]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Milliseconds a step, with their 20th and 80th percentiles; ratios are of times within a round.
-
-    saved_bytes: what one forward keeps for the backward, without parameters.
-    implementation: what the layers run, by ``summary``.
-    """
-
-    case: str
-    candidate: str
-    implementation: str
-    rounds: int
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    ratio_to_peft: float
-    ratio_p20: float
-    ratio_p80: float
-    saved_bytes: int
 
 
 def _step(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -141,8 +120,8 @@ def _check(fused: nn.Module, x: Tensor) -> None:
 
 
 @functools.cache
-def measured(case: Case) -> tuple[dict[str, Callable[[], Any]], list[Row]]:
-    peft, x = case.make()
+def measured(made: PeftModel) -> tuple[dict[str, Callable[[], Any]], list[Row]]:
+    peft, x = made.make()
     fused = fuse(copy.deepcopy(peft))
     _check(fused, x)
     calls = {"peft": _step(peft, x), "fused": _step(fused, x)}
@@ -151,34 +130,31 @@ def measured(case: Case) -> tuple[dict[str, Callable[[], Any]], list[Row]]:
         for name, model in (("peft", peft), ("fused", fused))
     }
     found = measure.interleave(calls, measure.timer_for(DEVICE), measure.plan_for(DEVICE, quick=False))
-    rows = []
-    for name in CANDIDATES:
-        time, ratio = found.time(name), found.ratio(name, "peft")
-        runs = summary(fused).layers[0].implementation if name == "fused" else "peft"
-        rows.append(Row(str(case), name, runs, len(found.samples[name]), time.median, time.p20, time.p80,
-                        ratio.median, ratio.p20, ratio.p80, saved[name]))  # fmt: skip
+    implementation = summary(fused).layers[0].implementation
+    rows = [
+        Row(
+            TRAIN, f"{made}, {implementation}", made.dtype, name, len(found.samples[name]), **vars(found.time(name)),
+            impl=implementation if name == "fused" else None, ratios={PEFT: found.ratio(name, PEFT)},
+            saved_bytes=saved[name],
+        )
+        for name in CANDIDATES
+    ]  # fmt: skip
     return calls, rows
 
 
 @pytest.mark.benchmark(max_time=0.2)
 @pytest.mark.parametrize("name", CANDIDATES)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_training_step(benchmark, request, case, name):
-    calls, rows = measured(case)
+@pytest.mark.parametrize("made", MODELS, ids=lambda made: f"{made} {made.dtype}")
+def test_training_step(benchmark, request, made, name):
+    calls, rows = measured(made)
     row = rows[CANDIDATES.index(name)]
-    benchmark.group = str(case)
-    benchmark.extra_info.update(asdict(row))
+    benchmark.group = f"{row.shape}  {row.dtype}"
+    benchmark.extra_info.update(row.as_json())
     benchmark(calls[name])
-    _write(request.config.getoption("--peft-results"), row)
-
-
-def _write(path: Path | None, row: Row) -> None:
-    """Each row as it comes: an interrupted run leaves what it measured."""
-    if path is None:
-        return
-    here = asdict(Environment.here(DEVICE))
-    found = json.loads(path.read_text()) if path.exists() else {"environment": here, "rows": []}
-    if found["environment"] != here:
-        raise ValueError(f"--peft-results must name a file of this environment, {here}, got {path}")
-    kept = [r for r in found["rows"] if (r["case"], r["candidate"]) != (row.case, row.candidate)]
-    path.write_text(json.dumps({"environment": here, "rows": [*kept, asdict(row)]}, indent=1) + "\n")
+    path = request.config.getoption("--peft-results")
+    if path is not None:
+        # as it comes: an interrupted run leaves what it measured
+        command = "pytest benchmarks/test_peft.py --peft-results FILE"
+        file = ResultsFile.open(path, "peft", command, Environment.here(DEVICE))
+        file.add(rows)
+        file.save(path)

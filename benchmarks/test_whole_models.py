@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_lora.bench.nets import CASES
+from fused_lora.bench.nets import NETS
 from tools.models import MODEL, NAMES
 
 
 @pytest.mark.benchmark(max_time=0.5)
-@pytest.mark.parametrize("case", CASES["cuda" if torch.cuda.is_available() else "cpu"], ids=lambda case: case.name)
+@pytest.mark.parametrize("spec", NETS["cuda" if torch.cuda.is_available() else "cpu"], ids=lambda spec: spec.name)
 @pytest.mark.parametrize("name", NAMES)
-def test_training_step_of_a_model(compete, name, case):
-    compete(name, MODEL, case, case.dtype)
+def test_training_step_of_a_model(compete, name, spec):
+    compete(name, MODEL, spec, spec.dtype)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import sys
 import types
+from pathlib import Path
 
+import oracle
 import pytest
 import torch
 
 from fused_lora import bench, reference
-from fused_lora.bench import baselines, measure, roofline, runner, series, shapes, table
-from fused_lora.bench.problems import LayerProblem, NetProblem
-from fused_lora.bench.results import Environment, Results, Row
+from fused_lora.bench import baselines, check, groups, measure, results, roofline, runner, series, shapes, table
+from fused_lora.bench.results import Environment, ResultsFile, Row, Spread
 from fused_lora.bench.shapes import BACKWARD, DECODE, FORWARD, STEP, Shape
+from fused_lora.bench.workloads import Candidate, LayerWorkload, NetWorkload
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 SMALL = Shape("small", 6, 20, 12, 3, ("cpu",), bias=True)
 HASTY = measure.Plan(seconds=0.0, min_rounds=2, max_rounds=2, sample_ms=0.0)
@@ -31,18 +35,21 @@ def arguments(*options):
 
 
 def a_row(**fields):
-    values = dict.fromkeys(("ratio_to_frozen", "ratio_p20", "ratio_p80", "ratio_to_parametrize"), 1.0)
-    values |= dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), 2.0)
-    values |= {"work": STEP, "shape": "s", "dtype": "float32", "candidate": "eager", "rounds": 3}
-    values |= {"tflops": None, "gb_per_s": None, "saved_bytes": 0, "peak_bytes": None}
+    values = dict.fromkeys(("median", "p20", "p80"), 2.0)
+    values |= {"pass_": STEP, "shape": "s", "dtype": "float32", "candidate": "eager", "rounds": 3, "saved_bytes": 0}
+    values |= {"ratios": {"frozen": Spread(1.0, 1.0, 1.0)}}
     return Row(**values | fields)
+
+
+def a_group(rows, **fields):
+    return groups.Group(STEP, "s", "float32", "ours-eager", rows, **fields)
 
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch):
     """Compiling C++ for every group takes long; what is compiled has a test of its own."""
     monkeypatch.setitem(
-        baselines.PEERS, "compiled", baselines.Peer(baselines._compiled, lambda weights: "not in these tests")
+        baselines.CANDIDATES, "compiled", baselines.Recipe(baselines._compiled, lambda weights: "not in these tests")
     )
 
 
@@ -52,15 +59,15 @@ def uncompiled(monkeypatch):
 @pytest.mark.parametrize("dtype", bench.KNOWN_DTYPES)
 @pytest.mark.parametrize("work", [FORWARD, BACKWARD, STEP])
 def test_every_candidate_is_right(work, dtype):
-    group = runner.run_group(LayerProblem(work, SMALL, dtype, CPU), HASTY)
-    assert group.red == {}
-    assert {row.candidate for row in group.rows} | set(group.absent) == set(baselines.PEERS)
-    assert next(row for row in group.rows if row.candidate == "frozen").ratio_to_frozen == 1.0
+    group = runner.run_group(LayerWorkload(work, SMALL, dtype, CPU), HASTY)
+    assert group.failed == {}
+    assert {row.candidate for row in group.rows} | set(group.absent) == set(baselines.CANDIDATES)
+    assert next(row for row in group.rows if row.candidate == "frozen").ratio.median == 1.0
 
 
 def test_every_candidate_takes_the_same_training_step():
-    group = runner.run_group(NetProblem("float32", CPU), HASTY)
-    assert group.red == {}
+    group = runner.run_group(NetWorkload("float32", CPU), HASTY)
+    assert group.failed == {}
     assert group.ours in {row.candidate for row in group.rows}
 
 
@@ -91,14 +98,28 @@ class Raises(baselines.EagerLoRA):
     [(WrongScale, "is off by"), (NotANumber, "nan"), (NoGradient, "is off|missing"), (Raises, "RuntimeError: out of")],
 )
 def test_a_wrong_candidate_gets_no_time(monkeypatch, wrong, why):
-    monkeypatch.setitem(baselines.PEERS, "addmm", baselines.Peer(wrong))
-    group = runner.run_group(LayerProblem(STEP, SMALL, "float32", CPU), HASTY)
-    assert list(group.red) == ["addmm"]
+    monkeypatch.setitem(baselines.CANDIDATES, "addmm", baselines.Recipe(wrong))
+    group = runner.run_group(LayerWorkload(STEP, SMALL, "float32", CPU), HASTY)
+    assert list(group.failed) == ["addmm"]
     with pytest.raises(AssertionError, match=why):
-        raise AssertionError(group.red["addmm"])
+        raise AssertionError(group.failed["addmm"])
     assert "addmm" not in {row.candidate for row in group.rows}
     assert {row.candidate for row in group.rows} >= {"frozen", "eager", "ours-eager"}
-    assert "RED" in "\n".join(table.lines(group))
+    assert "FAILED" in "\n".join(table.lines(group))
+
+
+def test_what_may_be_wrong_is_the_tests_budget_and_what_one_chain_of_float32_sums_rounds():
+    workload = LayerWorkload(FORWARD, SMALL, "float32", CPU)
+    truth, plain = (made.candidate("eager").call()["y"] for made in (workload.exact(), workload))
+    chain = math.sqrt(workload.longest_sum) * torch.finfo(torch.float32).eps / 2 * truth.abs().max().item()
+    allowed = oracle.budget(plain, truth) + chain
+    assert check.allowance(plain, truth, torch.float32, workload.longest_sum) == pytest.approx(allowed)
+    judge = check.Judge(workload)
+    for part, wrong in ((0.99, False), (1.01, True)):
+        y = truth.clone()
+        y[-1, -1] += part * allowed
+        verdict = judge.verdict("addmm", Candidate(lambda y=y: {"y": y}, ()))
+        assert (verdict is not None) == wrong, verdict
 
 
 # ---------------------------------------------------------------- results
@@ -106,20 +127,20 @@ def test_a_wrong_candidate_gets_no_time(monkeypatch, wrong, why):
 
 def test_results_come_back_from_disk(tmp_path):
     path = tmp_path / "folder" / "results.json"
-    results = Results(ENVIRONMENT)
-    results.add([a_row(), a_row(candidate="frozen", saved_bytes=None)])
-    results.save(path)
-    assert Results.load(path) == results
-    assert Results.open(path, ENVIRONMENT) == results
+    file = ResultsFile("layers", "fused-lora bench", ENVIRONMENT)
+    file.add([a_row(), a_row(candidate="frozen", saved_bytes=None)])
+    file.save(path)
+    assert ResultsFile.load(path) == file
+    assert ResultsFile.open(path, "layers", "", ENVIRONMENT) == file
     assert os.listdir(path.parent) == ["results.json"]
 
 
 def test_a_group_that_is_measured_again_replaces_its_rows():
-    results = Results(ENVIRONMENT)
-    results.add([a_row(candidate="a"), a_row(candidate="b")])
-    results.add([a_row(shape="other")])
-    results.add([a_row(candidate="a", median_ms=7.0)])
-    assert [(row.shape, row.candidate, row.median_ms) for row in results.rows] == [
+    file = ResultsFile("layers", "fused-lora bench", ENVIRONMENT)
+    file.add([a_row(candidate="a"), a_row(candidate="b")])
+    file.add([a_row(shape="other")])
+    file.add([a_row(candidate="a", median=7.0, p80=7.0)])
+    assert [(row.shape, row.candidate, row.median) for row in file.rows] == [
         ("other", "eager", 2.0),
         ("s", "a", 7.0),
     ]
@@ -127,21 +148,26 @@ def test_a_group_that_is_measured_again_replaces_its_rows():
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    Results(ENVIRONMENT).save(path)
+    ResultsFile("layers", "fused-lora bench", ENVIRONMENT).save(path)
     before = path.read_bytes()
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        Results(ENVIRONMENT, [a_row()]).save(path)
+        ResultsFile("layers", "fused-lora bench", ENVIRONMENT, [a_row()]).save(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["results.json"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"environment": {}, "rows": []}'])
+OTHER_FILES = [
+    "", "[]", '{"rows": []}', '{"environment": {}, "rows": []}', '{"format": "fused_lora results, 0", "rows": []}'
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", OTHER_FILES)
 def test_another_file_is_neither_read_nor_overwritten(tmp_path, text, capsys):
     path = tmp_path / "notes.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"notes\.json must be a results file"):
-        Results.load(path)
+        ResultsFile.load(path)
     assert bench.run(arguments("--device", "cpu", "--quick", "--out", str(path))) == 2
     assert "must be a results file" in capsys.readouterr().err
     assert path.read_text() == text
@@ -149,13 +175,47 @@ def test_another_file_is_neither_read_nor_overwritten(tmp_path, text, capsys):
 
 def test_results_of_another_environment_are_not_overwritten(tmp_path):
     path = tmp_path / "results.json"
-    Results(ENVIRONMENT).save(path)
-    with pytest.raises(ValueError, match="must be of this environment"):
-        Results.open(path, Environment.here(CPU))
+    ResultsFile("layers", "fused-lora bench", ENVIRONMENT).save(path)
+    with pytest.raises(ValueError, match="must hold layers of this environment"):
+        ResultsFile.open(path, "layers", "", Environment.here(CPU))
 
 
-def test_the_file_is_named_after_device_and_date():
-    assert ENVIRONMENT.slug == "some-gpu-80-gb"
+def test_a_file_is_named_after_device_and_date_whatever_is_in_it():
+    paths = {kind: results.default_path(kind, ENVIRONMENT) for kind in results.FOLDERS}
+    assert {path.name for path in paths.values()} == {"some-gpu-80-gb-2026-01-31.json"}
+    assert len(set(paths.values())) == len(paths)
+
+
+def test_every_committed_file_is_of_the_one_schema_and_named_after_its_device_and_date():
+    folder = ROOT / "benchmarks" / "results"
+    found = {path for kind in results.FOLDERS for path in (folder / results.FOLDERS[kind]).glob("*.json")}
+    assert found == set(folder.rglob("*.json"))
+    assert {kind for kind in results.FOLDERS if results.load_all(folder, kind)} == set(results.FOLDERS)
+    for path in found:
+        file = ResultsFile.load(path)
+        assert path == results.default_path(file.kind, file.environment)
+        assert file.command
+        assert file.rows
+
+
+def test_a_misnamed_file_is_not_published(tmp_path):
+    ResultsFile("layers", "", ENVIRONMENT, [a_row()]).save(tmp_path / "some-gpu-80-gb.json")
+    with pytest.raises(ValueError, match=r"named some-gpu-80-gb-2026-01-31\.json, got one of layers"):
+        results.load_all(tmp_path, "layers")
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"median": 1.0}, "must have 0 <= p20 <= median <= p80, got 2.0, 1.0, 2.0"),
+        ({"p80": float("nan")}, "p20 <= median"),
+        ({"unit": "furlongs"}, "unit must be one of ms, us, bytes, registers, got 'furlongs'"),
+        ({"candidate": None}, "candidate must be text, got None"),
+    ],
+)
+def test_a_row_that_says_nothing_is_refused(fields, why):
+    with pytest.raises(ValueError, match=why):
+        a_row(**fields)
 
 
 # ---------------------------------------------------------------- the command
@@ -170,7 +230,7 @@ def hasty(monkeypatch):
 
 def test_a_run_prints_ratios_and_writes_its_file(tmp_path, hasty, capsys):
     path = tmp_path / "results.json"
-    options = ("--device", "cpu", "--quick", "--work", "forward", "--dtype", "float32,bfloat16", "--out", str(path))
+    options = ("--device", "cpu", "--quick", "--pass", "forward", "--dtype", "float32,bfloat16", "--out", str(path))
     assert bench.run(arguments(*options)) == 0
     data = json.loads(path.read_text())
     assert data["environment"]["threads"] == torch.get_num_threads()
@@ -184,53 +244,53 @@ def test_a_run_prints_ratios_and_writes_its_file(tmp_path, hasty, capsys):
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):
     made = []
 
-    def run_group(problem, plan, peak, dry):
+    def run_group(workload, plan, peak, dry):
         if made:
             raise KeyboardInterrupt
-        made.append(problem)
-        return runner.Group("title", "ours-eager", [a_row()], {}, {})
+        made.append(workload)
+        return a_group([a_row()])
 
     monkeypatch.setattr(runner, "run_group", run_group)
     path = tmp_path / "results.json"
     assert bench.run(arguments("--device", "cpu", "--quick", "--out", str(path))) == 130
-    assert Results.load(path).rows == [a_row()]
+    assert ResultsFile.load(path).rows == [a_row()]
 
 
-def test_a_red_check_fails_the_run(monkeypatch, capsys):
-    group = runner.Group("title", "ours-eager", [], {"ours-eager": "dx is off"}, {})
-    monkeypatch.setattr(runner, "run_group", lambda problem, plan, peak, dry: group)
-    assert bench.run(arguments("--device", "cpu", "--quick", "--work", "forward")) == 1
-    assert "RED, so without a time: title: ours-eager: dx is off" in capsys.readouterr().out
+def test_a_wrong_candidate_fails_the_run(monkeypatch, capsys):
+    group = a_group([], failed={"ours-eager": "dx is off"})
+    monkeypatch.setattr(runner, "run_group", lambda workload, plan, peak, dry: group)
+    assert bench.run(arguments("--device", "cpu", "--quick", "--pass", "forward")) == 1
+    assert "FAILED, so without a time: step  s  float32: ours-eager: dx is off" in capsys.readouterr().out
 
 
 def test_a_loss_is_printed_as_one_and_noise_as_noise():
-    def verdict(ours, peer):
+    def verdict(ours, baseline):
         rows = [
-            a_row(candidate=name, ratio_to_frozen=median, ratio_p20=median - 0.01, ratio_p80=median + 0.01)
-            for name, median in (("ours-eager", ours), ("peft", peer), ("frozen", 1.0))
+            a_row(candidate=name, ratios={"frozen": Spread(median, median - 0.01, median + 0.01)})
+            for name, median in (("ours-eager", ours), ("peft", baseline), ("frozen", 1.0))
         ]
-        return str(table.standing(runner.Group("title", "ours-eager", rows, {}, {})))
+        return str(groups.standing(a_group(rows)))
 
-    assert verdict(1.1, 1.0) == "ours-eager is 10.0% SLOWER than peft, the fastest peer"
-    assert verdict(1.0, 1.25) == "ours-eager is 20.0% faster than peft, the fastest peer"
-    assert verdict(1.01, 1.0) == "ours-eager is level with peft, the fastest peer (-1.0%, within the noise)"
+    assert verdict(1.1, 1.0) == "ours-eager is 10.0% SLOWER than peft, the fastest baseline"
+    assert verdict(1.0, 1.25) == "ours-eager is 20.0% faster than peft, the fastest baseline"
+    assert verdict(1.01, 1.0) == "ours-eager is level with peft, the fastest baseline (-1.0%, within the noise)"
 
 
 def test_a_table_has_no_column_that_no_candidate_fills():
     def heads(**fields):
         rows = [a_row(**fields), a_row(candidate="frozen", tflops=None)]
-        return table.lines(runner.Group("title", "ours-eager", rows, {}, {}))[2].split()
+        return table.lines(a_group(rows))[2].split()
 
-    assert heads() == ["÷", "frozen", "p20-p80", "candidate", "ms", "p20-p80", "saved"]
+    assert heads() == ["candidate", "÷", "frozen", "p20–p80", "ms", "p20–p80,", "ms", "rounds", "saved"]
     assert heads(tflops=1.5)[-2:] == ["TFLOP/s", "saved"]
-    lines = table.lines(runner.Group("title", "ours-eager", [a_row(tflops=1.5), a_row(candidate="frozen")], {}, {}))
+    lines = table.lines(a_group([a_row(tflops=1.5), a_row(candidate="frozen")]))
     assert len({len(line) for line in lines[2:5]}) == 1
     # what one candidate lacks is a dash in a column that another fills
-    assert "-" in lines[4].split()
+    assert "–" in lines[4].split()
 
 
 def test_reasons_are_given_once(capsys):
-    groups = [runner.Group("t", "ours-eager", [], {}, {"a": "no GPU", "b": "no GPU", "c": "none"}) for _ in range(2)]
+    groups = [a_group([], absent={"a": "no GPU", "b": "no GPU", "c": "none"}) for _ in range(2)]
     series.conclude(groups, None)
     out = capsys.readouterr().out
     assert "not timed: a, b: no GPU\nnot timed: c: none\n" in out
@@ -238,7 +298,7 @@ def test_reasons_are_given_once(capsys):
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [(("--work", "train", "--dtype", "bfloat16"), "nothing to time"), (("--threads", "0"), "--threads must be")],
+    [(("--pass", "train", "--dtype", "bfloat16"), "nothing to time"), (("--threads", "0"), "--threads must be")],
 )
 def test_what_cannot_be_run_is_refused(options, why, capsys):
     assert bench.run(arguments("--device", "cpu", *options)) == 2
@@ -246,7 +306,8 @@ def test_what_cannot_be_run_is_refused(options, why, capsys):
 
 
 def test_unknown_names_are_refused_by_the_parser(capsys):
-    for option in ("--dtype", "--work"):
+    # --work as it was called before
+    for option in ("--dtype", "--pass", "--work"):
         with pytest.raises(SystemExit):
             arguments(option, "float8")
         assert "got 'float8'" in capsys.readouterr().err
@@ -262,43 +323,43 @@ def test_shapes_have_names_of_their_own_and_the_most_valuable_comes_first():
 
 def test_a_run_out_of_time_starts_nothing_more_and_says_so(tmp_path, hasty, monkeypatch, capsys):
     path = tmp_path / "results.json"
-    options = ("--device", "cpu", "--quick", "--work", "forward,step", "--dtype", "float32", "--minutes", "1e-9")
+    options = ("--device", "cpu", "--quick", "--pass", "forward,step", "--dtype", "float32", "--minutes", "1e-9")
     assert bench.run(arguments(*options, "--out", str(path))) == 0
     assert "INCOMPLETE: 2 of 2 groups were not measured" in capsys.readouterr().out
     assert not path.exists()
     now = iter([0.0, 100.0])
     monkeypatch.setattr(series, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
     agenda = runner.agenda(CPU, ["float32"], [FORWARD, STEP], quick=True)
-    assert series.compete(agenda, Results(ENVIRONMENT), path, HASTY, deadline=50.0) == 0
+    assert series.compete(agenda, ResultsFile("layers", "", ENVIRONMENT), path, HASTY, deadline=50.0) == 0
     assert "INCOMPLETE: 1 of 2" in capsys.readouterr().out
-    assert not Results.load(path).complete
-    assert {row.work for row in Results.load(path).rows} == {"forward"}
+    assert not ResultsFile.load(path).complete
+    assert {row.pass_ for row in ResultsFile.load(path).rows} == {"forward"}
 
 
 # ---------------------------------------------------------------- what a GPU's table adds
 
 
 def test_interpreted_kernels_compete_in_a_dry_run_alone():
-    problem = LayerProblem(FORWARD, Shape("s", 17, 128, 40, 3, ("dry",)), "float32", CPU)
-    group = runner.run_group(problem, HASTY, dry=True)
-    assert group.red == {}
+    workload = LayerWorkload(FORWARD, Shape("s", 17, 128, 40, 3, ("dry",)), "float32", CPU)
+    group = runner.run_group(workload, HASTY, dry=True)
+    assert group.failed == {}
     assert {"ours-triton", "ours-publish", "ours-produce", "ours-recompute"} <= {row.candidate for row in group.rows}
-    assert runner.run_group(problem, HASTY).absent["ours-publish"] == "interpreted kernels say nothing about time"
+    assert runner.run_group(workload, HASTY).absent["ours-publish"] == "interpreted kernels say nothing about time"
 
 
-def test_the_compiled_peer_is_right_and_compiled(monkeypatch):
+def test_the_compiled_baseline_is_right_and_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
-    monkeypatch.setitem(baselines.PEERS, "compiled", baselines.Peer(baselines._compiled, first=True))
+    monkeypatch.setitem(baselines.CANDIDATES, "compiled", baselines.Recipe(baselines._compiled, first=True))
     # a compiled backward may free its inputs, so it can run but once
     for work in (STEP, BACKWARD):
-        group = runner.run_group(LayerProblem(work, SMALL, "float32", CPU), HASTY)
-        assert group.red == {}
+        group = runner.run_group(LayerWorkload(work, SMALL, "float32", CPU), HASTY)
+        assert group.failed == {}
         assert "compiled" in {row.candidate for row in group.rows}
 
 
-def test_the_compiled_peer_competes_in_the_first_shapes_of_a_gpu_and_where_a_compiler_is(monkeypatch):
-    monkeypatch.setitem(baselines.PEERS, "compiled", baselines.Peer(baselines._compiled, first=True))
-    weights = LayerProblem(STEP, SMALL, "float32", CPU).weights
+def test_the_compiled_baseline_competes_in_the_first_shapes_of_a_gpu_and_where_a_compiler_is(monkeypatch):
+    monkeypatch.setitem(baselines.CANDIDATES, "compiled", baselines.Recipe(baselines._compiled, first=True))
+    weights = LayerWorkload(STEP, SMALL, "float32", CPU).weights
     assert baselines._why_no_compiler(weights) is None
     monkeypatch.setattr(baselines.shutil, "which", lambda name: None)
     assert "needs a C++ compiler" in baselines._why_no_compiler(weights)
@@ -310,7 +371,7 @@ def test_the_share_of_the_roofline_is_the_larger_floor_over_the_time():
     peak = roofline.Peak(tflops=1000.0, gb_per_s=2000.0)
     assert peak.share(flops=2 * 10**12, moved_bytes=10**9, ms=4.0) == pytest.approx(0.5)
     assert peak.share(flops=10**9, moved_bytes=4 * 10**9, ms=4.0) == pytest.approx(0.5)
-    group = runner.run_group(LayerProblem(FORWARD, SMALL, "bfloat16", CPU), HASTY, peak)
+    group = runner.run_group(LayerWorkload(FORWARD, SMALL, "bfloat16", CPU), HASTY, peak)
     row = next(row for row in group.rows if row.candidate == "eager")
     assert row.roofline == pytest.approx(max(row.tflops / 1000.0, row.gb_per_s / 2000.0))
     assert roofline.peak_of("NVIDIA H100 80GB HBM3", "bfloat16+float32") is roofline.PEAKS["NVIDIA H100 80GB HBM3"]
@@ -319,7 +380,7 @@ def test_the_share_of_the_roofline_is_the_larger_floor_over_the_time():
 
 
 def test_on_a_gpu_the_targets_come_first_in_every_dtype_and_llama_covers_tokens_and_ranks(monkeypatch):
-    monkeypatch.setattr(runner, "LayerProblem", lambda *args: args)
+    monkeypatch.setattr(runner, "LayerWorkload", lambda *args: args)
     works = [FORWARD, STEP, DECODE]
     made = [make() for make in runner.agenda(CPU, ["bfloat16", "float16"], works, quick=False, place="gpu")]
     first = [(shape.name, dtype) for _, shape, dtype, _ in made[:10]]
@@ -360,9 +421,9 @@ def lorafusion(monkeypatch):
 
 
 def test_lorafusion_is_called_as_it_wants_and_held_to_the_truth(monkeypatch, lorafusion):
-    monkeypatch.setitem(baselines.PEERS, "lorafusion", baselines.Peer(baselines.LoRAFusionLoRA))
-    group = runner.run_group(LayerProblem(STEP, SMALL, "float32", CPU), HASTY)
-    assert group.red == {}
+    monkeypatch.setitem(baselines.CANDIDATES, "lorafusion", baselines.Recipe(baselines.LoRAFusionLoRA))
+    group = runner.run_group(LayerWorkload(STEP, SMALL, "float32", CPU), HASTY)
+    assert group.failed == {}
     assert "lorafusion" in {row.candidate for row in group.rows}
 
 
@@ -390,11 +451,11 @@ def test_lorafusion_is_timed_where_its_kernels_run_and_nowhere_else(monkeypatch,
 
 
 def test_a_group_whose_truth_does_not_fit_is_left_out_and_the_run_goes_on(monkeypatch):
-    def too_large(problem):
+    def too_large(workload):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(runner, "Judge", too_large)
-    group = runner.run_group(LayerProblem(STEP, SMALL, "float32", CPU), HASTY)
-    assert (group.rows, group.red) == ([], {})
+    group = runner.run_group(LayerWorkload(STEP, SMALL, "float32", CPU), HASTY)
+    assert (group.rows, group.failed) == ([], {})
     assert group.absent["frozen"] == "the float64 truth does not fit in memory"
     assert "step" in "\n".join(table.lines(group))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_lora.bench import subjects
-from fused_lora.bench.results import Results
+from fused_lora.bench.results import ResultsFile
 from tools import commands, gpu, sanitized
 
 
@@ -86,7 +86,7 @@ def test_a_part_that_outlasts_its_time_is_stopped_and_said_to_be_unfinished(tmp_
     assert "tests      unfinished after" in capsys.readouterr().out
     # no test failed, and every candidate is checked before it is timed
     assert len(hasty_speed) == 1
-    results = Results.load(path)
+    results = ResultsFile.load(path)
     assert results.checks["tests"].startswith("unfinished")
     assert not results.complete
 
@@ -188,14 +188,14 @@ def test_the_script_for_the_sanitizer_is_right_and_sees_what_is_wrong(monkeypatc
 def test_its_speed_part_walks_the_whole_way_with_interpreted_kernels(tmp_path, capsys):
     path = tmp_path / "results.json"
     assert gpu.main(["--device", "cpu", "--quick", "--only", "speed", "--out", str(path)], tmp_path) == 0
-    results = Results.load(path)
+    results = ResultsFile.load(path)
     assert results.environment.device.endswith(", kernels interpreted")
     assert results.complete
-    assert {(row.work, row.shape.split()[0]) for row in results.rows} == {
+    assert {(row.pass_, row.shape.split()[0]) for row in results.rows} == {
         ("model", "dry-blocks"), ("forward", "dry"), ("step", "dry"), ("decode", "dry-decode")
     }  # fmt: skip
-    assert results.rows[0].work == "model"
-    blocks = {row.candidate for row in results.rows if row.work == "model"}
+    assert results.rows[0].pass_ == "model"
+    blocks = {row.candidate for row in results.rows if row.pass_ == "model"}
     assert blocks == {"frozen", "eager", "peft", "ours-triton", "ours-eager", "ours-in-peft"}
     ours = {f"ours-{name}" for name in ("triton", "publish", "produce", "recompute", "eager")}
     assert {row.candidate for row in results.rows} >= {"frozen", "eager", "addmm", "parametrize"} | ours

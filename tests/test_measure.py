@@ -7,9 +7,9 @@ import types
 import pytest
 import torch
 
-from fused_lora.bench import baselines, measure, problems
-from fused_lora.bench.problems import LayerProblem
+from fused_lora.bench import baselines, measure, workloads
 from fused_lora.bench.shapes import BACKWARD, DECODE, FORWARD, STEP, Shape
+from fused_lora.bench.workloads import LayerWorkload
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 6, 20, 12, 3, ("cpu",), bias=True)
@@ -189,11 +189,11 @@ def test_spread_is_median_and_fifths():
     assert (spread.median, spread.p20, spread.p80) == (3.5, 2.0, 5.0)
 
 
-def test_ours_keeps_x_and_the_thin_product_and_parametrize_a_whole_weight():
-    problem = LayerProblem(STEP, SMALL, "float32", CPU)
+def test_ours_keeps_x_and_the_low_rank_product_and_parametrize_a_whole_weight():
+    workload = LayerWorkload(STEP, SMALL, "float32", CPU)
 
     def kept(name):
-        candidate = problem.candidate(name)
+        candidate = workload.candidate(name)
         return measure.saved_bytes(candidate.call, candidate.parameters)
 
     x, h = SMALL.M * SMALL.K * 4, SMALL.M * SMALL.R * 4
@@ -233,17 +233,17 @@ def test_the_peak_is_the_most_that_was_out_at_once():
 
 
 def test_the_peak_of_a_step_is_what_the_formulas_make():
-    tokens, thin = SMALL.M * 4, SMALL.M * SMALL.R * 4
+    tokens, h = SMALL.M * 4, SMALL.M * SMALL.R * 4
 
     def peak(name, work):
-        return measure.peak_bytes(LayerProblem(work, SMALL, "float32", CPU).candidate(name).call, CPU)
+        return measure.peak_bytes(LayerWorkload(work, SMALL, "float32", CPU).candidate(name).call, CPU)
 
     # y, then dx beside it
     assert peak("frozen", FORWARD) == tokens * SMALL.N
     assert peak("frozen", STEP) == tokens * (SMALL.N + SMALL.K)
     # what the forward made was there before
     assert peak("frozen", BACKWARD) == tokens * SMALL.K
-    assert peak("addmm", FORWARD) == tokens * SMALL.N + thin
+    assert peak("addmm", FORWARD) == tokens * SMALL.N + h
     assert peak("eager", FORWARD) >= 3 * tokens * SMALL.N
 
 
@@ -256,16 +256,16 @@ def test_calls_take_the_copies_of_their_inputs_in_turn(monkeypatch, work):
             seen.append(x.data_ptr())
             return super().forward(x)
 
-    monkeypatch.setitem(baselines.PEERS, "addmm", baselines.Peer(Watching))
-    problem = LayerProblem(work, SMALL, "float32", CPU)
-    call = problem.candidate("addmm").call
-    results = [call() for _ in range(problem.copies + 1)]
-    assert len(set(seen)) == problem.copies == 16
+    monkeypatch.setitem(baselines.CANDIDATES, "addmm", baselines.Recipe(Watching))
+    workload = LayerWorkload(work, SMALL, "float32", CPU)
+    call = workload.candidate("addmm").call
+    results = [call() for _ in range(workload.copies + 1)]
+    assert len(set(seen)) == workload.copies == 16
     assert seen[-1] == seen[0]
     assert all(torch.equal(one[key], results[0][key]) for one in results for key in one)
 
 
 def test_copies_outgrow_a_cache_and_stay_few():
-    assert problems.copies_of(CPU, 1 << 23) == 8
-    assert (problems.copies_of(CPU, 100), problems.copies_of(CPU, 1 << 30)) == (16, 1)
-    assert problems.copies_of(torch.device("cuda"), 100) == 1
+    assert workloads.copies_of(CPU, 1 << 23) == 8
+    assert (workloads.copies_of(CPU, 100), workloads.copies_of(CPU, 1 << 30)) == (16, 1)
+    assert workloads.copies_of(torch.device("cuda"), 100) == 1

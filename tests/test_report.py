@@ -9,43 +9,50 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from fused_lora import bench
-from fused_lora.bench import charts, groups, report, table
-from fused_lora.bench.baselines import PEERS, SCHEDULES
-from fused_lora.bench.results import Environment, Results, Row
-from fused_lora.bench.svg import COLOURS
-from tools import publish
+from fused_lora.bench import charts, groups, table
+from fused_lora.bench.baselines import CANDIDATES, SCHEDULES
+from fused_lora.bench.colours import COLOURS
+from fused_lora.bench.page import render
+from fused_lora.bench.results import Environment, ResultsFile, Row, Spread, load_all
+from tools import layer_tables, publish
 
 CPU = Environment("Some <CPU>", "2.13.0", "3.7.1", None, "3.11.7", 2, "2026-01-31")
 GPU = Environment("Some GPU", "2.13.0", "3.7.1", "13.0", "3.11.7", 8, "2026-02-28")
 
 
-def row(candidate, ratio, work="step", shape="square-2048 (M=512 K=2048 N=2048 R=16)", dtype="float32", **fields):
-    values = {"median_ms": 2 * ratio, "p20_ms": 1.9 * ratio, "p80_ms": 2.1 * ratio, "ratio_to_frozen": ratio}
-    values |= {"ratio_p20": ratio - 0.01, "ratio_p80": ratio + 0.01, "ratio_to_parametrize": None, "rounds": 20}
-    values |= {"tflops": 1.5, "gb_per_s": 20.0, "saved_bytes": 4096, "peak_bytes": None}
-    return Row(work=work, shape=shape, dtype=dtype, candidate=candidate, **values | fields)
+def row(candidate, ratio, pass_="step", shape="square-2048 (M=512 K=2048 N=2048 R=16)", dtype="float32", **fields):
+    values = {"median": 2 * ratio, "p20": 1.9 * ratio, "p80": 2.1 * ratio, "rounds": 20, "tflops": 1.5}
+    values |= {"ratios": {"frozen": Spread(ratio, ratio - 0.01, ratio + 0.01)}, "gb_per_s": 20.0, "saved_bytes": 4096}
+    return Row(pass_, shape, dtype, candidate, **values | fields)
+
+
+def a_file(environment, rows):
+    return ResultsFile("layers", "fused-lora bench", environment, rows)
+
+
+def save(file, checkout):
+    file.save(checkout / "benchmarks" / "results" / file.environment.file_name)
 
 
 def some_results(environment=CPU):
     ours = "ours-triton" if environment is GPU else "ours-eager"
     rows = [row("frozen", 1.0), row(ours, 1.07), row("eager", 1.31), row("peft", 1.42), row("parametrize", 7.5)]
     rows += [
-        row(name, ratio, work="forward", shape="decode-2048-m1 (M=1 K=2048 N=2048 R=16)")
+        row(name, ratio, pass_="forward", shape="decode-2048-m1 (M=1 K=2048 N=2048 R=16)")
         for name, ratio in (("frozen", 1.0), (ours, 1.36), ("eager", 1.28))
     ]
-    return Results(environment, rows)
+    return a_file(environment, rows)
 
 
 # ---------------------------------------------------------------- what it says
 
 
 def test_the_page_says_what_the_results_say():
-    page = report.page(some_results(), {"step  small  float32: addmm": "dx is off by <0.1>"})
+    page = render(some_results(), {"step  small  float32: addmm": "dx is off by <0.1>"})
     text = html.unescape(re.sub(r"<[^>]*>", " ", page))
     for number in ("1.07", "1.31", "1.42", "7.50", "2.14 ms", "15 ms", "saved 4.1 KB", "Some <CPU>", "2 threads"):
         assert number.replace("2 threads", "threads") in text
@@ -58,15 +65,15 @@ def test_the_page_says_what_the_results_say():
 
 
 def test_the_page_fetches_nothing_and_runs_nothing():
-    page = report.page(some_results(), {})
+    page = render(some_results(), {})
     assert not re.search(r"<script|<link|<img|<iframe|url\(|@import|\bsrc=|\bhref=|https?:", page)
     assert "prefers-color-scheme:dark" in page
     assert 'name="viewport"' in page
 
 
-def test_results_without_a_floor_are_shown_by_time():
-    results = Results(CPU, [row("ours-eager", 1.0, ratio_to_frozen=None), row("full", 3.0, ratio_to_frozen=None)])
-    text = re.sub(r"<[^>]*>", " ", report.page(results, {}))
+def test_results_without_the_frozen_baseline_are_shown_by_time():
+    results = a_file(CPU, [row("ours-eager", 1.0, ratios={}), row("full", 3.0, ratios={})])
+    text = re.sub(r"<[^>]*>", " ", render(results, {}))
     assert "3.00" in text
     assert "6 ms" in text
 
@@ -77,7 +84,7 @@ def test_a_report_is_made_of_a_file_without_measuring(tmp_path, capsys):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     assert bench.run(parser.parse_args(["--from", str(source), "--report", str(page)])) == 0
-    assert page.read_text() == report.page(some_results(), {})
+    assert page.read_text() == render(some_results(), {})
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "1 faster, 0 level, 1 SLOWER" in out
@@ -92,19 +99,32 @@ def test_a_report_is_made_of_a_file_without_measuring(tmp_path, capsys):
 
 @pytest.fixture
 def checkout(tmp_path):
-    (tmp_path / "README.md").write_text("Before.\n<!-- speed -->\nold\n<!-- /speed -->\nAfter.\n")
+    """This one's pages, and a results file of one machine."""
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "host.md").write_text("<!-- host -->\n<!-- /host -->\n")
-    some_results().save(tmp_path / "benchmarks" / "results" / "cpu.json")
+    for name in publish.BLOCKS:
+        shutil.copy(publish.CHECKOUT / name, tmp_path / name)
+    save(some_results(), tmp_path)
     return tmp_path
 
 
-def test_a_table_without_a_gpu_file_says_not_measured_and_with_one_gives_it(checkout):
+def pages(checkout):
+    """The README's block and docs/benchmarks.md, both made anew."""
     assert publish.main([], checkout) == 0
-    readme, page = (checkout / "README.md").read_text(), (checkout / "docs" / "benchmarks.md").read_text()
-    assert readme.startswith("Before.\n<!-- speed -->\nOn a CPU, Some <CPU>, 2 threads")
-    assert readme.endswith("On a GPU: **not measured**.\n<!-- /speed -->\nAfter.\n")
-    assert "| 512×2048×2048, rank 16, step, float32 | 1.07 | 1.31 | 1.42 | 7.50 |" in readme
+    readme = (checkout / "README.md").read_text()
+    return readme.partition("<!-- speed -->")[2].partition("<!-- /speed -->")[0], (
+        checkout / "docs" / "benchmarks.md"
+    ).read_text()
+
+
+def test_a_table_without_a_gpu_file_says_not_measured_and_with_one_gives_it(checkout):
+    before = (checkout / "README.md").read_text()
+    readme, page = pages(checkout)
+    after = (checkout / "README.md").read_text()
+    for half in (lambda text: text.partition("<!-- speed -->")[0], lambda text: text.partition("<!-- /speed -->")[2]):
+        assert half(before) == half(after) != ""
+    assert readme.startswith("\nOn a CPU, Some <CPU>, 2 threads")
+    assert readme.endswith("On a GPU: **not measured**.\n")
+    assert "| 512×2048×2048, rank 16, step, float32 | 1.07 (1.06–1.08) | 1.31 | 1.42 | 7.50 |" in readme
     assert "**not measured**: no file" in page
     assert publish.main(["--check"], checkout) == 0
 
@@ -112,18 +132,17 @@ def test_a_table_without_a_gpu_file_says_not_measured_and_with_one_gives_it(chec
         row(name, ratio, shape="headline (M=8192 K=4096 N=4096 R=16)", dtype="bfloat16")
         for name, ratio in (("frozen", 1.0), ("ours-triton", 1.1), ("eager", 1.5))
     ]
-    Results(GPU, headline).save(checkout / "benchmarks" / "results" / "gpu.json")
+    save(a_file(GPU, headline), checkout)
     assert publish.main(["--check"], checkout) == 1
-    assert publish.main([], checkout) == 0
-    readme, page = (checkout / "README.md").read_text(), (checkout / "docs" / "benchmarks.md").read_text()
+    readme, page = pages(checkout)
     # whole models have files of their own
     assert "not measured" not in readme + page.partition("## Whole models")[0]
-    assert "| … step | 1.10 | 1.50 |" in readme
+    assert "| … step | 1.10 (1.09–1.11) | 1.50 |" in readme
     # a file without a wall says whose time it may hold
     for text in (readme, page):
         assert "`ours-triton`, is ahead of the fastest of eager in 1 of 1 groups, level in 0 and behind in 0**" in text
         assert "the host 0.1 ms ahead" in text
-    assert (checkout / "docs" / "pictures" / "measured-gpu.svg").exists()
+    assert (checkout / "docs" / "pictures" / "measured-some-gpu-2026-02-28.svg").exists()
 
 
 def headline(**walls):
@@ -135,127 +154,147 @@ def headline(**walls):
         )
         for name, (ratio, wall, host) in walls.items()
     ]  # fmt: skip
-    return Results(GPU, [replace(row, candidate=row.candidate.replace("_", "-")) for row in rows])
+    return a_file(GPU, [replace(row, candidate=row.candidate.replace("_", "-")) for row in rows])
 
 
 def test_device_wall_and_host_stand_beside_each_other_where_a_file_has_them(checkout):
     results = headline(frozen=(1.0, 2.0, 0.2), ours_triton=(1.1, 4.0, 3.0), peft=(1.4, 3.0, 1.5), eager=(1.6, 3.1, 0.4))
-    results.save(checkout / "benchmarks" / "results" / "gpu.json")
-    publish.main([], checkout)
-    readme, page = (checkout / "README.md").read_text(), (checkout / "docs" / "benchmarks.md").read_text()
-    assert "| ÷ frozen linear, device / wall | ours-triton | eager | peft |" in readme
-    assert "| … step | 1.10 / 2.00 | 1.60 / 1.55 | 1.40 / 1.50 |" in readme
+    save(results, checkout)
+    readme, page = pages(checkout)
+    assert "| ÷ frozen baseline, device / wall | ours-triton | eager | peft |" in readme
+    assert "| … step | 1.10 (1.09–1.11) / 2.00 | 1.60 / 1.55 | 1.40 / 1.50 |" in readme
     assert "in 1 of 1 groups, level in 0 and behind in 0**; ahead of each alone: eager in 1, peft in 1" in readme
     # it wins on the device, and its user waits longer
     assert "it takes less than the fastest of them in 0 of 1." in readme
     assert "0.1 ms" not in readme
-    assert "| ours-triton | 1.100 | 1.090–1.110 | 2.2 | 4 | 75% |" in page
-    assert "| eager | 1.600 | 1.590–1.610 | 3.2* | 3.1 | 13% |" in page
+    assert "| ours-triton | 1.100 | 1.090–1.110 | 2.2 | 2.09–2.31 | 4 | 75% |" in page
+    assert "| eager | 1.600 | 1.590–1.610 | 3.2* | 3.04–3.36 | 3.1 | 13% |" in page
     shown = "\n".join(table.lines(groups.groups_of(results)[0]))
     assert "wall ms" in shown
     assert table.EXPOSED in shown
-    assert "wall 4 ms · host 75%" in html.unescape(report.page(results, {}))
+    assert "wall 4 ms · host 75%" in html.unescape(render(results, {}))
 
 
 def test_losses_on_a_gpu_are_said_in_words(checkout):
     rows = [
-        row(name, ratio, work=work, shape=f"some (M={tokens} K=64 N=64 R=16)", dtype="bfloat16")
-        for work, tokens, times in (
+        row(name, ratio, pass_=pass_, shape=f"some (M={tokens} K=64 N=64 R=16)", dtype="bfloat16")
+        for pass_, tokens, times in (
             ("forward", 4096, {"frozen": 1.0, "ours-triton": 1.3, "ours-native": 5.0, "addmm": 1.2, "peft": 1.5}),
             ("decode", 1, {"frozen": 1.0, "ours-triton": 6.0, "ours-native": 1.4, "addmm": 2.0, "peft": 3.0}),
         )
         for name, ratio in times.items()
     ]
-    words = publish.in_words(Results(GPU, rows))
+    words = layer_tables.in_words(a_file(GPU, rows))
     assert "is ahead of the fastest of addmm, peft in 0 of 2 groups, level in 0 and behind in 2**" in words
     assert "ahead of each alone: addmm in 0, peft in 1, none of them under 4,096 tokens." in words
     assert "`ours-native` is ahead of it in 1, none of them above 1 tokens." in words
-    assert "no forward of `ours-triton` takes less than 2.600 ms, the frozen linear's quickest 2.000" in words
+    assert "no forward of `ours-triton` takes less than 2.600 ms, the frozen baseline's quickest 2.000" in words
 
 
 def test_the_committed_gpu_file_is_older_than_the_wall_and_says_so():
-    files = publish.load_all(publish.CHECKOUT / "benchmarks" / "results")
+    files = load_all(publish.CHECKOUT / "benchmarks" / "results", "layers")
     for results in filter(groups.is_gpu, files.values()):
-        assert (publish.GLIMPSE in publish.in_words(results)) == (not groups.has_wall(results))
+        assert (layer_tables.GLIMPSE in layer_tables.in_words(results)) == (not groups.has_wall(results))
 
 
 def test_models_in_a_gpus_file_are_measured_models(checkout):
-    rows = [row(name, 1.0, work="model", shape="block (input 1×2, R=4)") for name in ("frozen", "ours-triton", "peft")]
-    Results(GPU, rows).save(checkout / "benchmarks" / "results" / "gpu.json")
-    publish.main([], checkout)
-    page = (checkout / "docs" / "benchmarks.md").read_text()
-    assert "not measured" not in page
+    rows = [row(name, 1.0, pass_="model", shape="block (input 1×2, R=4)") for name in ("frozen", "ours-triton", "peft")]
+    save(a_file(GPU, rows), checkout)
+    _, page = pages(checkout)
+    assert "not measured" not in page.partition("## The compiled extension")[0]
 
 
 def test_a_changed_number_is_found(checkout):
     publish.main([], checkout)
     path = checkout / "README.md"
-    path.write_text(path.read_text().replace("1.07", "1.05"))
+    path.write_text(path.read_text().replace("| 1.07", "| 1.05"))
     assert publish.main(["--check"], checkout) == 1
-    assert "1.05" in path.read_text()
+    assert "| 1.05" in path.read_text()
 
 
 def test_only_the_newest_file_of_a_device_counts(checkout):
-    newer = Results(Environment(**vars(CPU) | {"date": "2026-06-01"}), [row("frozen", 1.0), row("ours-eager", 1.02)])
-    newer.save(checkout / "benchmarks" / "results" / "a-newer-one.json")
-    assert list(publish.load_all(checkout / "benchmarks" / "results")) == ["a-newer-one.json"]
+    newer = a_file(Environment(**vars(CPU) | {"date": "2026-06-01"}), [row("frozen", 1.0), row("ours-eager", 1.02)])
+    save(newer, checkout)
+    assert list(load_all(checkout / "benchmarks" / "results", "layers")) == ["some-cpu-2026-06-01.json"]
 
 
 def test_a_page_without_its_markers_is_refused(checkout):
     (checkout / "README.md").write_text("nothing here")
-    with pytest.raises(ValueError, match="must have the markers <!-- speed -->"):
+    with pytest.raises(ValueError, match=r"README\.md must have the markers <!-- speed -->"):
         publish.main([], checkout)
 
 
 def test_losses_are_published(checkout):
-    publish.main([], checkout)
-    page = (checkout / "docs" / "benchmarks.md").read_text()
+    _, page = pages(checkout)
     assert "1 faster, 0 level (their spreads overlap), 1 **slower**:" in page
     assert "- forward  decode-2048-m1  float32: ours-eager is 6.2% SLOWER than eager" in page
 
 
+def dots(figure, candidate):
+    """Where a plot has a candidate: (ratio, line of its group)."""
+    (line,) = (line for line in figure.axes[0].lines if line.get_gid() == candidate)
+    return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
 def test_plots_place_a_ratio_where_its_axis_says():
     results = some_results()
-    plot = charts.ratio_plot(groups.groups_of(results), groups.candidates_of(results), "t")
-    ticks = {
-        float(text.lstrip("≥ ")): float(x) for x, text in re.findall(r'<text x="([\d.]+)"[^>]*>([≥\d. ]+)</text>', plot)
-    }
-    dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)" cy="\d+" r="5" class="ours"', plot)]
-    wide = (ticks[2.0] - ticks[1.0]) / 1.0
-    assert ticks[1.0] + 0.07 * wide == pytest.approx(dots[1], abs=0.05)
-    assert ticks[1.0] + 0.36 * wide == pytest.approx(dots[2], abs=0.05)
+    figure = charts.ratio_figure(groups.groups_of(results), groups.candidates_of(results.rows), "t")
+    assert dots(figure, "ours-eager") == [(1.07, 0), (1.36, 1)]
+    assert dots(figure, "eager") == [(1.31, 0), (1.28, 1)]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "step  square-2048  float32", "forward  decode-2048-m1  float32"
+    ]  # fmt: skip
 
 
 def test_a_plot_hides_no_ratio_of_ours():
     rows = [row("frozen", 1.0), row("ours-eager", 0.57), row("eager", 1.3)]
-    rows += [row("frozen", 1.0, work="forward"), row("ours-eager", 3.62, work="forward")]
-    found = groups.groups_of(Results(CPU, rows))
+    rows += [row("frozen", 1.0, "forward"), row("ours-eager", 3.62, "forward")]
+    found = groups.groups_of(a_file(CPU, rows))
     assert charts.smallest_ratio(found) == pytest.approx(0.4)
-    plot = charts.ratio_plot(found, ["frozen", "ours-eager", "eager"], "t")
-    places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)" cy="\d+" r="5" class="ours"', plot)]
-    ticks = {text: float(x) for x, text in re.findall(r'<text x="([\d.]+)"[^>]*>([≥\d. ]+)</text>', plot)}
-    assert ticks["0.4"] < min(places[1:]) < ticks["0.6"]
-    assert "3.6" in ticks
-    assert max(places) == pytest.approx(ticks["≥ 2"])
+    figure = charts.ratio_figure(found, ["frozen", "ours-eager", "eager"], "t")
+    low, high = figure.axes[0].get_xlim()
+    assert low < 0.4 < charts.LARGEST_RATIO < high
+    assert dots(figure, "ours-eager") == [(0.57, 0), (charts.LARGEST_RATIO, 1)]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["3.6"]
+
+
+def test_a_picture_has_the_same_bytes_and_the_readers_light_or_dark():
+    def picture():
+        found = groups.groups_of(some_results())
+        return charts.as_svg(charts.ratio_figure(found, ["frozen", "ours-eager", "eager"], "t"), "t")
+
+    svg = picture()
+    assert svg == picture()
+    style = svg.partition("<style>")[2].partition("</style>")[0]
+    assert "prefers-color-scheme:dark" in style
+    for name, pair in COLOURS.items():
+        assert all(f"--{name}:{colour};" in style for colour in pair)
+    # every colour is one of them
+    assert not re.findall(r"#[0-9a-f]{6}\b", svg.replace(style, ""))
 
 
 @pytest.mark.parametrize("ours", ["ours-triton", "ours-native"])
 def test_no_two_candidates_share_a_colour_and_every_name_fits(ours):
-    results = Results(GPU, [row(name, 1.2) for name in PEERS])
-    names = groups.candidates_of(results)
-    assert set(names) == set(PEERS) - set(SCHEDULES)
+    results = a_file(GPU, [row(name, 1.2) for name in CANDIDATES])
+    names = groups.candidates_of(results.rows)
+    assert set(names) == set(CANDIDATES) - set(SCHEDULES)
     colours = charts.colours(names, ours)
     assert len(set(colours.values())) == len(colours)
-    assert colours[ours] == "ours"
-    plot = charts.ratio_plot(groups.groups_of(results), names, "t")
-    for name in set(names) - {"frozen"}:
-        place = float(re.search(rf'<text x="([\d.]+)"[^>]*>{name}</text>', plot)[1])
-        assert place + 8 * len(name) < 760
+    assert colours[ours] == COLOURS["ours"][0]
+    figure = charts.ratio_figure(groups.groups_of(results), names, "t")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert set(shown) == set(names) - {"frozen"}
+    ends = legend.get_window_extent()
+    assert 0 <= ends.x0 < ends.x1 <= figure.bbox.x1
 
 
-def test_works_come_in_their_order_whatever_was_measured_first():
-    rows = [row(name, 1.0, work=work) for work in ("train", "decode", "step", "forward") for name in ("frozen", "peft")]
-    page = report.page(Results(CPU, rows), {})
+def test_passes_come_in_their_order_whatever_was_measured_first():
+    rows = [
+        row(name, 1.0, pass_=work) for work in ("train", "decode", "step", "forward") for name in ("frozen", "peft")
+    ]
+    page = render(a_file(CPU, rows), {})
     assert re.findall(r"<h2>(\w+)</h2>", page) == ["forward", "step", "decode", "train"]
 
 
@@ -294,7 +333,7 @@ def browse(folder, page, *options):
 
 @in_browser
 def test_nothing_sticks_out_on_a_phone_or_a_desktop(tmp_path):
-    dom = browse(tmp_path, report.page(some_results(), {"a": "b" * 300}), "--dump-dom")
+    dom = browse(tmp_path, render(some_results(), {"a": "b" * 300}), "--dump-dom")
     frames = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]))
     for frame, width in zip(frames, (NARROW, WIDE), strict=True):
         assert frame["wide"] == width
@@ -307,7 +346,7 @@ def test_nothing_sticks_out_on_a_phone_or_a_desktop(tmp_path):
 def test_it_is_seen_in_light_and_in_dark(tmp_path, mode, scheme):
     image = pytest.importorskip("PIL.Image", reason="Pillow reads the screenshot")
     shot = tmp_path / "shot.png"
-    page = report.page(some_results(), {})
+    page = render(some_results(), {})
     browse(tmp_path, page, f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={scheme}")
     picture = image.open(shot).convert("RGB")
     assert picture.size == (NARROW + WIDE, 900)
@@ -322,5 +361,6 @@ def test_it_is_seen_in_light_and_in_dark(tmp_path, mode, scheme):
 
 
 def test_the_committed_results_make_a_page():
-    for path in sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json")):
-        assert "<article>" in report.page(Results.load(path), {})
+    folder = publish.CHECKOUT / "benchmarks" / "results"
+    for file in (file for kind in ("layers", "models") for file in load_all(folder, kind).values()):
+        assert "<article>" in render(file, {})

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from fused_lora.bench import measure, runner
-from fused_lora.bench.problems import LayerProblem
-from fused_lora.bench.results import Environment, Results
+from fused_lora.bench.results import Environment, ResultsFile, Row, load_all
 from fused_lora.bench.shapes import FORWARD, STEP, Shape
-from tools import compiled, predict, scaling, scaling_page, traffic
-from tools.compiled import Compiled, resident
+from fused_lora.bench.workloads import LayerWorkload
+from fused_lora.codegen import record
+from tools import compiled, predict, scaling, scaling_tables, traffic
+from tools.compiled import resident
 from tools.traffic import ADDMM, EAGER, FROZEN, OURS, PEFT, Layer
 
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 HEADLINE = Layer(8192, 4096, 4096, 16)
 SIZES = {"M": (2, 6), "K": (20,), "N": (12,), "R": (3,), "adapters": (1, 3)}
 SMALL = scaling.Sweep(Shape("middle", 6, 20, 12, 3, ()), SIZES, "float32")
@@ -28,14 +30,14 @@ SMALL = scaling.Sweep(Shape("middle", 6, 20, 12, 3, ()), SIZES, "float32")
 
 
 @pytest.mark.parametrize("layer", [HEADLINE, Layer(100, 30, 50, 7, 4)])
-def test_ours_moves_what_the_table_of_shapes_counts_and_the_thin_products(layer):
+def test_ours_moves_what_the_table_of_shapes_counts_and_the_low_rank_products(layer):
     shape = Shape("s", layer.M, layer.K, layer.N, layer.R, ())
-    thin = layer.M * layer.R * layer.itemsize
+    h = layer.M * layer.R * layer.itemsize
     forward, step = traffic.forward(OURS, layer), traffic.forward(OURS, layer) + traffic.backward(OURS, layer)
-    assert sum(launch.moved for launch in forward) == shape.bytes(FORWARD, layer.itemsize, lora=True) + thin
+    assert sum(launch.moved for launch in forward) == shape.bytes(FORWARD, layer.itemsize, lora=True) + h
     # x and dy are both read again for dA and dB, and so are g and h
     again = layer.M * layer.N * layer.itemsize
-    assert sum(launch.moved for launch in step) == shape.bytes(STEP, layer.itemsize, lora=True) + again + 4 * thin
+    assert sum(launch.moved for launch in step) == shape.bytes(STEP, layer.itemsize, lora=True) + again + 4 * h
     assert sum(launch.flops for launch in step) == shape.flops(STEP, lora=True)
     assert (len(forward), len(step)) == (1, 3)
 
@@ -44,12 +46,12 @@ def test_ours_moves_what_the_table_of_shapes_counts_and_the_thin_products(layer)
     ("way", "name"), [(OURS, "ours-eager"), (ADDMM, "addmm"), (EAGER, "eager"), (FROZEN, "frozen")]
 )
 def test_what_is_kept_is_what_is_counted_in_a_run(way, name):
-    candidate = LayerProblem(STEP, SMALL.middle, "float32", CPU).candidate(name)
+    candidate = LayerWorkload(STEP, SMALL.middle, "float32", CPU).candidate(name)
     assert measure.saved_bytes(candidate.call, candidate.parameters) == traffic.kept(way, Layer(6, 20, 12, 3, 4))
 
 
 def test_peft_keeps_a_float32_copy_of_x():
-    candidate = LayerProblem(STEP, SMALL.middle, "bfloat16+float32", CPU).candidate("peft")
+    candidate = LayerWorkload(STEP, SMALL.middle, "bfloat16+float32", CPU).candidate("peft")
     assert measure.saved_bytes(candidate.call, candidate.parameters) == traffic.kept(PEFT, Layer(6, 20, 12, 3, 2))
 
 
@@ -58,7 +60,7 @@ def test_peft_keeps_a_float32_copy_of_x():
 
 @pytest.mark.parametrize("gpu", predict.GPUS, ids=lambda gpu: gpu.name)
 def test_the_model_is_a_roofline(gpu):
-    # much arithmetic: the datasheet's rate at its share, until the busiest processor has done its tiles
+    # much arithmetic: the datasheet's rate at its share, until the busiest SM has done its tiles
     tile = predict.grid_of(predict.FORWARD, HEADLINE, gpu).tile
     of_the_busiest = math.ceil(HEADLINE.M * HEADLINE.N / (tile.BLOCK_M * tile.BLOCK_P) / gpu.device.multiprocessors)
     flops = 2 * tile.BLOCK_M * tile.BLOCK_P * HEADLINE.K * of_the_busiest * gpu.device.multiprocessors
@@ -73,12 +75,13 @@ def test_the_model_is_a_roofline(gpu):
         assert times == sorted(times)
 
 
-def a_launch(**fields):
-    values = {"arch": 90, "work": "forward", "dtype": "bfloat16", "R": 16, "tile": "t", "warps": 8, "form": "PUBLISH"}
-    return Compiled(**values | {"registers": 128, "shared_kb": 34, "loop": 100, "plain": 100} | fields)
+def a_launch(registers=128, **fields):
+    about = {"arch": 90, "tile": "t", "warps": 8, "schedule": "PUBLISH", "shared_kb": 34, "loop": 100, "plain": 100}
+    count = (registers, registers, registers)
+    return Row("forward", "R=16", "bfloat16", "ours-triton", 1, *count, unit="registers", extra=about | fields)
 
 
-def test_what_a_processor_holds_is_bounded_by_registers_memory_and_threads():
+def test_what_an_sm_holds_is_bounded_by_registers_memory_and_threads():
     # 65536 registers: 8 warps of 32 threads with 128 each take half of them, one more than that half leaves one
     assert resident(a_launch()) == 2
     assert resident(a_launch(registers=129)) == 1
@@ -90,21 +93,22 @@ def test_what_a_processor_holds_is_bounded_by_registers_memory_and_threads():
     assert resident(a_launch(registers=16, shared_kb=1, arch=89)) == 6
 
 
-def test_the_offline_compile_is_read_from_its_page_and_gives_the_pace_of_our_loop():
-    known = compiled.read(Path(__file__).parents[1] / "docs" / "codegen.md")
-    assert {row.arch for row in known} == {80, 86, 89, 90, 100, 120} == set(compiled.PROCESSORS)
+def test_the_offline_compile_gives_the_pace_of_our_loop():
+    known = scaling_tables.compiled_rows({"codegen": load_all(RESULTS, "codegen")})
+    assert {row.extra["arch"] for row in known} == {80, 86, 89, 90, 100, 120} == set(compiled.SMS)
     assert all(resident(row) >= 1 for row in known)
-    assert compiled.read(Path("no such page")) == []
     for gpu in predict.GPUS:
         grids = [predict.grid_of(work, HEADLINE, gpu, known) for work in (predict.FORWARD, predict.INPUT_GRADIENT)]
-        assert all(1 <= grid.pace <= 1.05 and grid.found.R == HEADLINE.R for grid in grids)
-    slower = [dataclasses.replace(row, loop=2 * (row.plain or 0)) for row in known]
+        assert all(1 <= grid.pace <= 1.05 and record.sizes(grid.found)["R"] == HEADLINE.R for grid in grids)
+    slower = [
+        dataclasses.replace(row, extra=row.extra | {"loop": 2 * (row.extra["plain"] or 0)}) for row in known
+    ]  # fmt: skip
     h100 = predict.gpu_called("H100")
     assert predict.grid_of(predict.FORWARD, HEADLINE, h100, slower).pace == 2
     times = [predict.forward_ms(OURS, HEADLINE, h100, rows) for rows in ((), known, slower)]
     assert times[0] == times[1] < 0.6 * times[2]
     assert predict.forward_ms(FROZEN, HEADLINE, h100, slower) == predict.forward_ms(FROZEN, HEADLINE, h100)
-    # tiles that have not been compiled, and few tokens, which have no tiles of this kind
+    # tiles that have not been compiled, and decode, which has no tiles of this kind
     assert predict.grid_of(predict.FORWARD, dataclasses.replace(HEADLINE, R=256), h100, known).pace == 1
     assert predict.grid_of(predict.FORWARD, dataclasses.replace(HEADLINE, M=1), h100, known) is None
 
@@ -125,36 +129,38 @@ def swept(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "plan_for", lambda device, quick: measure.Plan(0.0, 2, 2, 0.0))
     path = tmp_path / "scaling.json"
     assert scaling.main(["--device", "cpu", "--seconds", "0", "--out", str(path)]) == 0
-    return Results.load(path)
+    return {"scaling": {"scaling.json": ResultsFile.load(path)}, "codegen": {}}
 
 
 def test_every_place_of_a_sweep_is_measured_and_published(swept):
-    page = scaling_page.page({"scaling.json": swept}, lambda results: "here")
+    page = scaling_tables.measured(swept)
     for axis, values in SMALL.values.items():
-        table = re.search(rf"### By [^\n]*\n\n!\[[^\n]*-{axis}\.svg\)\n\n(.*?)\n\n", page, re.DOTALL)[1]
+        table = re.search(rf"### By [^\n]*\n\n!\[[^\n]*-{axis}\.svg\)\n\n(.*?)\n(\n|$)", page, re.DOTALL)[1]
         assert [int(line.split("|")[1]) for line in table.splitlines()[2:]] == list(values)
-    assert "**not measured**: no file in `benchmarks/results/scaling/` is a GPU's" in page
-    assert "A model, not a measurement" in page
-    plots = scaling_page.plots({"scaling.json": swept})
+    assert "**not measured**: no file in `benchmarks/results/scaling/` is a GPU's" in scaling_tables.errors(swept)
+    assert "A model, not a measurement" in scaling_tables.model(swept)
+    # the frozen baseline keeps nothing, ours x and h
+    kept = scaling_tables.kept(swept)
+    assert re.search(r"\| 6, 20, 12, 3 \| 552 B \| 0 B \| 552 B", kept)
+    plots = scaling_tables.plots(swept)
     assert len(plots) == 5 + 4
     assert all("MODEL, not measured" in plot for name, plot in plots.items() if "model" in name)
 
 
 def test_a_gpus_file_is_set_beside_the_model(swept):
-    gpu = Results(
-        Environment("NVIDIA H100 80GB HBM3", "2.13.0", "3.7.1", "13.0", "3.11.7", 8, "2026-02-28"), swept.rows
-    )
-    page = scaling_page.page({"gpu.json": gpu}, lambda results: "there")
-    assert "not measured" not in page.replace("MODEL, not measured", "")
-    row = next(row for row in swept.rows if row.candidate == "frozen" and row.shape.startswith("M=6"))
+    (file,) = swept["scaling"].values()
+    gpu = Environment("NVIDIA H100 80GB HBM3", "2.13.0", "3.7.1", "13.0", "3.11.7", 8, "2026-02-28")
+    found = scaling_tables.errors({"scaling": {"gpu.json": dataclasses.replace(file, environment=gpu)}, "codegen": {}})
+    assert "not measured" not in found
+    row = next(row for row in file.rows if row.candidate == "frozen" and row.shape.startswith("M=6"))
     model = predict.step_ms(FROZEN, Layer(6, 20, 12, 3), predict.gpu_called("H100"))
-    assert f"| M=6 | frozen | {row.median_ms:.4g} | {model:.4g} | {model / row.median_ms:.2f} |" in page
+    assert f"| M=6 | frozen | {row.median:.4g} | {model:.4g} | {model / row.median:.2f} |" in found
 
 
 def test_adapters_that_are_loaded_change_no_result():
-    problem = scaling.ScalingProblem("adapters", 3, SMALL, CPU)
-    group = runner.run_group(problem, measure.Plan(0.0, 2, 2, 0.0))
-    assert group.red == {}
+    workload = scaling.ScalingWorkload("adapters", 3, SMALL, CPU)
+    group = runner.run_group(workload, measure.Plan(0.0, 2, 2, 0.0))
+    assert group.failed == {}
     assert {row.candidate for row in group.rows} == {*scaling.WANTED, group.ours}
-    layer = problem.candidate(group.ours).parameters
-    assert layer == problem.weights.parameters
+    layer = workload.candidate(group.ours).parameters
+    assert layer == workload.weights.parameters

@@ -96,7 +96,7 @@ def test_candidates_are_many_fit_and_can_be_written_down(device):
             assert Entry.from_json(json.loads(json.dumps(entry.as_json()))) == entry
 
 
-def test_every_form_and_both_kernels_for_few_tokens_are_among_them():
+def test_every_schedule_and_both_kernels_for_small_m_are_among_them():
     device = GPUS[2]
     problem = Problem(8192, 4096, 4096, 16, 2, 2)
     best = rule(problem, device)
@@ -178,13 +178,13 @@ def test_a_wrong_candidate_is_not_timed_however_fast(tmp_path, monkeypatch, caps
     assert expected[fault] in capsys.readouterr().out
 
 
-def test_a_wrong_rule_is_red_and_not_tuned(tmp_path, monkeypatch, capsys):
+def test_a_wrong_rule_fails_and_is_not_tuned(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         subjects.ReductionSubject, "call", lambda subject, choice: (torch.zeros(16, 32), torch.ones(40, 16))
     )
     path = tmp_path / "tuned.json"
     assert tuning.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile)) == 1
-    assert "RED, so not tuned: the rule's own choice is off by" in capsys.readouterr().out
+    assert "FAILED, so not tuned: the rule's own choice is off by" in capsys.readouterr().out
     assert len(saved(path)) == 2
 
 

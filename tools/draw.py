@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from fused_lora.bench.svg import Svg
-from tools.traffic import ADDMM, EAGER, FROZEN, OURS, PEFT, Launch, Layer, backward, forward
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from fused_lora.bench.charts import STYLE, as_svg
+from fused_lora.bench.colours import COLOURS
+from tools.traffic import ADDMM, EAGER, FROZEN, OURS, PEFT, Layer, backward, forward
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 HEADLINE = Layer(M=8192, K=4096, N=4096, R=16)
-GROUP_M = 8
+# between the bars of two launches
+GAP_MB = 6
+C = {name: light for name, (light, _) in COLOURS.items()}
+
+
+def _blank(width: float, height: float) -> tuple[Figure, Axes]:
+    """Axes in points, y downward, nothing but what is put there."""
+    figure = Figure(figsize=(width / 72, height / 72))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    return figure, axes
+
+
+def _box(axes: Axes, x: float, y: float, width: float, height: float, colour: str, alpha: float = 1.0) -> None:
+    style: Any = {"boxstyle": "round,pad=0,rounding_size=3", "lw": 0, "alpha": alpha}
+    axes.add_patch(FancyBboxPatch((x, y), width, height, fc=C[colour], **style))
+
+
+def _say(axes: Axes, x: float, y: float, text: str, colour: str = "ink", size: float = 9.5, **style: Any) -> None:
+    axes.text(x, y, text, color=C[colour], size=size, va="center", **style)
 
 
 def tile_of(index: int, tiles_m: int, tiles_p: int, group: int) -> tuple[int, int]:
@@ -23,22 +50,21 @@ def tile_of(index: int, tiles_m: int, tiles_p: int, group: int) -> tuple[int, in
     return first + within % rows, within // rows + 1
 
 
-def tile_order() -> Svg:
-    tiles_m, tiles_p, group, cell = 6, 7, 3, 46
-    svg = Svg(760, 400, "Tiles of y, numbered by ticket: the first column is handed out first, and publishes h")
-    left, top = 60, 62
-    svg.text(left, 30, "y, tile by tile; the number is the tile's ticket", 15, bold=True)
-    svg.text(left - 12, top + tiles_m * cell / 2, "M", 14, "muted", "end")
-    svg.text(left + tiles_p * cell / 2, top + tiles_m * cell + 22, "N", 14, "muted", "middle")
+def tile_order() -> Figure:
+    """Tiles of y, numbered by ticket: the first column is handed out first, and publishes h"""
+    tiles_m, tiles_p, group, cell = 6, 7, 3, 34
+    figure, axes = _blank(570, 290)
+    left, top = 40, 44
+    _say(axes, left, 20, "y, tile by tile; the number is the tile's ticket", size=11, weight="bold")
+    _say(axes, left - 9, top + tiles_m * cell / 2, "M", "muted", ha="right")
+    _say(axes, left + tiles_p * cell / 2, top + tiles_m * cell + 12, "N", "muted", ha="center")
     for index in range(tiles_m * tiles_p):
         row, column = tile_of(index, tiles_m, tiles_p, group)
         x, y = left + column * cell, top + row * cell
-        if column == 0:
-            svg.rect(x + 1.5, y + 1.5, cell - 3, cell - 3, "ours", 4)
-        else:
-            svg.rect(x + 1.5, y + 1.5, cell - 3, cell - 3, "blue" if row < group else "violet", 4, 0.22)
-        svg.text(x + cell / 2, y + cell / 2 + 5, str(index), 14, "paper" if column == 0 else "ink", "middle", True)
-    text = left + tiles_p * cell + 34
+        colour = "ours" if column == 0 else "blue" if row < group else "violet"
+        _box(axes, x + 1.5, y + 1.5, cell - 3, cell - 3, colour, 1.0 if column == 0 else 0.22)
+        ink = "paper" if column == 0 else "ink"
+        _say(axes, x + cell / 2, y + cell / 2, str(index), ink, ha="center", weight="bold")
     notes = [
         (
             "ours", 1.0, "Publishers: tickets 0 to 5",
@@ -53,20 +79,19 @@ def tile_order() -> Svg:
             "Groups of rows share operands in the L2 cache.", "Their publishers are done long since.",
         ),
     ]  # fmt: skip
-    for place, (colour, opacity, head, *lines) in enumerate(notes):
-        y = top + 14 + place * 84
-        svg.rect(text, y - 12, 16, 16, colour, 3, opacity)
-        svg.text(text + 26, y + 1, head, 14, bold=True)
-        for row, line in enumerate(lines):
-            svg.text(text + 26, y + 21 + 18 * row, line, 12.5, "muted")
-    svg.text(left, 386, "Whoever waits holds a higher ticket than whom it waits for, so the wait always ends.", 13)
-    return svg
+    text = left + tiles_p * cell + 22
+    for place, (colour, alpha, head, *lines) in enumerate(notes):
+        y = top + 12 + place * 64
+        _box(axes, text, y - 6, 12, 12, colour, alpha)
+        _say(axes, text + 20, y, head, weight="bold")
+        for number, line in enumerate(lines):
+            _say(axes, text + 20, y + 16 + 14 * number, line, "muted", 8.8)
+    _say(axes, left, 276, "Whoever waits holds a higher ticket than whom it waits for, so the wait always ends.")
+    return figure
 
 
-def hand_over() -> Svg:
-    svg = Svg(760, 270, "A publisher stores h and raises a flag while the other tiles are still in their main loops")
-    svg.text(24, 30, "The hand-over of h, in time (not to scale)", 15, bold=True)
-    left, unit = 150, 52
+def hand_over() -> Figure:
+    """A publisher stores h and raises a flag while the other tiles are still in their main loops"""
     loop = "main loop: x Wᵀ alone"
     # start, length, colour, opacity, what it is
     lanes = {
@@ -82,66 +107,68 @@ def hand_over() -> Svg:
         ],
         "later waves": [(5.0, 4.6, "violet", 0.35, loop), (9.6, 1.5, "violet", 0.6, "epilogue")],
     }
-    for row, (name, spans) in enumerate(lanes.items()):
-        y = 56 + row * 56
-        svg.text(left - 14, y + 24, name, 13, "muted", "end")
-        for start, length, colour, opacity, label in spans:
-            svg.rect(left + start * unit, y, length * unit - 2, 38, colour, 4, opacity)
-            svg.text(left + (start + length / 2) * unit, y + 24, label, 12, "ink", "middle")
+    figure, axes = _blank(570, 205)
+    left, unit = 100, 41
+    _say(axes, 18, 20, "The hand-over of h, in time (not to scale)", size=11, weight="bold")
+    for lane, (name, spans) in enumerate(lanes.items()):
+        y = 42 + lane * 42
+        _say(axes, left - 10, y + 15, name, "muted", ha="right")
+        for start, length, colour, alpha, label in spans:
+            _box(axes, left + start * unit, y, length * unit - 2, 30, colour, alpha)
+            _say(axes, left + (start + length / 2) * unit, y + 15, label, size=8.5, ha="center")
     raised = left + 7.5 * unit
-    svg.line([(raised, 48), (raised, 226)], "orange", 1.5, dashed=True)
-    svg.line([(raised, 94), (left + 7.6 * unit + 2, 112)], "orange", 2, arrow=True)
-    svg.text(raised, 244, "flag raised: h is in memory", 12.5, "orange", "middle", True)
-    svg.text(24, 262, "Later waves find the flag up and wait for nothing.", 12.5, "muted")
-    return svg
+    axes.plot([raised, raised], [36, 172], "--", color=C["orange"], lw=1.2)
+    arrow = {"arrowstyle": "-|>", "color": C["orange"]}
+    axes.annotate("", (left + 7.6 * unit + 3, 88), (raised, 70), arrowprops=arrow)
+    _say(axes, raised, 181, "flag raised: h is in memory", "orange", 8.8, ha="center", weight="bold")
+    _say(axes, 18, 195, "Later waves find the flag up and wait for nothing.", "muted", 8.8)
+    return figure
 
 
-def traffic() -> Svg:
-    """Bytes read and written by each launch of a forward and a backward."""
+def traffic() -> Figure:
+    """Bytes that each way to compute a LoRA layer reads and writes, launch by launch"""
     ways, halves = (FROZEN, OURS, ADDMM, EAGER, PEFT), (("forward", forward), ("backward", backward))
-    svg = Svg(760, 545, "Bytes that each way to compute a LoRA layer reads and writes, launch by launch")
-    svg.text(24, 30, "Memory traffic of one layer, launch by launch", 15, bold=True)
+    figure = Figure(figsize=(7.9, 5.6), layout="constrained")
+    figure.suptitle("Memory traffic of one layer, launch by launch", weight="bold", x=0.01, ha="left")
     shape = f"{HEADLINE.M:,} tokens, {HEADLINE.K} → {HEADLINE.N}, rank {HEADLINE.R}, 16-bit"
-    svg.text(24, 50, f"{shape}. Strong: read; faint: written.", 12.5, "muted")
-    svg.text(
-        24,
-        68,
-        "Arithmetic, not a measurement: every launch reads its operands and writes its result once.",
-        12.5,
-        "muted",
-    )
-    left, width = 150, 440
+    words = "Arithmetic, not a measurement: every launch reads its operands and writes its result once."
+    figure.supxlabel(f"MB. {shape}. Strong: read; faint: written.\n{words}", color=C["muted"], size=8.8)
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, (title, half) in zip(panels, halves, strict=True):
+        axes.set_title(title, size=9.5)
+        for y, way in enumerate(ways):
+            x, launches = 0.0, half(way, HEADLINE)
+            for number, launch in enumerate(launches):
+                x += GAP_MB * (number > 0)
+                for count, alpha in ((launch.reads, 0.95), (launch.writes, 0.45)):
+                    colour = C["ours" if way == OURS else "frozen"]
+                    axes.add_patch(Rectangle((x, y - 0.36), count / 1e6, 0.72, fc=colour, alpha=alpha, lw=0))
+                    x += count / 1e6
+            moved = sum(launch.moved for launch in launches) / 1e6
+            total = f"  {moved:,.0f} MB, {len(launches)} launch{'es' if len(launches) > 1 else ''}"
+            axes.text(x, y, total, va="center", weight="bold" if way == OURS else "normal")
+        axes.set_yticks(range(len(ways)), ways, color=C["ink"])
+        axes.set_ylim(len(ways) - 0.5, -0.5)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks([])
     most = max(sum(launch.moved for launch in half(way, HEADLINE)) for way in ways for _, half in halves)
-    for which, (title, half) in enumerate(halves):
-        top = 104 + which * 222
-        svg.text(24, top, title, 14, bold=True)
-        for row, way in enumerate(ways):
-            y, launches = top + 14 + row * 36, half(way, HEADLINE)
-            svg.text(left - 12, y + 18, way, 12.5, "ink" if way == OURS else "muted", "end", way == OURS)
-            end = _bars(svg, launches, left, y, width / most, "ours" if way == OURS else "floor")
-            total = sum(launch.moved for launch in launches) / 1e6
-            count = f"{len(launches)} launch" + ("es" if len(launches) > 1 else "")
-            svg.text(end + 8, y + 18, f"{total:,.0f} MB, {count}", 12.5, "ink", bold=way == OURS)
-    return svg
-
-
-def _bars(svg: Svg, launches: list[Launch], x: float, y: float, scale: float, colour: str) -> float:
-    """A bar for each launch, its reads strong and its writes faint; returns where the last ends."""
-    for launch in launches:
-        for count, opacity in ((launch.reads, 0.95), (launch.writes, 0.45)):
-            svg.rect(x, y, max(count * scale - 0.6, 0.6), 26, colour, 0, opacity)
-            x += count * scale
-        x += 2
-    return x
+    panels[0].set_xlim(0, most / 1e6 * 1.28)
+    return figure
 
 
 DRAWINGS = {"tile-order": tile_order, "hand-over": hand_over, "traffic": traffic}
 
 
+def drawn(name: str) -> str:
+    """The picture as SVG; its title is what the function says that it shows."""
+    with matplotlib.rc_context(STYLE):
+        return as_svg(DRAWINGS[name](), str(DRAWINGS[name].__doc__))
+
+
 def main() -> None:
     PICTURES.mkdir(exist_ok=True)
-    for name, draw in DRAWINGS.items():
-        (PICTURES / f"{name}.svg").write_text(draw().render(), encoding="utf-8")
+    for name in DRAWINGS:
+        (PICTURES / f"{name}.svg").write_text(drawn(name), encoding="utf-8")
 
 
 if __name__ == "__main__":

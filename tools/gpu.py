@@ -30,7 +30,7 @@ from fused_lora.bench import list_of, minutes_of
 from .commands import Ended, run
 
 if TYPE_CHECKING:
-    from fused_lora.bench.results import Results
+    from fused_lora.bench.results import ResultsFile
 
 CHECKOUT = Path(__file__).parents[1]
 PARTS = TESTS, RACES, SANITIZER, SPEED = ("tests", "races", "sanitizer", "speed")
@@ -65,27 +65,27 @@ def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
-    from fused_lora.bench.results import Environment, Results, default_path
+    from fused_lora.bench.results import Environment, ResultsFile, default_path
 
     dry = args.device == "cpu"
     if not dry and not torch.cuda.is_available():
         return _refuse("PyTorch finds no CUDA device here; --device cpu interprets the kernels instead")
     environment = Environment.here(torch.device(args.device), dry)
-    path = args.out or (None if dry or args.quick else default_path(environment))
+    path = args.out or (None if dry or args.quick else default_path("layers", environment))
     try:
-        results = Results.open(path, environment)
+        file = ResultsFile.open(path, "layers", "make gpu", environment)
     except ValueError as error:
         return _refuse(str(error))
 
     if SPEED in parts:
-        results.complete = False
+        file.complete = False
     limit_s = 60 * (args.minutes or MINUTES[args.device])
     outcomes: dict[str, str] = {}
     try:
         for part in parts:
             print(f"\n==== {part}", flush=True)
             outcomes[part] = UNFINISHED
-            outcomes[part] = _part(part, outcomes, results, path, limit_s, started + limit_s, checkout, args)
+            outcomes[part] = _part(part, outcomes, file, path, limit_s, started + limit_s, checkout, args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     print("\n==== make gpu")
@@ -96,20 +96,20 @@ def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
 
 
 def _part(
-    part: str, outcomes: dict[str, str], results: Results, path: Path | None, limit_s: float, deadline: float,
+    part: str, outcomes: dict[str, str], file: ResultsFile, path: Path | None, limit_s: float, deadline: float,
     checkout: Path, args: argparse.Namespace,
 ) -> str:  # fmt: skip
     if part == SPEED:
         failed = [name for name in (TESTS, RACES) if outcomes.get(name, "").startswith(FAILED)]
         if failed:
             return f"{ABSENT}: nothing is timed while {' and '.join(failed)} fail"
-        return _speed(results, path, deadline, args.device == "cpu", args.quick)
+        return _speed(file, path, deadline, args.device == "cpu", args.quick)
     left = max(min(SHARE[part] * limit_s, deadline - time.monotonic()), 1.0)
     check = {TESTS: _tests, RACES: _races, SANITIZER: _sanitizer}[part]
-    results.checks[part] = check(checkout, left, args.device, args.quick)
+    file.checks[part] = check(checkout, left, args.device, args.quick)
     if path is not None:
-        results.save(path)
-    return results.checks[part]
+        file.save(path)
+    return file.checks[part]
 
 
 def _tests(checkout: Path, limit_s: float, device: str, quick: bool) -> str:
@@ -180,7 +180,7 @@ def sanitizer_path() -> str | None:
     )
 
 
-def _speed(results: Results, path: Path | None, deadline: float, dry: bool, quick: bool) -> str:
+def _speed(file: ResultsFile, path: Path | None, deadline: float, dry: bool, quick: bool) -> str:
     import torch
 
     from fused_lora.bench import measure, nets, runner, series
@@ -190,16 +190,16 @@ def _speed(results: Results, path: Path | None, deadline: float, dry: bool, quic
 
     device = torch.device("cpu" if dry else "cuda")
     dtypes = SPEED_DTYPES[device.type][: 1 if quick else None]
-    cases = nets.SPEED_CASES[device.type][: 1 if quick else None]
-    agenda: list[series.Make] = [partial(models.ModelProblem, case, device, models.LORA_NAMES) for case in cases]
+    specs = nets.SPEED_NETS[device.type][: 1 if quick else None]
+    agenda: list[series.Make] = [partial(models.ModelWorkload, spec, device, models.LORA_NAMES) for spec in specs]
     agenda += runner.agenda(device, dtypes, [FORWARD, STEP, DECODE], quick and not dry, "dry" if dry else "gpu")
     plan = measure.Plan(0.0, 2, 2, 0.0) if dry else measure.plan_for(device, quick)
-    code = series.compete(agenda, results, path, plan, deadline, dry)
+    code = series.compete(agenda, file, path, plan, deadline, dry)
     if code == 130:
         raise KeyboardInterrupt
     if code != 0:
         return f"{FAILED}: a candidate is wrong; the others are timed"
-    return PASSED if results.complete else f"{PASSED}, as far as time allowed: INCOMPLETE"
+    return PASSED if file.complete else f"{PASSED}, as far as time allowed: INCOMPLETE"
 
 
 def _outcome(ended: Ended) -> str:

@@ -22,43 +22,43 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bench import measure, series
-from fused_lora.bench.baselines import EAGER, FROZEN, OURS, PEERS, Weights, our_choice
-from fused_lora.bench.nets import CASES, Case
-from fused_lora.bench.problems import Candidate, Computed, copies_of, parse_dtype
-from fused_lora.bench.results import Environment, Results, default_path
+from fused_lora.bench.baselines import CANDIDATES, EAGER, FROZEN, OURS_PREFIX, PEFT, Weights, our_choice
+from fused_lora.bench.nets import NETS, NetSpec
+from fused_lora.bench.results import Environment, ResultsFile, default_path
+from fused_lora.bench.workloads import Candidate, Computed, copies_of, parse_dtype
 from fused_lora.models.apply import apply_lora
 
 MODEL = "model"
-FULL, PEFT, FUSED_PEFT = "full", "peft", f"{OURS}in-peft"
+FULL, FUSED_PEFT = "full", f"{OURS_PREFIX}in-peft"
 OUR_IMPLS = ("triton", "native", "eager")
-LORA_NAMES = (FROZEN, *(f"{OURS}{impl}" for impl in OUR_IMPLS), FUSED_PEFT, PEFT, EAGER)
+LORA_NAMES = (FROZEN, *(f"{OURS_PREFIX}{impl}" for impl in OUR_IMPLS), FUSED_PEFT, PEFT, EAGER)
 NAMES = (*LORA_NAMES, FULL)
 SCALE = 2
 
 
-class ModelProblem:
+class ModelWorkload:
     """A training step of a whole model with LoRA in all its linear layers: forward, backward, fused Adam.
 
     Adam's learning rate is zero: the same arithmetic, and every step is the same step. The input asks for its gradient,
     as it would inside a deeper model. Models are in eval mode: a dropout of their own would give each other results.
     """
 
-    work, first = MODEL, False
+    pass_, first = MODEL, False
 
-    def __init__(self, case: Case, device: torch.device, names: tuple[str, ...] = NAMES) -> None:
+    def __init__(self, spec: NetSpec, device: torch.device, names: tuple[str, ...] = NAMES) -> None:
         self.names = names
-        self.label, self.dtype, self.device, self.case = str(case), case.dtype, device, case
-        base, self.adapter_dtype = parse_dtype(case.dtype)
+        self.label, self.dtype, self.device, self.spec = str(spec), spec.dtype, device, spec
+        base, self.adapter_dtype = parse_dtype(spec.dtype)
         generator = torch.Generator(device).manual_seed(0)
         with torch.random.fork_rng(), device:
             torch.manual_seed(0)
-            self.net = case.make().to(device, base).requires_grad_(False).eval()
+            self.net = spec.make().to(device, base).requires_grad_(False).eval()
         self.weights = {
-            name: Weights.beside(module, case.rank, SCALE, self.adapter_dtype, generator)
+            name: Weights.beside(module, spec.rank, SCALE, self.adapter_dtype, generator)
             for name, module in self.net.named_modules() if isinstance(module, nn.Linear)
         }  # fmt: skip
         self.longest_sum = max(max(w.weight.shape) for w in self.weights.values()) * len(self.weights)
-        x = torch.randn(case.shape, generator=generator, device=device).to(base)
+        x = torch.randn(spec.shape, generator=generator, device=device).to(base)
         with torch.no_grad():
             shape = self.net(x).shape
         dy = (torch.randn(shape, generator=generator, device=device) * shape[-1] ** -0.5).to(base)
@@ -74,10 +74,10 @@ class ModelProblem:
     def why_not(self, name: str) -> str | None:
         if name in (FROZEN, FULL, EAGER):
             return None
-        return PEERS[PEFT if name == FUSED_PEFT else name].why_not(next(iter(self.weights.values())))
+        return CANDIDATES[PEFT if name == FUSED_PEFT else name].why_not(next(iter(self.weights.values())))
 
     def build(self, name: str) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-        """The model by this peer, over the same frozen tensors, and its adapters by name: ``<path>.dA``, ``<path>.dB``.
+        """The candidate's model, over the same frozen tensors, and its adapters by name: ``<path>.dA``, ``<path>.dB``.
 
         ``full`` has tensors of its own, all trained, and no adapters.
         """
@@ -90,7 +90,7 @@ class ModelProblem:
         if name == EAGER:
             own = {path: weights.with_own_adapter() for path, weights in self.weights.items()}
             for path, weights in own.items():
-                net.set_submodule(path, PEERS[EAGER].build(weights))
+                net.set_submodule(path, CANDIDATES[EAGER].build(weights))
             return net, {f"{path}.d{side}": getattr(w, f"lora_{side}") for path, w in own.items() for side in "AB"}
         net, adapters = self._adapted(name, net)
         with torch.no_grad():
@@ -100,10 +100,10 @@ class ModelProblem:
         return net.eval(), adapters
 
     def _adapted(self, name: str, net: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-        paths, rank = list(self.weights), self.case.rank
+        paths, rank = list(self.weights), self.spec.rank
         if name not in (PEFT, FUSED_PEFT):
             options: dict[str, Any] = {"target_modules": paths, "adapter_dtype": self.adapter_dtype}
-            apply_lora(net, rank=rank, alpha=SCALE * rank, impl=name[len(OURS) :], **options)
+            apply_lora(net, rank=rank, alpha=SCALE * rank, impl=name[len(OURS_PREFIX) :], **options)
             layers = {path: net.get_submodule(path) for path in paths}
             return net, {f"{p}.d{side}": getattr(layer, f"lora_{side}") for p, layer in layers.items() for side in "AB"}
         from peft import LoraConfig, get_peft_model
@@ -139,10 +139,10 @@ class ModelProblem:
             x.grad = None
             return results
 
-        # a peer's module may hold the frozen tensors without registering them
+        # a candidate's module may hold the frozen tensors without registering them
         return Candidate(step, (*_tensors(net), *_tensors(self.net), *adapters.values()))
 
-    def exact(self) -> ModelProblem:
+    def exact(self) -> ModelWorkload:
         exact = copy.copy(self)
         exact.dtype, exact.adapter_dtype = "float64", torch.float64
         exact.net = copy.deepcopy(self.net).double()
@@ -162,7 +162,7 @@ def _tensors(net: nn.Module) -> tuple[Tensor, ...]:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when every candidate was right, 1 when one was not, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="make models", description="A training step of whole models.")
-    parser.add_argument("--device", choices=tuple(CASES), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=tuple(NETS), help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="PyTorch's on the CPU; 1 for a machine that is busy")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each model; default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/models/ of the checkout")
@@ -171,11 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     environment = Environment.here(device)
-    standard = default_path(environment)
-    path = args.out or (None if standard is None else standard.parent / "models" / standard.name)
+    path = args.out or default_path("models", environment)
     plan = replace(measure.plan_for(device, quick=False), seconds=args.seconds, min_rounds=5)
-    agenda = [partial(ModelProblem, case, device) for case in CASES[device.type]]
-    return series.compete(list(agenda), Results.open(path, environment), path, plan)
+    agenda = [partial(ModelWorkload, spec, device) for spec in NETS[device.type]]
+    file = ResultsFile.open(path, "models", "make models", environment)
+    return series.compete(list(agenda), file, path, plan)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """A model of how long a layer takes on a GPU: a roofline, its inputs and assumptions in the open. Not a measurement.
 
 A launch takes as long as its arithmetic or its memory traffic (``traffic.py``), whichever is longer, at a stated share
-of what the datasheet promises, and a fixed time to start. The base product's arithmetic comes in whole tiles, so a
-processor that has one more than the others is waited for; the tiles are those of our rules for every way, and a frozen
+of what the datasheet promises, and a fixed time to start. The base product's arithmetic comes in whole tiles, so an
+SM that has one more than the others is waited for; the tiles are those of our rules for every way, and a frozen
 linear's library may choose better. What the offline compile found (``compiled.py``) gives the pace of our main loop.
-Nothing is known here of caches or of waiting, so it is mostly a floor: where it errs, it should err low.
+Nothing is known here of caches or of waiting, so it is mostly a lower bound: where it errs, it should err low.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fused_lora.backends.triton.configs import (
     default_config,
     default_schedule,
 )
+from fused_lora.bench.results import Row
 
 from . import compiled, traffic
-from .compiled import Compiled
 from .traffic import OURS, Launch, Layer
 
 
@@ -62,56 +62,54 @@ class Grid:
     tile: TileConfig
     form: Form
     tiles: int
-    multiprocessors: int
-    found: Compiled | None
+    sms: int
+    found: Row | None
 
     @property
     def rounded(self) -> float:
-        """The tiles of the busiest processor over the mean of all."""
-        return -(-self.tiles // self.multiprocessors) * self.multiprocessors / self.tiles
+        """The tiles of the busiest SM over the mean of all."""
+        return -(-self.tiles // self.sms) * self.sms / self.tiles
 
     @property
     def pace(self) -> float:
-        """Instructions in our main loop over the bare GEMM's; 1 where that is not known."""
-        found = self.found
-        return 1.0 if found is None or found.loop is None or found.plain is None else found.loop / found.plain
+        return compiled.pace(self.found)
 
 
 FORWARD, INPUT_GRADIENT = "forward", "input gradient"
 
 
-def grid_of(work: str, layer: Layer, gpu: Gpu, known: Sequence[Compiled] = ()) -> Grid | None:
-    """By the rules that choose a tile and a form; None for few tokens, where memory decides."""
+def grid_of(pass_: str, layer: Layer, gpu: Gpu, known: Sequence[Row] = ()) -> Grid | None:
+    """By the rules that choose a tile and a schedule; None for decode, where memory decides."""
     if layer.M <= DECODE_ROWS:
         return None
-    P, Q = (layer.N, layer.K) if work == FORWARD else (layer.K, layer.N)
+    P, Q = (layer.N, layer.K) if pass_ == FORWARD else (layer.K, layer.N)
     problem = Problem(layer.M, P, Q, layer.R, layer.itemsize, layer.itemsize)
     tile = default_config(problem, gpu.device)
     form = default_schedule(problem, tile, gpu.device).form
     major, minor = gpu.device.capability
-    found = compiled.find(known, 10 * major + minor, work, tile, form.name, layer.R)
+    found = compiled.find(known, 10 * major + minor, pass_, tile, form.name, layer.R)
     tiles = -(-layer.M // tile.BLOCK_M) * -(-P // tile.BLOCK_P)
     return Grid(tile, form, tiles, gpu.device.multiprocessors, found)
 
 
-def forward_ms(way: str, layer: Layer, gpu: Gpu, known: Sequence[Compiled] = ()) -> float:
+def forward_ms(way: str, layer: Layer, gpu: Gpu, known: Sequence[Row] = ()) -> float:
     return _ms(FORWARD, way, traffic.forward(way, layer), layer, gpu, known)
 
 
-def step_ms(way: str, layer: Layer, gpu: Gpu, known: Sequence[Compiled] = ()) -> float:
+def step_ms(way: str, layer: Layer, gpu: Gpu, known: Sequence[Row] = ()) -> float:
     """Forward and backward."""
     backward = _ms(INPUT_GRADIENT, way, traffic.backward(way, layer), layer, gpu, known)
     return forward_ms(way, layer, gpu, known) + backward
 
 
-def _ms(work: str, way: str, launches: list[Launch], layer: Layer, gpu: Gpu, known: Sequence[Compiled]) -> float:
-    grid = grid_of(work, layer, gpu, known)
+def _ms(pass_: str, way: str, launches: list[Launch], layer: Layer, gpu: Gpu, known: Sequence[Row]) -> float:
+    grid = grid_of(pass_, layer, gpu, known)
     total = 0.0
     for launch in launches:
         flops: float = launch.flops
         if launch.what in traffic.BASES:
             if way == OURS:
-                flops = _fused_flops(work, layer, grid) * (1.0 if grid is None else grid.pace)
+                flops = _fused_flops(pass_, layer, grid) * (1.0 if grid is None else grid.pace)
             flops *= 1.0 if grid is None else grid.rounded
         arithmetic = flops / (gpu.tflops * GEMM_SHARE) * 1e-9
         memory = launch.moved / (gpu.gb_per_s * MEMORY_SHARE) * 1e-6
@@ -119,9 +117,9 @@ def _ms(work: str, way: str, launches: list[Launch], layer: Layer, gpu: Gpu, kno
     return total
 
 
-def _fused_flops(work: str, layer: Layer, grid: Grid | None) -> int:
+def _fused_flops(pass_: str, layer: Layer, grid: Grid | None) -> int:
     """Of our one kernel, padding and repetition included."""
-    P, Q = (layer.N, layer.K) if work == FORWARD else (layer.K, layer.N)
+    P, Q = (layer.N, layer.K) if pass_ == FORWARD else (layer.K, layer.N)
     width = block_r(layer.R)
     padded = -(-layer.R // width) * width
     if grid is None:

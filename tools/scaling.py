@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,17 +16,16 @@ from pathlib import Path
 
 import torch
 
-from fused_lora.bench import measure, runner
-from fused_lora.bench.baselines import EAGER, FROZEN, OURS
-from fused_lora.bench.problems import Candidate, LayerProblem
-from fused_lora.bench.results import Environment, Results, default_path
-from fused_lora.bench.runner import Group
+from fused_lora.bench import measure, series
+from fused_lora.bench.baselines import EAGER, FROZEN, OURS_PREFIX, PEFT
+from fused_lora.bench.results import Environment, ResultsFile, default_path
 from fused_lora.bench.shapes import STEP, Shape
+from fused_lora.bench.workloads import Candidate, LayerWorkload
 
 ADAPTERS = "adapters"
 AXES = ("M", "K", "N", "R", ADAPTERS)
 # ours by default, and who is at hand everywhere
-WANTED = (FROZEN, "addmm", EAGER, "peft")
+WANTED = (FROZEN, "addmm", EAGER, PEFT)
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ SWEEPS = {
 }
 
 
-class ScalingProblem(LayerProblem):
+class ScalingWorkload(LayerWorkload):
     """A layer's step at one place of a sweep. label: "axis=value (M=… K=… N=… R=…)"."""
 
     def __init__(self, axis: str, value: int, sweep: Sweep, device: torch.device) -> None:
@@ -79,14 +77,20 @@ class ScalingProblem(LayerProblem):
         return *WANTED, self.ours()
 
     def candidate(self, name: str) -> Candidate:
-        return super().candidate(name) if self.loaded == 1 or not name.startswith(OURS) else self._among_others(name)
+        return (
+            super().candidate(name)
+            if self.loaded == 1 or not name.startswith(OURS_PREFIX)
+            else self._among_others(name)
+        )
 
     def _among_others(self, name: str) -> Candidate:
         """Ours with other adapters of the same rank loaded beside the active one."""
         from fused_lora.layer import FusedLoRALinear
 
         w = self.weights
-        layer = FusedLoRALinear.from_linear(w.linear(), rank=w.rank, alpha=w.scale * w.rank, impl=name[len(OURS) :])
+        layer = FusedLoRALinear.from_linear(
+            w.linear(), rank=w.rank, alpha=w.scale * w.rank, impl=name[len(OURS_PREFIX) :]
+        )
         for other in range(1, self.loaded):
             layer.add_adapter(f"other_{other}", rank=w.rank)
         adapter = layer.adapters["default"]
@@ -94,12 +98,12 @@ class ScalingProblem(LayerProblem):
         return self._of_module(layer, trained=True)
 
 
-def agenda(sweep: Sweep, device: torch.device) -> list[partial[ScalingProblem]]:
-    return [partial(ScalingProblem, axis, value, sweep, device) for axis in AXES for value in sweep.values[axis]]
+def agenda(sweep: Sweep, device: torch.device) -> list[partial[ScalingWorkload]]:
+    return [partial(ScalingWorkload, axis, value, sweep, device) for axis in AXES for value in sweep.values[axis]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when every candidate was right, 1 when one was not."""
+    """0 when every candidate was right, 1 when one was not, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="make scaling", description="How a layer's step grows with its sizes.")
     parser.add_argument("--device", choices=tuple(SWEEPS), help="default: cuda where there is one")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each group; default: %(default)s")
@@ -107,25 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     environment = Environment.here(device)
-    standard = default_path(environment)
-    path = args.out or (None if standard is None else standard.parent / "scaling" / standard.name)
-    results, groups = Results.open(path, environment), list[Group]()
+    path = args.out or default_path("scaling", environment)
+    file = ResultsFile.open(path, "scaling", "make scaling", environment)
     plan = replace(measure.plan_for(device, quick=False), seconds=args.seconds, min_rounds=7)
-    for make in agenda(SWEEPS[device.type], device):
-        started = time.perf_counter()
-        group = runner.run_group(make(), plan)
-        groups.append(group)
-        results.add(group.rows)
-        if path is not None:
-            results.save(path)
-        ratios = ", ".join(
-            f"{row.candidate} {row.ratio_to_frozen:.2f}" for row in group.rows if row.ratio_to_frozen is not None
-        )
-        print(f"{group.title}: {ratios}  ({time.perf_counter() - started:.0f} s)", flush=True)
-        for name, why in group.red.items():
-            print(f"RED, so without a time: {group.title}: {name}: {why}")
-    print("not saved: --out FILE saves" if path is None else f"saved: {path}")
-    return 1 if any(group.red for group in groups) else 0
+    return series.compete(list(agenda(SWEEPS[device.type], device)), file, path, plan)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``fused-lora bench``: the layer against the frozen linear and its peers, checked first, then timed side by side."""
+"""``fused-lora bench``: the layer against the baselines, checked first, then timed side by side."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .shapes import WORKS
+from .shapes import PASSES
 
 if TYPE_CHECKING:
-    from .results import Results
-    from .runner import Group
+    from .groups import Group
+    from .results import ResultsFile
 
 # the first dtype alone in a quick run
 DTYPES = {"cpu": "float32,bfloat16,bfloat16+float32", "cuda": "bfloat16,float16"}
@@ -54,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of the base, then of the adapters where they differ; any of {', '.join(KNOWN_DTYPES)}; "
         f"default on cpu {DTYPES['cpu']}, on cuda {DTYPES['cuda']}",
     )
-    parser.add_argument("--work", type=list_of(WORKS), default=list(WORKS), help=f"default: {','.join(WORKS)}")
+    # --work: as it was called before
+    parser.add_argument(
+        "--pass", "--work", dest="passes", type=list_of(PASSES), default=list(PASSES), metavar="PASS,…",
+        help=f"default: {','.join(PASSES)}",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="PyTorch's on the CPU; 1 for a machine that is busy")
     parser.add_argument("--minutes", type=minutes_of, metavar="N", help="start nothing after them; most valuable first")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/ of the checkout")
@@ -67,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from . import measure, runner, series
-    from .results import Environment, Results, default_path
+    from .results import Environment, ResultsFile, default_path
 
     if args.host:
         return _host(args)
@@ -84,23 +88,23 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     device = torch.device(device_type)
     dtypes = args.dtype or DTYPES[device_type].split(",")[: 1 if args.quick else None]
-    agenda = runner.agenda(device, dtypes, args.work, args.quick)
+    agenda = runner.agenda(device, dtypes, args.passes, args.quick)
     if not agenda:
         return _refuse("nothing to time: RichBoyNet trains in float32 alone")
     environment = Environment.here(device)
-    path = args.out or (None if args.quick else default_path(environment))
+    path = args.out or (None if args.quick else default_path("layers", environment))
     try:
-        results = Results.open(path, environment)
+        file = ResultsFile.open(path, "layers", "fused-lora bench", environment)
     except ValueError as error:
         return _refuse(str(error))
 
     deadline = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
 
-    def report(groups: list[Group]) -> None:
+    def show(groups: list[Group]) -> None:
         if args.report is not None:
-            _report(results, args.report, groups)
+            _write_page(file, args.report, groups)
 
-    return series.compete(agenda, results, path, measure.plan_for(device, args.quick), deadline, after=report)
+    return series.compete(agenda, file, path, measure.plan_for(device, args.quick), deadline, after=show)
 
 
 def _host(args: argparse.Namespace) -> int:
@@ -121,32 +125,32 @@ def _host(args: argparse.Namespace) -> int:
         return _refuse(f"--host: {error}")
 
 
-def _show(source: Path, report: Path | None) -> int:
+def _show(source: Path, page: Path | None) -> int:
     """What is in a results file, as if it had just been measured."""
     from . import series, table
     from .groups import groups_of
-    from .results import Results
+    from .results import ResultsFile
 
     try:
-        results = Results.load(source)
+        file = ResultsFile.load(source)
     except (OSError, ValueError) as error:
         return _refuse(f"--from: {error}")
-    found = groups_of(results)
-    print(", ".join(f"{key} {value}" for key, value in vars(results.environment).items() if value is not None))
+    found = groups_of(file)
+    print(f"{file.environment}, {file.environment.date}")
     for group in found:
         print("\n".join(table.lines(group)))
     series.conclude(found, source)
-    if report is not None:
-        _report(results, report, found)
+    if page is not None:
+        _write_page(file, page, found)
     return 0
 
 
-def _report(results: Results, path: Path, groups: list[Group]) -> None:
-    from . import report
+def _write_page(file: ResultsFile, path: Path, groups: list[Group]) -> None:
+    from . import page
 
-    wrong = {f"{group.title}: {name}": why for group in groups for name, why in group.red.items()}
-    for file in report.write(results, path, wrong):
-        print(f"written: {file}")
+    failed = {f"{group.title}: {name}": why for group in groups for name, why in group.failed.items()}
+    for written in page.write(file, path, failed):
+        print(f"written: {written}")
 
 
 def _refuse(why: str) -> int:

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from .. import backends, reference
 from ..layer import FusedLoRALinear
+from .results import FROZEN as FROZEN
 
-FROZEN = "frozen"
-EAGER = "eager"
+EAGER, PEFT = "eager", "peft"
 PARAMETRIZE = "parametrize"
 COMPILED = "compiled"
 LORAFUSION = "lorafusion"
-OURS = "ours-"
-# ours-triton with one way of sharing h imposed
-SCHEDULES = tuple(f"{OURS}{form}" for form in ("publish", "produce", "recompute"))
-# programs that make the thin product of a row of tiles, where that form is imposed
+OURS_PREFIX = "ours-"
+# ours-triton with one of them imposed
+SCHEDULES = tuple(f"{OURS_PREFIX}{name}" for name in ("publish", "produce", "recompute"))
+# programs that make the low-rank product of a row of tiles, where that schedule is imposed
 PRODUCERS = 4
 
 
@@ -155,8 +155,8 @@ class _InPlaceAddmm(torch.autograd.Function):
         return dx, None, dA, dB, None, None
 
 
-class FormLoRA(nn.Module):
-    """Our kernels with one way of sharing ``h`` imposed, in the rule's tile, few tokens too; ours-triton chooses."""
+class ScheduleLoRA(nn.Module):
+    """Our kernels with one schedule imposed, in the rule's tile, small M too; ours-triton chooses."""
 
     def __init__(self, form: str, weights: Weights) -> None:
         super().__init__()
@@ -167,11 +167,11 @@ class FormLoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weights
-        y: Tensor = _InOneForm.apply(x, w.weight, w.lora_A, w.lora_B, w.bias, w.scale, self.schedule)
+        y: Tensor = _InOneSchedule.apply(x, w.weight, w.lora_A, w.lora_B, w.bias, w.scale, self.schedule)
         return y
 
 
-class _InOneForm(torch.autograd.Function):
+class _InOneSchedule(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scale: float,
@@ -303,8 +303,8 @@ def _why_no_parametrize(weights: Weights) -> str | None:
 
 
 @dataclass(frozen=True)
-class Peer:
-    """build: the module over these weights.  why_not: why it can't be timed on them, or None.
+class Recipe:
+    """How a candidate is made. build: the module over these weights.  why_not: why it can't be timed on them, or None.
 
     kernels: made of Triton kernels, which say nothing about time where they are interpreted.
     first: on a GPU timed in the shapes of the tag "first" alone, to keep the run short.
@@ -316,25 +316,27 @@ class Peer:
     first: bool = False
 
 
-PEERS = {
-    FROZEN: Peer(_frozen),
+CANDIDATES = {
+    FROZEN: Recipe(_frozen),
     **{
-        f"{OURS}{impl}": Peer(partial(_ours, impl), partial(_why_no_impl, impl), kernels=impl == "triton")
+        f"{OURS_PREFIX}{impl}": Recipe(partial(_ours, impl), partial(_why_no_impl, impl), kernels=impl == "triton")
         for impl in ("triton", "native", "eager")
     },
     **{
-        name: Peer(partial(FormLoRA, name[len(OURS) :].upper()), partial(_why_no_impl, "triton"), kernels=True)
+        name: Recipe(
+            partial(ScheduleLoRA, name[len(OURS_PREFIX) :].upper()), partial(_why_no_impl, "triton"), kernels=True
+        )
         for name in SCHEDULES
     },
-    "addmm": Peer(AddmmLoRA),
-    EAGER: Peer(EagerLoRA),
-    COMPILED: Peer(_compiled, _why_no_compiler, first=True),
-    "peft": Peer(_peft, _why_no_peft),
-    LORAFUSION: Peer(LoRAFusionLoRA, _why_no_lorafusion),
-    PARAMETRIZE: Peer(_parametrize, _why_no_parametrize),
+    "addmm": Recipe(AddmmLoRA),
+    EAGER: Recipe(EagerLoRA),
+    COMPILED: Recipe(_compiled, _why_no_compiler, first=True),
+    PEFT: Recipe(_peft, _why_no_peft),
+    LORAFUSION: Recipe(LoRAFusionLoRA, _why_no_lorafusion),
+    PARAMETRIZE: Recipe(_parametrize, _why_no_parametrize),
 }
 
 
 def our_choice(weights: Weights) -> str:
     """The candidate that ``impl="auto"`` means for these weights."""
-    return OURS + backends.choose("auto", weights.weight.device, weights.weight.dtype)
+    return OURS_PREFIX + backends.choose("auto", weights.weight.device, weights.weight.dtype)

@@ -1,80 +1,89 @@
-"""Plots of measured ratios, and of curves over a size, as SVG."""
+"""Plots of measured ratios, and of curves over a size: matplotlib's, as PNG or as SVG in the reader's light or dark."""
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .baselines import FROZEN, OURS
-from .runner import Group
-from .svg import Svg
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-PEER_COLOURS = ("orange", "blue", "violet", "olive", "red", "cyan", "pink", "brown", "muted")
+from .colours import COLOURS
+from .groups import Group
+from .results import FROZEN
+
+BASELINE_COLOURS = ("orange", "blue", "violet", "olive", "red", "cyan", "pink", "brown", "muted")
 # beyond it a ratio is drawn at the edge; ours with its number
 LARGEST_RATIO = 2.0
-_WIDTH = 760
+_LIGHT = {name: light for name, (light, _) in COLOURS.items()}
+STYLE: Any = {
+    "font.family": "DejaVu Sans", "font.size": 9.5, "svg.fonttype": "none", "svg.hashsalt": "fused_lora",
+    "text.color": _LIGHT["ink"], "axes.labelcolor": _LIGHT["muted"], "axes.edgecolor": _LIGHT["grid"],
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titleweight": "bold",
+    "axes.axisbelow": True, "grid.color": _LIGHT["grid"], "xtick.color": _LIGHT["muted"],
+    "ytick.color": _LIGHT["muted"],
+    "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "figure.facecolor": _LIGHT["paper"],
+    "axes.facecolor": "none",
+}  # fmt: skip
 
 
 def colours(candidates: Sequence[str], ours: str) -> dict[str, str]:
-    """Ours alone is teal; a peer keeps its colour in every plot that has the same candidates."""
-    peers = [name for name in candidates if name not in (FROZEN, ours)]
-    found = {name: PEER_COLOURS[place % len(PEER_COLOURS)] for place, name in enumerate(peers)}
-    return found | {ours: "ours", FROZEN: "floor"}
+    """Ours alone is teal; a baseline keeps its colour in every plot that has the same candidates."""
+    others = [name for name in candidates if name not in (FROZEN, ours)]
+    found = {name: _LIGHT[BASELINE_COLOURS[place % len(BASELINE_COLOURS)]] for place, name in enumerate(others)}
+    return found | {ours: _LIGHT["ours"], FROZEN: _LIGHT["frozen"]}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """In inches; as wide as its text says, whatever the reader's fonts."""
+    with matplotlib.rc_context(STYLE):
+        return Figure(figsize=(width, height), layout="constrained")
 
 
 def smallest_ratio(groups: Sequence[Group]) -> float:
     """Where the axis of ratios begins: a step of 0.2 below every one, at 0.8 the latest."""
-    ratios = [
-        r for group in groups for row in group.rows for r in (row.ratio_to_frozen, row.ratio_p20) if r is not None
-    ]
+    ratios = [ratio.p20 for group in groups for row in group.rows if (ratio := row.ratio) is not None]
     return min(0.8, math.floor(min(ratios, default=1.0) / 0.2 + 1e-9) * 0.2)
 
 
-def ratio_plot(groups: Sequence[Group], candidates: Sequence[str], title: str) -> str:
-    """A line for each group, a dot for each candidate at its time over the frozen linear's; ours with its spread."""
-    groups = [group for group in groups if any(row.ratio_to_frozen is not None for row in group.rows)]
+def ratio_figure(groups: Sequence[Group], candidates: Sequence[str], title: str) -> Figure:
+    """A line for each group, a dot for each candidate at its time over the frozen baseline's, with its spread."""
+    groups = [group for group in groups if any(row.ratio for row in group.rows)]
     names = [name for name in candidates if name != FROZEN]
-    ours = groups[0].ours if groups else OURS
-    colour = colours(candidates, ours)
-    places = _legend_places(names, 20, 54)
-    left, right, top, step = 330, 715, 30 + max((y for _, y in places), default=54), 24
-    svg = Svg(_WIDTH, top + step * len(groups) + 44, title)
-    svg.text(20, 30, title, 15, bold=True)
-    _legend(svg, names, colour, places)
-
-    low = smallest_ratio(groups)
-
-    def place(ratio: float) -> float:
-        return left + (min(max(ratio, low), LARGEST_RATIO) - low) / (LARGEST_RATIO - low) * (right - left)
-
-    bottom = top + step * len(groups)
-    for fifth in range(round(5 * low), round(5 * LARGEST_RATIO) + 1):
-        tick = fifth / 5
-        x = place(tick)
-        svg.line([(x, top - 6), (x, bottom)], "muted" if tick == 1 else "grid", 1)
-        label = f"≥ {tick:g}" if tick == LARGEST_RATIO else f"{tick:g}"
-        svg.text(x, bottom + 18, label, 11.5, "muted", "middle")
-    svg.text((left + right) / 2, bottom + 36, "time ÷ frozen linear's, lower is better", 11.5, "muted", "middle")
-    for index, group in enumerate(groups):
-        y = top + index * step + 10
-        svg.text(left - 14, y + 4, short_title(group), 11.5, "ink", "end")
-        for row in sorted(group.rows, key=lambda row: row.candidate == group.ours):
-            if row.candidate not in names or row.ratio_to_frozen is None:
-                continue
-            if row.candidate == group.ours and row.ratio_p20 is not None and row.ratio_p80 is not None:
-                svg.line([(place(row.ratio_p20), y), (place(row.ratio_p80), y)], "ours", 2)
-            radius = 5 if row.candidate == group.ours else 3.6
-            svg.dot(place(row.ratio_to_frozen), y, colour[row.candidate], radius)
-            if row.candidate == group.ours and row.ratio_to_frozen > LARGEST_RATIO:
-                svg.text(place(row.ratio_to_frozen) + 9, y + 4, f"{row.ratio_to_frozen:.1f}", 11.5, "ours")
-    return svg.render()
-
-
-def short_title(group: Group) -> str:
-    """Work, name of the shape, dtype."""
-    work, shape, dtype = group.title.split("  ")
-    return f"{work}  {shape.split(' (')[0]}  {dtype}"
+    ours = groups[0].ours if groups else ""
+    colour = colours(names, ours)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(9.5, 1.6 + 0.25 * max(len(groups), 1))
+        axes = figure.add_subplot()
+        for name in names:
+            rows = ((y, row) for y, group in enumerate(groups) for row in group.rows if row.candidate == name)
+            found = [(y, row.ratio) for y, row in rows if row.ratio is not None]
+            ys, (lows, middles, highs) = (
+                [y for y, _ in found],
+                ([min(getattr(ratio, part), LARGEST_RATIO) for _, ratio in found] for part in ("p20", "median", "p80")),
+            )
+            mine = name == ours
+            style: Any = {"color": colour[name], "zorder": 2 + mine}
+            axes.hlines(ys, lows, highs, lw=2 if mine else 0.8, **style)
+            axes.plot(middles, ys, "o", ms=7 if mine else 4.5, gid=name, **style)
+            for y, ratio in found if mine else ():
+                if ratio.median > LARGEST_RATIO:
+                    axes.annotate(f"{ratio.median:.1f}", (LARGEST_RATIO + 0.02, y), color=colour[name], va="center")
+        axes.axvline(1, color=_LIGHT["muted"], lw=1)
+        axes.set_yticks(range(len(groups)), [group.short_title for group in groups], color=_LIGHT["ink"])
+        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.set_xlim(smallest_ratio(groups) - 0.02, LARGEST_RATIO + 0.05)
+        axes.grid(axis="x")
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel(f"time ÷ frozen baseline's, lower is better; {LARGEST_RATIO:g} stands for more")
+        _head(figure, axes, title, {name: colour[name] for name in names})
+    return figure
 
 
 @dataclass(frozen=True)
@@ -86,71 +95,54 @@ class Curve:
     dashed: bool = False
 
 
-def curve_plot(curves: Mapping[str, Curve], title: str, x_label: str, y_label: str, log_y: bool = True) -> str:
-    """Curves over a logarithmic x whose values are the ticks."""
-    svg = Svg(_WIDTH, 400, title)
-    svg.text(20, 30, title, 15, bold=True)
-    names = list(curves)
-    _legend(svg, names, {name: curve.colour for name, curve in curves.items()}, _legend_places(names, 20, 54))
-    left, right, top, bottom = 74, 735, 80, 340
-    xs = sorted({x for curve in curves.values() for x, _ in curve.points})
-    ys = [y for curve in curves.values() for _, y in curve.points]
-    ticks = _log_ticks(min(ys), max(ys)) if log_y else _ticks(min([*ys, 1.0]), max(ys))
-
-    def across(x: float) -> float:
-        low, high = math.log(xs[0]), math.log(xs[-1])
-        return left + 20 + (math.log(x) - low) / max(high - low, 1e-9) * (right - left - 40)
-
-    def up(y: float) -> float:
-        low, high, at = (math.log(v) if log_y else v for v in (ticks[0], ticks[-1], y))
-        return bottom - (at - low) / max(high - low, 1e-9) * (bottom - top)
-
-    for tick in ticks:
-        svg.line([(left, up(tick)), (right, up(tick))], "grid", 1)
-        svg.text(left - 8, up(tick) + 4, f"{tick:g}", 11.5, "muted", "end")
-    for x in xs:
-        svg.text(across(x), bottom + 20, f"{x:g}", 11.5, "muted", "middle")
-    svg.text((left + right) / 2, bottom + 44, x_label, 12, "muted", "middle")
-    svg.text(left - 54, top - 8, y_label, 12, "muted")
-    for curve in curves.values():
-        points = [(across(x), up(y)) for x, y in curve.points]
-        if len(points) > 1:
-            svg.line(points, curve.colour, 2, dashed=curve.dashed)
-        for x, y in points:
-            svg.dot(x, y, curve.colour, 2.4 if curve.dashed else 3.6)
-    return svg.render()
+def curve_figure(curves: Mapping[str, Curve], title: str, x_label: str, y_label: str) -> Figure:
+    """Curves over a logarithmic x whose values are the ticks; y from 1 or below."""
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(7.6, 4)
+        axes = figure.add_subplot()
+        for name, curve in curves.items():
+            xs, ys = zip(*curve.points, strict=True) if curve.points else ((), ())
+            style, marker = ("--", 3.0) if curve.dashed else ("-", 4.5)
+            axes.plot(xs, ys, style, color=curve.colour, marker="o", ms=marker, lw=1.8, gid=name)
+        values = sorted({x for curve in curves.values() for x, _ in curve.points})
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(values))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        low = min([1.0, *(y for curve in curves.values() for _, y in curve.points)])
+        axes.set_ylim(bottom=low - 0.03)
+        axes.grid(axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        _head(figure, axes, title, {name: curve.colour for name, curve in curves.items()})
+    return figure
 
 
-def _legend_places(names: Sequence[str], left: float, top: float) -> list[tuple[float, float]]:
-    """Where each name stands, in as many lines as they need."""
-    places, x, y = [], left, top
-    for name in names:
-        width = 30 + 8 * len(name)
-        if x + width > _WIDTH and x > left:
-            x, y = left, y + 20
-        places.append((x, y))
-        x += width
-    return places
+def _head(figure: Figure, axes: Axes, title: str, colour: Mapping[str, str]) -> None:
+    """The title, and the names in as many lines as they need."""
+    handles = [axes.plot([], [], "o", ms=7, color=colour[name], label=name)[0] for name in colour]
+    font: Any = {"weight": "bold", "size": 11}
+    place: Any = {"loc": "outside upper left", "ncols": min(len(handles), 5) or 1, "alignment": "left"}
+    figure.legend(handles=handles, title=title, title_fontproperties=font, **place)
 
 
-def _legend(
-    svg: Svg, names: Sequence[str], colour: Mapping[str, str], places: Sequence[tuple[float, float]]
-) -> None:  # fmt: skip
-    for name, (x, y) in zip(names, places, strict=True):
-        svg.dot(x + 5, y - 4, colour[name], 5)
-        svg.text(x + 15, y, name, 12)
+def as_svg(figure: Figure, title: str) -> str:
+    """The same bytes every time, to the hundredth of a point; light and dark by the reader's own setting."""
+    with matplotlib.rc_context(STYLE):
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
+    svg = re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", file.getvalue())
+    svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', system-ui, sans-serif")
+    for name, (light, _) in COLOURS.items():
+        svg = svg.replace(light, f"var(--{name})")
+    modes = ["".join(f"--{name}:{pair[mode]};" for name, pair in COLOURS.items()) for mode in (0, 1)]
+    style = f"<style>svg{{{modes[0]}}}@media (prefers-color-scheme:dark){{svg{{{modes[1]}}}}}</style>"
+    head, separator, rest = svg.partition("<defs>")
+    return "\n".join(line.rstrip() for line in f"{head}{style}\n {separator}{rest}".splitlines()) + "\n"
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 of each decade, or the decades where there are many, around what is drawn."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = (1,) if last - first > 3 else (1, 2, 5)
-    ticks = [step * 10.0**decade for decade in range(first, last + 1) for step in steps]
-    below, above = max(t for t in ticks if t <= low), min((t for t in ticks if t >= high), default=ticks[-1])
-    return [tick for tick in ticks if below <= tick <= above]
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    step = next(step for step in (0.05, 0.1, 0.2, 0.25, 0.5, 1, 2, 5, 10, 20, 50) if (high - low) / step <= 7)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * place, 6) for place in range(first, last + 1)]
+def as_png(figure: Figure) -> bytes:
+    with matplotlib.rc_context(STYLE):
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=140)
+    return file.getvalue()

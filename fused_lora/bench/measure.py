@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-Call = Callable[[], object]
+from .results import Spread
+
+Thunk = Callable[[], object]
 # (call, count) -> milliseconds a call, over count calls in a row
-Timer = Callable[[Call, int], float]
+Timer = Callable[[Thunk, int], float]
 
 # at least this much is written to flush a GPU's cache
 MIN_FLUSH = 1 << 28
@@ -35,15 +36,15 @@ CALIBRATION_CYCLES = 1_000_000
 
 @dataclass(frozen=True)
 class Staged:
-    """Work of which a part is not timed. ready: does that part, and gives the call that does the rest, once."""
+    """A call of which a part is not timed. ready: does that part, and gives the call that does the rest, once."""
 
-    ready: Callable[[], Call]
+    ready: Callable[[], Thunk]
 
     def __call__(self) -> object:
         return self.ready()()
 
 
-def ready(call: Call, count: int) -> Iterable[Call]:
+def ready(call: Thunk, count: int) -> Iterable[Thunk]:
     """What is to be timed in count calls: all that comes before is done."""
     if isinstance(call, Staged):
         return [call.ready() for _ in range(count)]
@@ -86,7 +87,7 @@ class HostTimer:
     ) -> None:
         self._now, self._before, self._after = now, before, after
 
-    def __call__(self, call: Call, count: int) -> float:
+    def __call__(self, call: Thunk, count: int) -> float:
         calls = ready(call, count)
         self._before()
         start = self._now()
@@ -108,7 +109,7 @@ class CudaTimer:
     """
 
     def __init__(self, device: torch.device, head_start_ms: float = HEAD_START_MS, gpu: Any = torch.cuda) -> None:
-        self.head_start_ms, self.exposed = head_start_ms, set[Call]()
+        self.head_start_ms, self.exposed = head_start_ms, set[Thunk]()
         self._gpu = gpu
         cache = gpu.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(max(4 * cache, MIN_FLUSH), dtype=torch.int8, device=device)
@@ -116,10 +117,10 @@ class CudaTimer:
         # the first time is that of a device that sleeps
         self._cycles_per_ms = [self._calibrate() for _ in range(2)][-1]
 
-    def __call__(self, call: Call, count: int) -> float:
+    def __call__(self, call: Thunk, count: int) -> float:
         return sum(self._once(call) for _ in range(count)) / count
 
-    def _once(self, call: Call) -> float:
+    def _once(self, call: Thunk) -> float:
         head_start_ms = self.head_start_ms
         for _ in range(ATTEMPTS):
             ms, hidden = self._sample(call, head_start_ms)
@@ -132,7 +133,7 @@ class CudaTimer:
         self.exposed.add(call)
         return ms
 
-    def _sample(self, call: Call, head_start_ms: float) -> tuple[float, bool]:
+    def _sample(self, call: Thunk, head_start_ms: float) -> tuple[float, bool]:
         """Milliseconds, and whether all was issued before the first event came."""
         (one,) = ready(call, 1)
         self._flush.zero_()
@@ -157,19 +158,6 @@ def timer_for(device: torch.device) -> Timer:
 
 
 @dataclass(frozen=True)
-class Spread:
-    median: float
-    p20: float
-    p80: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        values = list(values)
-        fifths = statistics.quantiles(values, n=5, method="inclusive")
-        return cls(statistics.median(values), fifths[0], fifths[-1])
-
-
-@dataclass(frozen=True)
 class Measurement:
     """samples: by name, milliseconds a call, one a round."""
 
@@ -184,7 +172,7 @@ class Measurement:
         return Spread.of(mine / base for mine, base in pairs)
 
 
-def interleave(calls: Mapping[str, Call], timer: Timer, plan: Plan) -> Measurement:
+def interleave(calls: Mapping[str, Thunk], timer: Timer, plan: Plan) -> Measurement:
     """Sample every call once a round, in another order each round: none always follows the same one."""
     for call in calls.values():
         call()
@@ -214,7 +202,7 @@ class Clocks:
 
 
 def on_every_clock(
-    calls: Mapping[str, Call],
+    calls: Mapping[str, Thunk],
     device: torch.device,
     plan: Plan,
     gpu: Any = torch.cuda,
@@ -237,7 +225,7 @@ def on_every_clock(
     return Clocks(measured, wall, host, frozenset(name for name, call in calls.items() if call in timer.exposed))
 
 
-def saved_bytes(call: Call, parameters: Iterable[Tensor]) -> int:
+def saved_bytes(call: Thunk, parameters: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps for the backward, without the parameters', each storage once."""
     kept: dict[int, int] = {}
 
@@ -253,7 +241,7 @@ def saved_bytes(call: Call, parameters: Iterable[Tensor]) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(call: Call, device: torch.device) -> int:
+def peak_bytes(call: Thunk, device: torch.device) -> int:
     """The most memory that PyTorch's allocator had out during the call, above what it had out before it.
 
     What a library takes by other ways, such as a GEMM's packed operands on a CPU, is not in it.
@@ -269,7 +257,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _host_peak(call: Call) -> int:
+def _host_peak(call: Thunk) -> int:
     """From the profiler's record of every allocation and every release."""
     # or the profiler announces every recording on stderr
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

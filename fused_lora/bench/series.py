@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import measure, runner, table
-from .problems import Problem
-from .results import Results
+from .groups import Group, Tally
+from .results import ResultsFile
 from .roofline import peak_of
-from .runner import Group
+from .workloads import Workload
 
-Make = Callable[[], Problem]
+Make = Callable[[], Workload]
 
 
 def compete(
     agenda: list[Make],
-    results: Results,
+    file: ResultsFile,
     path: Path | None,
     plan: measure.Plan,
     deadline: float = math.inf,
@@ -32,22 +32,22 @@ def compete(
     after: called with what was measured, at the end.
     """
     groups: list[Group] = []
-    environment, interrupted = results.environment, False
-    print(", ".join(f"{key} {value}" for key, value in vars(environment).items() if value is not None))
+    environment, interrupted = file.environment, False
+    print(f"{environment}, {environment.date}")
     steps, write, say = _progress(agenda)
-    results.complete = False
+    file.complete = False
     try:
         for make in steps:
             if time.monotonic() >= deadline:
                 break
-            problem = make()
-            say(f"{problem.work} {problem.label.split(' (')[0]} {problem.dtype}")
-            group = runner.run_group(problem, plan, peak_of(environment.device, problem.dtype), dry)
+            workload = make()
+            say(f"{workload.pass_} {workload.label.partition(' (')[0]} {workload.dtype}")
+            group = runner.run_group(workload, plan, peak_of(environment.device, workload.dtype), dry)
             groups.append(group)
-            results.add(group.rows)
-            results.complete = len(groups) == len(agenda)
+            file.add(group.rows)
+            file.complete = len(groups) == len(agenda)
             if path is not None:
-                results.save(path)
+                file.save(path)
             write("\n".join(table.lines(group)))
     except KeyboardInterrupt:
         interrupted = True
@@ -57,26 +57,24 @@ def compete(
         after(groups)
     if len(groups) < len(agenda):
         print(f"INCOMPLETE: {len(agenda) - len(groups)} of {len(agenda)} groups were not measured")
-    return 130 if interrupted else 1 if any(group.red for group in groups) else 0
+    return 130 if interrupted else 1 if any(group.failed for group in groups) else 0
 
 
 def conclude(groups: list[Group], path: Path | None) -> None:
     """Who was ahead, what was not timed, and where it is saved."""
-    standings = [place for place in map(table.standing, groups) if place is not None]
-    ahead, level, behind = table.counts(standings)
-    counts = f"{ahead} faster, {level} level, {behind} SLOWER"
-    print(f"\nours against the fastest peer, in {len(standings)} groups: {counts}")
-    for place in standings:
-        if place.lost:
-            print(f"  {place.group}: {place}")
+    tally = Tally.of(groups)
+    counts = f"{tally.ahead} faster, {tally.level} level, {tally.behind} SLOWER"
+    print(f"\nours against the fastest baseline, in {len(tally.places)} groups: {counts}")
+    for place in tally.lost:
+        print(f"  {place.group.title}: {place}")
     absent: dict[str, dict[str, None]] = {}
     for name, why in (pair for group in groups for pair in group.absent.items()):
         absent.setdefault(why, {})[name] = None
     for why, names in absent.items():
         print(f"not timed: {', '.join(names)}: {why}")
     for group in groups:
-        for name, why in group.red.items():
-            print(f"RED, so without a time: {group.title}: {name}: {why}")
+        for name, why in group.failed.items():
+            print(f"FAILED, so without a time: {group.title}: {name}: {why}")
     print("not saved: --out FILE saves" if path is None else f"saved: {path}")
 
 

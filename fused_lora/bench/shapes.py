@@ -9,13 +9,13 @@ BACKWARD = "backward"  # dx, dA, dB of a forward that is not timed
 STEP = "step"  # forward and backward
 DECODE = "decode"  # forward of up to 16 tokens, no gradients
 TRAIN = "train"  # a network's training step, optimizer included
-WORKS = (FORWARD, BACKWARD, STEP, DECODE, TRAIN)
+PASSES = (FORWARD, BACKWARD, STEP, DECODE, TRAIN)
 _LAYER, _DECODE = (FORWARD, BACKWARD, STEP), (DECODE,)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer at work: x (M, K), weight (N, K), rank R.
+    """A layer as it runs: x (M, K), weight (N, K), rank R.
 
     tags: "cpu", "gpu" and "dry" (kernels interpreted) say where it is timed, "first" that it comes before the others
     in every dtype, "quick" that a quick run takes it too.
@@ -27,32 +27,32 @@ class Shape:
     N: int
     R: int
     tags: tuple[str, ...]
-    works: tuple[str, ...] = _LAYER
+    passes: tuple[str, ...] = _LAYER
     bias: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} (M={self.M} K={self.K} N={self.N} R={self.R})"
 
-    def flops(self, work: str, lora: bool) -> int:
+    def flops(self, pass_: str, lora: bool) -> int:
         """Multiplications and additions that the formulas ask for, however a candidate computes them."""
-        if work == STEP:
+        if pass_ == STEP:
             return self.flops(FORWARD, lora) + self.flops(BACKWARD, lora)
-        base, thin = 2 * self.M * self.K * self.N, 2 * self.M * self.R * (self.K + self.N)
-        # of the backward's thin products, half are for dx and half for dA and dB
-        return base + (0 if not lora else 2 * thin if work == BACKWARD else thin)
+        base, low_rank = 2 * self.M * self.K * self.N, 2 * self.M * self.R * (self.K + self.N)
+        # of the backward's low-rank products, half are for dx and half for dA and dB
+        return base + (0 if not lora else 2 * low_rank if pass_ == BACKWARD else low_rank)
 
-    def bytes(self, work: str, itemsize: int, lora: bool) -> int:
+    def bytes(self, pass_: str, itemsize: int, lora: bool) -> int:
         """The fewest bytes that memory must move: operands read once and results written once, by each pass."""
-        if work == STEP:
+        if pass_ == STEP:
             return self.bytes(FORWARD, itemsize, lora) + self.bytes(BACKWARD, itemsize, lora)
-        base, thin = self.M * (self.K + self.N) + self.K * self.N, self.R * (self.K + self.N)
+        base, low_rank = self.M * (self.K + self.N) + self.K * self.N, self.R * (self.K + self.N)
         # x is read again for dA
-        adapter = 2 * thin + self.M * self.K if work == BACKWARD else thin
+        adapter = 2 * low_rank + self.M * self.K if pass_ == BACKWARD else low_rank
         return (base + (adapter if lora else 0)) * itemsize
 
 
 # in_features, out_features of the linear layers of a block
-MODELS = {
+MODEL_LAYERS = {
     "llama-7b": {"qkvo": (4096, 4096), "up": (4096, 11008), "down": (11008, 4096)},
     "llama-8b": {"qo": (4096, 4096), "kv": (4096, 1024), "up": (4096, 14336), "down": (14336, 4096)},
     "llama-70b": {"qo": (8192, 8192), "kv": (8192, 1024), "up": (8192, 28672), "down": (28672, 8192)},
@@ -65,7 +65,7 @@ _FIRST, _FIRST_QUICK = ("gpu", "first"), ("gpu", "first", "quick")
 
 def _layer(model: str, layer: str, M: int, R: int) -> Shape:
     """Up to 16 tokens are decoded, without gradients."""
-    K, N = MODELS[model][layer]
+    K, N = MODEL_LAYERS[model][layer]
     return Shape(f"{model}-{layer}-m{M}-r{R}", M, K, N, R, _GPU, _DECODE if M <= 16 else _LAYER)
 
 

@@ -21,16 +21,16 @@ from ..backends.triton.entries import Choice, Reduced, Tiled
 from ..backends.triton.prepare import aligned
 from .baselines import Weights
 from .check import allowance, error
-from .problems import parse_dtype
+from .workloads import parse_dtype
 
-FORWARD, INPUT_GRADIENT, ADAPTER_GRADIENTS = WORKS = ("forward", "input gradient", "adapter gradients")
+FORWARD, INPUT_GRADIENT, ADAPTER_GRADIENTS = PASSES = ("forward", "input gradient", "adapter gradients")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A launch of a layer: x (M, K), weight (N, K), rank R. dtype: as ``problems.parse_dtype`` reads it."""
+    """A launch of a layer: x (M, K), weight (N, K), rank R. dtype: as ``workloads.parse_dtype`` reads it."""
 
-    work: str
+    pass_: str
     M: int
     K: int
     N: int
@@ -40,7 +40,7 @@ class Job:
 
     def __str__(self) -> str:
         dropout = ", dropout" if self.dropout else ""
-        return f"{self.work}  M={self.M} K={self.K} N={self.N} R={self.R}  {self.dtype}{dropout}"
+        return f"{self.pass_}  M={self.M} K={self.K} N={self.N} R={self.R}  {self.dtype}{dropout}"
 
 
 class Subject(ABC):
@@ -85,11 +85,11 @@ class Subject(ABC):
 
 
 class MatmulSubject(Subject):
-    """The forward or the input gradient: out (M, P) and thin (M, R)."""
+    """The forward or the input gradient: out (M, P) and the low-rank product (M, R)."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         super().__init__(job, device)
-        w, self.backward = self.weights, job.work == INPUT_GRADIENT
+        w, self.backward = self.weights, job.pass_ == INPUT_GRADIENT
         weight, lora_A, lora_B = (tensor.detach() for tensor in (w.weight, w.lora_A, w.lora_B))
         self.operands = (self.x, weight.t(), lora_A.t(), lora_B.t())
         if self.backward:
@@ -147,7 +147,7 @@ class ReductionSubject(Subject):
 
 
 def make(job: Job, device: torch.device) -> Subject:
-    kind = ReductionSubject if job.work == ADAPTER_GRADIENTS else MatmulSubject
+    kind = ReductionSubject if job.pass_ == ADAPTER_GRADIENTS else MatmulSubject
     return kind(job, device)
 
 

@@ -11,7 +11,7 @@ from . import info
 COMMANDS = {
     "demo": (demo, "train RichBoyNet on MNIST, then fix the digit it gets wrong by training A and B alone"),
     "info": (info, "versions, devices, and which implementations can run here"),
-    "bench": (bench, "time the layer against the frozen linear and its peers"),
+    "bench": (bench, "time the layer against the baselines"),
     "tune": (tuning, "time tiles and schedules on this GPU, and keep those that beat the rules"),
     "codegen": (codegen, "compile the kernels for GPUs that are not here: registers, spills, instructions"),
 }

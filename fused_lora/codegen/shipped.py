@@ -61,9 +61,9 @@ class Found:
     """plain: the same tile's bare GEMM, where there is one to compare with.  loads: "descriptors" or "pointers"."""
 
     case: Case
-    work: str
+    pass_: str
     tile: tuple[int, ...]
-    form: str
+    schedule: str
     loads: str
     resources: Resources
     plain: Resources | None
@@ -72,7 +72,7 @@ class Found:
     def loop(self) -> int | None:
         """Instructions in the main loop of the tiles that wait: it has as many matrix instructions as the bare GEMM's.
 
-        A publisher's main loop has more of them, one that makes the thin product alone has fewer, unless ranks are as
+        A publisher's main loop has more of them, one that makes h alone has fewer, unless ranks are as
         many as the tile's columns: then the longer of the two counts.
         """
         got, plain = self.resources, self.plain
@@ -98,7 +98,7 @@ class Found:
         expected = MATRIX_INSTRUCTION[self.case.arch]
         if not self.case.exact and expected not in self.resources.matrix_instructions:
             faults.append(f"no {expected}")
-        if self.form == "RECOMPUTE" or self.case.exact:
+        if self.schedule == "RECOMPUTE" or self.case.exact:
             return faults
         loop, plain = self.loop, self.plain_loop
         if loop is None:
@@ -127,7 +127,7 @@ def compile_case(case: Case, compare: bool = True) -> Iterator[Found]:
     yield Found(case, "adapter gradients", tile, "in parts", "pointers", compile_launch(call, case.arch), None)
 
 
-def _compile_matmul(case: Case, work: str, operands: tuple[Any, ...], thin: Tensor, compare: bool) -> Found:
+def _compile_matmul(case: Case, pass_: str, operands: tuple[Any, ...], thin: Tensor, compare: bool) -> Found:
     """operands: a, w, u, v and bias.  As ``launch.lora_matmul`` would launch it."""
     a, w, *_, bias = operands
     device = DEVICES[case.arch]
@@ -141,10 +141,10 @@ def _compile_matmul(case: Case, work: str, operands: tuple[Any, ...], thin: Tens
         few: tuple[Any, ...] = (*operands, 1.5, out, thin, slots, _counters(case), decode)
         call = prepare.decode_launch(*few)
         tile = (decode.BLOCK_P, decode.BLOCK_Q, decode.BLOCK_R, decode.num_warps, decode.num_stages)
-        return Found(case, work, tile, "few tokens", "pointers", compile_launch(call, case.arch), None)
+        return Found(case, pass_, tile, "decode", "pointers", compile_launch(call, case.arch), None)
     config = _staged(default_config(problem, device), case)
     schedule = default_schedule(problem, config, device)
-    dropout = (seed, 0.1, work != "forward")
+    dropout = (seed, 0.1, pass_ != "forward")
     sync = None if schedule.form <= Form.RECOMPUTE else _counters(case)
     parts = None
     if schedule.form == Form.PRODUCE:
@@ -154,7 +154,7 @@ def _compile_matmul(case: Case, work: str, operands: tuple[Any, ...], thin: Tens
     tile = (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.num_warps, config.num_stages)
     loads = "descriptors" if schedule.descriptors else "pointers"
     plain = _compile_plain(case, a, w, bias, config, schedule) if compare else None
-    return Found(case, work, tile, schedule.form.name, loads, compile_launch(call, case.arch), plain)
+    return Found(case, pass_, tile, schedule.form.name, loads, compile_launch(call, case.arch), plain)
 
 
 def _compile_plain(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bench import KNOWN_DTYPES
-from ..bench.shapes import MODELS
+from ..bench.shapes import MODEL_LAYERS
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +28,16 @@ CPU_SHAPES, CPU_TOKENS = "64x48", "3,40"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--shapes", type=_shapes, metavar="KxN,…", help="in_features x out_features of layers")
-    what.add_argument("--model-like", choices=list(MODELS), help="the layers of such a model; default: llama-8b")
+    what.add_argument("--model-like", choices=list(MODEL_LAYERS), help="the layers of such a model; default: llama-8b")
     parser.add_argument("--tokens", type=_numbers, metavar="M,…", help=f"default: {TOKENS}")
     parser.add_argument("--rank", type=_numbers, default=[16], metavar="R,…", help="default: 16")
     parser.add_argument(
         "--dtype", type=_dtypes, default=["bfloat16"], help="default: bfloat16; bfloat16+float32: adapters"
     )
     parser.add_argument("--dropout", action="store_true", help="for training with LoRA dropout")
-    parser.add_argument("--quick", action="store_true", help="only the rules' own lists, without neighbours and forms")
+    parser.add_argument(
+        "--quick", action="store_true", help="only the rules' own lists, without neighbours and other schedules"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: your own file, which every process reads")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu interprets the kernels")
 
@@ -107,7 +109,7 @@ def _tune(jobs: Sequence[Job], device: torch.device, table: Table, measure: Meas
     from .candidates import ROUNDS
     from .search import search
 
-    known, reds, done = known_device(device), 0, set()
+    known, failures, done = known_device(device), 0, set()
     for index, job in enumerate(jobs):
         print(f"[{index + 1}/{len(jobs)}] {job}", flush=True)
         subject = make(job, device)
@@ -118,7 +120,7 @@ def _tune(jobs: Sequence[Job], device: torch.device, table: Table, measure: Meas
         say: Callable[[str], None] = partial(print, flush=True)
         outcome = search(subject, known, measure, say, ROUNDS[:1] if quick else ROUNDS)
         print(f"  {_conclusion(outcome)}", flush=True)
-        reds += outcome.red is not None
+        failures += outcome.failed is not None
         if outcome.entry is not None:
             table.put(outcome.entry)
         elif not outcome.interrupted:
@@ -129,14 +131,14 @@ def _tune(jobs: Sequence[Job], device: torch.device, table: Table, measure: Meas
         if outcome.interrupted:
             print("interrupted", file=sys.stderr)
             return 130
-    return 1 if reds else 0
+    return 1 if failures else 0
 
 
 def _conclusion(outcome: Outcome) -> str:
     from ..bench.subjects import in_one_line
 
-    if outcome.red is not None:
-        return f"RED, so not tuned: the rule's own choice is {outcome.red}"
+    if outcome.failed is not None:
+        return f"FAILED, so not tuned: the rule's own choice is {outcome.failed}"
     if outcome.entry is None:
         return f"none of {outcome.tried} is clearly faster than the rule's choice"
     entry = outcome.entry
@@ -151,17 +153,17 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     on_cpu = args.device == "cpu"
     layers = args.shapes
     if layers is None:
-        default = _shapes(CPU_SHAPES) if on_cpu else list(MODELS["llama-8b"].values())
-        layers = default if args.model_like is None else list(MODELS[args.model_like].values())
+        default = _shapes(CPU_SHAPES) if on_cpu else list(MODEL_LAYERS["llama-8b"].values())
+        layers = default if args.model_like is None else list(MODEL_LAYERS[args.model_like].values())
     tokens = args.tokens or _numbers(CPU_TOKENS if on_cpu else QUICK_TOKENS if args.quick else TOKENS)
     jobs = []
     for dtype in args.dtype:
         for rank in args.rank:
             for K, N in layers:
                 for M in tokens:
-                    # a few tokens are decoded, without gradients
-                    works = (FORWARD,) if M <= 16 else (FORWARD, INPUT_GRADIENT, ADAPTER_GRADIENTS)
-                    jobs += [Job(work, M, K, N, rank, dtype, args.dropout) for work in works]
+                    # small M is decoded, without gradients
+                    passes = (FORWARD,) if M <= 16 else (FORWARD, INPUT_GRADIENT, ADAPTER_GRADIENTS)
+                    jobs += [Job(pass_, M, K, N, rank, dtype, args.dropout) for pass_ in passes]
     return jobs
 
 

@@ -1,4 +1,4 @@
-"""What the tuner tries: the lists that the rules choose from, then neighbours and other forms of what won so far."""
+"""What the tuner tries: the lists that the rules choose from, then neighbours of what won so far, then schedules."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def neighbours(problem: Problem | ReductionProblem, device: Device, best: Choice
         yield from _around(best, "num_stages", "num_warps", "BLOCK_Q", "BLOCK_P", "SPLIT", "SPLIT_THIN")
 
 
-def forms(problem: Problem | ReductionProblem, device: Device, best: Choice) -> Iterator[Choice]:
-    """Every other way to share the thin product and to load, in the best tile."""
+def schedules(problem: Problem | ReductionProblem, device: Device, best: Choice) -> Iterator[Choice]:
+    """Every other way to share h and to load, in the best tile."""
     if isinstance(best, Tiled):
-        schedules = [Schedule(form) for form in (Form.PUBLISH, Form.RECOMPUTE)]
-        schedules += [Schedule(Form.PRODUCE, split) for split in (1, 2, 4, 8)]
-        for schedule in schedules:
+        found = [Schedule(form) for form in (Form.PUBLISH, Form.RECOMPUTE)]
+        found += [Schedule(Form.PRODUCE, split) for split in (1, 2, 4, 8)]
+        for schedule in found:
             yield from (Tiled(best.tile, replace(schedule, descriptors=loads)) for loads in (False, True))
 
 
 # one after the other, each around the best of those before
-ROUNDS: tuple[Round, ...] = (starts, neighbours, forms)
+ROUNDS: tuple[Round, ...] = (starts, neighbours, schedules)
 
 
 def fitting(

@@ -10,11 +10,11 @@ import torch
 
 from ..backends.triton.configs import Device
 from ..backends.triton.entries import Choice, Entry, class_of
-from ..bench.measure import Call, Measurement
+from ..bench.measure import Measurement, Thunk
 from ..bench.subjects import Subject, in_one_line
 from .candidates import ROUNDS, Round, fitting
 
-Measure = Callable[[Mapping[str, Call]], Measurement]
+Measure = Callable[[Mapping[str, Thunk]], Measurement]
 RULE = "rule"
 # after it the device computes nothing more in this process; not every supported PyTorch tells it apart
 _FATAL = getattr(torch, "AcceleratorError", ())
@@ -24,12 +24,12 @@ _FATAL = getattr(torch, "AcceleratorError", ())
 class Outcome:
     """entry: the winner, or None where the rule's choice is the best that was found.
 
-    red: why the rule's own choice is wrong, which ends the search.  interrupted: by the user, before its end.
+    failed: why the rule's own choice is wrong, which ends the search.  interrupted: by the user, before its end.
     """
 
     entry: Entry | None = None
     tried: int = 0
-    red: str | None = None
+    failed: str | None = None
     interrupted: bool = False
 
 
@@ -37,8 +37,8 @@ def search(
     subject: Subject, device: Device, measure: Measure, say: Callable[[str], None], rounds: Sequence[Round] = ROUNDS
 ) -> Outcome:
     """A winner is faster than the rule's choice in most rounds of measuring (80th percentile of the ratios)."""
-    outcome = Outcome(red=_verdict(subject, subject.rule))
-    if outcome.red is not None:
+    outcome = Outcome(failed=_verdict(subject, subject.rule))
+    if outcome.failed is not None:
         return outcome
     best, tried = subject.rule, {subject.rule}
     try:

@@ -13,8 +13,11 @@ import pytest
 import torch
 import triton
 
-from fused_lora import codegen, ops
+from fused_lora import codegen
+from fused_lora.backends import environment
+from fused_lora.bench.results import ResultsFile
 from fused_lora.cli import main
+from fused_lora.codegen import record
 from fused_lora.codegen.compiler import Resources
 from fused_lora.codegen.shipped import Case, Found
 
@@ -49,8 +52,9 @@ for tokens, rank, base, adapters, precision, dropout, N in json.loads(sys.argv[2
     case = Case(int(sys.argv[1]), tokens, 4096, N, rank, getattr(torch, base), getattr(torch, adapters), dropout)
     for row in compile_case(case):
         exact = base == "float32" and precision == "highest"
-        about = {"case": str(case), "form": row.form, "loads": row.loads, "exact": exact, "faults": row.faults()}
-        found.append(vars(row.resources) | about | {"work": row.work, "loop": row.loop, "plain": row.plain_loop})
+        about = {"case": str(case), "pass": row.pass_, "schedule": row.schedule, "loads": row.loads, "exact": exact}
+        about |= {"loop": row.loop, "plain": row.plain_loop, "faults": row.faults()}
+        found.append(vars(row.resources) | about)
 print(json.dumps(found))
 """
 
@@ -59,7 +63,7 @@ def case(tokens, rank, base="bfloat16", adapters=None, precision="highest", drop
     return tokens, rank, base, adapters or base, precision, dropout, N
 
 
-# every GPU, form, kind of loads, rank and mixture of dtypes, and what once failed; `fused-lora codegen` compiles more
+# every GPU, schedule, kind of loads, rank and mixture of dtypes, and what once failed; `fused-lora codegen` has more
 # the main loop is held to the bare GEMM's by the compiler that is pinned; 3.6's is 6 % over it at rank 128 on sm_90
 PINNED = not triton.__version__.startswith("3.6.")
 
@@ -87,22 +91,21 @@ def test_shipped_launches_compile_without_spills_or_warnings_to_the_instruction_
         assert row["warnings"] == [], row
         if not row["exact"]:
             assert MATRIX_INSTRUCTION[arch] in row["matrix_instructions"], row
-        if PINNED and row["plain"] is not None and row["form"] in ("PUBLISH", "PRODUCE"):
+        if PINNED and row["plain"] is not None and row["schedule"] in ("PUBLISH", "PRODUCE"):
             # those who wait for h run the bare GEMM's loop
             assert row["loop"] <= 1.05 * row["plain"], row
-        if row["form"] == "few tokens":
+        if row["schedule"] == "decode":
             # two programs, and 1 KB that the system takes for each, share a multiprocessor's memory and registers
             assert 2 * (row["shared_bytes"] + 1024) <= SHARED_MEMORY[arch] * 1024, row
             assert 2 * 128 * row["registers"] <= 2**16, row
-    forms = {"PUBLISH", "PRODUCE", "few tokens"}
-    assert forms <= {row["form"] for row in found}
+    assert {"PUBLISH", "PRODUCE", "decode"} <= {row["schedule"] for row in found}
     assert ("descriptors" in {row["loads"] for row in found}) == (arch in (90, 100))
 
 
-def found(form="PUBLISH", dtype=torch.bfloat16, **changes):
+def found(schedule="PUBLISH", dtype=torch.bfloat16, **changes):
     got = Resources(128, 0, 1024, "12.8.93", (), ("wgmma.mma_async",), (100, 130), (4, 8), 3, ())
     case = Case(90, 8192, 64, 64, 16, dtype, dtype)
-    return Found(case, "forward", (128, 128, 64, 8, 3), form, "pointers", dataclasses.replace(got, **changes), got)
+    return Found(case, "forward", (128, 128, 64, 8, 3), schedule, "pointers", dataclasses.replace(got, **changes), got)
 
 
 @pytest.mark.parametrize(
@@ -132,18 +135,20 @@ def found(form="PUBLISH", dtype=torch.bfloat16, **changes):
 )
 def test_the_command_fails_and_says_which_launch_is_not_as_it_must_be(row, fault, monkeypatch, capsys, tmp_path):
     assert row.faults() == ([] if fault is None else [fault])
-    monkeypatch.setattr(ops, "interpreting", lambda: False)
+    monkeypatch.setattr(environment, "interpreting", lambda: False)
     monkeypatch.setattr(codegen, "_compile_all", lambda cases: [row])
-    arguments = ["codegen", "--json", str(tmp_path / "found.json"), "--markdown", str(tmp_path / "found.md")]
-    assert main(arguments) == (0 if fault is None else 1)
+    path = tmp_path / "found.json"
+    assert main(["codegen", "--json", str(path)]) == (0 if fault is None else 1)
     out, err = capsys.readouterr()
     assert "| sm_90 | forward |" in out
-    assert "| sm_90 | forward |" in (tmp_path / "found.md").read_text()
-    assert json.loads((tmp_path / "found.json").read_text())[0]["work"] == "forward"
+    file = ResultsFile.load(path)
+    assert (file.kind, file.environment.device, file.rows[0].pass_) == ("codegen", "offline compile", "forward")
+    # the page is made of the file
+    assert record.table(file) in out
     if fault is None:
         assert err == ""
     else:
-        assert f"sm_90, forward, bfloat16, R 16, M 8192, {row.form}: {fault}" in err
+        assert f"sm_90, forward, bfloat16, R 16, M 8192, {row.schedule}: {fault}" in err
 
 
 def test_the_command_compiles_every_gpu_rank_dtype_and_kernel():

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import backends, functional, validation
-from ..baselines import EAGER, FROZEN, OURS, PEERS, Weights
-from ..measure import Call
+from ..baselines import CANDIDATES, EAGER, FROZEN, OURS_PREFIX, PEFT, Weights
+from ..measure import Thunk
 from . import parts
 from .watch import watching
 
@@ -57,12 +57,12 @@ class Nothing(nn.Module):
         return x
 
 
-def triton_forward(sizes: Sizes, device: torch.device) -> dict[str, Call]:
+def triton_forward(sizes: Sizes, device: torch.device) -> dict[str, Thunk]:
     """Without gradients. To be made and called within ``no_grad``."""
     from ...backends.triton import launch
 
     x, weights = sizes.operands(device)
-    layer = PEERS[f"{OURS}triton"].build(weights)
+    layer = CANDIDATES[f"{OURS_PREFIX}triton"].build(weights)
     W, A, B, scale = weights.weight, weights.lora_A, weights.lora_B, weights.scale
     # the first call of its kind goes through Triton's JIT, the second goes as all later ones
     with watching() as first:
@@ -71,7 +71,8 @@ def triton_forward(sizes: Sizes, device: torch.device) -> dict[str, Call]:
         results.append(layer(x))
     operands = (x, W.t(), A.t(), B.t(), None, scale, None, 0.0, False)
     operator = torch.ops.fused_lora.lora_matmul.default
-    out, low_rank = launch.lora_matmul(*operands)
+    plan = launch.matmul_plan(*operands[:5], None, 0.0, False)
+    out, low_rank = (sizes.M, sizes.N), (sizes.M, sizes.R)
 
     def validate() -> None:
         validation.check_operands(x, W, A, B, None)
@@ -83,28 +84,29 @@ def triton_forward(sizes: Sizes, device: torch.device) -> dict[str, Call]:
     return {
         parts.LAYER: lambda: layer(x),
         parts.LORA_LINEAR: lambda: functional.lora_linear(x, W, A, B, scale, impl="triton"),
-        parts.OPERATOR: lambda: operator(*operands, "triton"),
-        parts.BACKEND: lambda: launch.lora_matmul(*operands),
-        parts.JIT: first.jit_runs[0],
+        parts.PLAN: lambda: plan(x, W, A, B, None, scale, None, False),
         parts.LAUNCHER: partial(_make, warm.launches, results),
-        parts.ALLOCATOR: lambda: (x.new_empty(out.shape), x.new_empty(low_rank.shape)),
+        parts.ALLOCATOR: lambda: (x.new_empty(out), x.new_empty(low_rank)),
         parts.VALIDATION: validate,
         parts.CHOICE: lambda: backends.choose("triton", x.device, x.dtype),
         parts.VIEWS: lambda: (W.t(), A.t(), B.t()),
+        parts.OPERATOR: lambda: operator(*operands, "triton"),
+        parts.BACKEND: lambda: launch.lora_matmul(*operands),
+        parts.JIT: first.jit_runs[0],
     }
 
 
-def _make(launches: Sequence[Call], written: object) -> None:
+def _make(launches: Sequence[Thunk], written: object) -> None:
     """The launches again. written: what they write to, so that its memory stays theirs."""
     for launch in launches:
         launch()
 
 
-def plain_forward(device: torch.device) -> dict[str, Call]:
+def plain_forward(device: torch.device) -> dict[str, Thunk]:
     """Without gradients. To be called within ``no_grad``."""
     x, weights = TINY.operands(device)
     W, A, B, scale = weights.weight, weights.lora_A, weights.lora_B, weights.scale
-    eager, nothing = PEERS[EAGER].build(weights), Nothing()
+    eager, nothing = CANDIDATES[EAGER].build(weights), Nothing()
     return {
         # the fewest calls by which eager computes the layer
         parts.GEMMS: lambda: torch.addmm(F.linear(x, W), F.linear(x, A), B.t(), alpha=scale),
@@ -114,52 +116,53 @@ def plain_forward(device: torch.device) -> dict[str, Call]:
     }
 
 
-def triton_step(sizes: Sizes, device: torch.device) -> dict[str, Call]:
+def triton_step(sizes: Sizes, device: torch.device) -> dict[str, Thunk]:
     """Forward and backward, and the launches in it."""
     x, weights = sizes.operands(device)
-    call = step(PEERS[f"{OURS}triton"].build(weights), (weights.lora_A, weights.lora_B), x)
+    call = step(CANDIDATES[f"{OURS_PREFIX}triton"].build(weights), (weights.lora_A, weights.lora_B), x)
     call()
     with watching() as warm:
         results = call()
     return {parts.LAYER: call, parts.LAUNCHER: partial(_make, warm.launches, results)}
 
 
-def plain_step(device: torch.device) -> dict[str, Call]:
+def plain_step(device: torch.device) -> dict[str, Thunk]:
     """LoRA by eager PyTorch and by PEFT where it is installed; the bare linear, trained and frozen."""
     x, weights = TINY.operands(device)
     full = nn.Linear(TINY.K, TINY.N, bias=False, dtype=TINY.dtype, device=device)
     trained = {parts.FULL: step(full, (full.weight,), x), FROZEN: step(weights.linear(), (), x)}
-    return _steps({EAGER: EAGER, parts.PEFT: parts.PEFT}, x, weights) | trained
+    return _steps({EAGER: EAGER, PEFT: PEFT}, x, weights) | trained
 
 
-def native_forward() -> dict[str, Call]:
+def native_forward() -> dict[str, Thunk]:
     """Without gradients, on the CPU; no LAYER where the extension is not built. To be called within ``no_grad``."""
     x, weights = NATIVE.operands(CPU)
-    calls: dict[str, Call] = {parts.LINEAR: lambda: F.linear(x, weights.weight)}
-    native = PEERS[f"{OURS}native"]
+    calls: dict[str, Thunk] = {parts.LINEAR: lambda: F.linear(x, weights.weight)}
+    native = CANDIDATES[f"{OURS_PREFIX}native"]
     if native.why_not(weights) is None:
         layer = native.build(weights)
         calls[parts.LAYER] = lambda: layer(x)
     return calls
 
 
-def native_step() -> dict[str, Call]:
+def native_step() -> dict[str, Thunk]:
     """On the CPU; no LAYER where the extension is not built."""
     x, weights = NATIVE.operands(CPU)
     return {
-        **_steps({parts.LAYER: f"{OURS}native", EAGER: EAGER}, x, weights),
+        **_steps({parts.LAYER: f"{OURS_PREFIX}native", EAGER: EAGER}, x, weights),
         FROZEN: step(weights.linear(), (), x),
     }
 
 
-def _steps(candidates: dict[str, str], x: Tensor, weights: Weights) -> dict[str, Call]:
+def _steps(candidates: dict[str, str], x: Tensor, weights: Weights) -> dict[str, Thunk]:
     """Part -> step, of those candidates that can run here."""
     wanted = (weights.lora_A, weights.lora_B)
-    known = {part: PEERS[name] for part, name in candidates.items()}
-    return {part: step(peer.build(weights), wanted, x) for part, peer in known.items() if peer.why_not(weights) is None}
+    recipes = {part: CANDIDATES[name] for part, name in candidates.items()}
+    here = {part: recipe for part, recipe in recipes.items() if recipe.why_not(weights) is None}
+    return {part: step(recipe.build(weights), wanted, x) for part, recipe in here.items()}
 
 
-def step(module: nn.Module, wanted: Sequence[Tensor], x: Tensor) -> Call:
+def step(module: nn.Module, wanted: Sequence[Tensor], x: Tensor) -> Thunk:
     """Forward and backward, with gradients of x and of what is wanted."""
     x = x.detach().requires_grad_()
     dy = torch.randn_like(module(x))

@@ -6,7 +6,6 @@ One of its own, because Triton looks for its driver once. Without --libcuda it i
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from .. import measure
 from ..baselines import EAGER
-from ..results import Environment, write_json
+from ..results import Environment, ResultsFile, Row
 from ..shapes import FORWARD, STEP
 from . import calls, parts, stub, watch
 
@@ -36,17 +35,14 @@ def main() -> None:
         "launches": None if launches is None else launches.value,
         "counted": run.counted,
     }
-    write_json(args.out, {
-        "format": "fused_lora results, 1", "kind": "host", "command": "make host",
-        "environment": dataclasses.asdict(Environment.here(device)), "settings": settings, "rows": run.rows,
-    })  # fmt: skip
+    ResultsFile("host", "make host", Environment.here(device), run.rows, settings).save(args.out)
 
 
 class Run:
     """rows: one for each part of each group.  counted: what a warm call of a group does, by ``watch.count``."""
 
     def __init__(self, device: torch.device, seconds: float) -> None:
-        self.rows, self.counted = list[dict[str, object]](), dict[str, dict[str, int]]()
+        self.rows, self.counted = list[Row](), dict[str, dict[str, int]]()
         self._device = device
         if device.type == "cuda":
             # samples that do not fill the queue of launches; backward is another thread's, and its user waits for it
@@ -70,16 +66,15 @@ class Run:
         self._measure(STEP, parts.NATIVE, calls.NATIVE, calls.native_step(), EAGER)
 
     def _measure(
-        self, pass_: str, group: str, sizes: calls.Sizes, made: Mapping[str, measure.Call], baseline: str
+        self, pass_: str, group: str, sizes: calls.Sizes, made: Mapping[str, measure.Thunk], baseline: str
     ) -> None:  # fmt: skip
         found = measure.interleave(made, self._timer, self._plan)
         for part, samples in found.samples.items():
-            us = {name: round(1e3 * ms, 3) for name, ms in dataclasses.asdict(found.time(part)).items()}
-            ratio = {name: round(r, 4) for name, r in dataclasses.asdict(found.ratio(part, baseline)).items()}
-            self.rows.append({
-                "pass": pass_, "shape": f"{group} {sizes}", "dtype": str(sizes.dtype).removeprefix("torch."),
-                "candidate": part, "rounds": len(samples), **us, "unit": "us", "ratios": {baseline: ratio},
-            })  # fmt: skip
+            us = {name: round(1e3 * ms, 3) for name, ms in vars(found.time(part)).items()}
+            self.rows.append(Row(
+                pass_, f"{group} {sizes}", str(sizes.dtype).removeprefix("torch."), part, len(samples), **us,
+                unit="us", ratios={baseline: found.ratio(part, baseline)},
+            ))  # fmt: skip
 
 
 if __name__ == "__main__":

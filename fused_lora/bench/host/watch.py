@@ -14,15 +14,15 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..measure import Call
+from ..measure import Thunk
 
 
 @dataclass
 class Seen:
     """Calls of JITFunction.run and of Triton's launcher, each to be repeated as it was; descriptors made."""
 
-    jit_runs: list[Call] = field(default_factory=list)
-    launches: list[Call] = field(default_factory=list)
+    jit_runs: list[Thunk] = field(default_factory=list)
+    launches: list[Thunk] = field(default_factory=list)
     descriptors: int = 0
 
 
@@ -51,7 +51,7 @@ def watching() -> Iterator[Seen]:
         JITFunction.run, launcher.__call__, TensorDescriptor.__post_init__ = run, launch, describe
 
 
-def count(call: Call) -> dict[str, int]:
+def count(call: Thunk) -> dict[str, int]:
     """How often a call, not the first of its kind, does what costs the host. operators: calls of the dispatcher."""
     with watching() as seen:
         call()

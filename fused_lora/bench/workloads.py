@@ -1,4 +1,4 @@
-"""What is timed: a layer's forward, backward or step, and RichBoyNet's training step, each computed by every peer."""
+"""What is timed: a layer's forward, backward or step, and RichBoyNet's training step, by every candidate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..demo.net import LAYERS, RichBoyNet, Trainer
 from . import measure
-from .baselines import FROZEN, PEERS, Weights, our_choice
+from .baselines import CANDIDATES, FROZEN, Weights, our_choice
 from .shapes import BACKWARD, DECODE, FORWARD, STEP, TRAIN, Shape
 
 # calls on a CPU take turns with copies of their inputs: as many as fill this, twice a large cache, but no more than 16
@@ -25,16 +25,16 @@ Computed = dict[str, Tensor | None]
 
 @dataclass(frozen=True)
 class Candidate:
-    """call: the work, once; gives by name what it computed, None for a gradient that did not come."""
+    """call: runs it once; gives by name what it computed, None for a gradient that did not come."""
 
     call: Callable[[], Computed]
     parameters: tuple[Tensor, ...]
 
 
-class Problem(Protocol):
-    """One row of work that candidates compete in. dtype: as :func:`parse_dtype` reads it."""
+class Workload(Protocol):
+    """What candidates compete in: a pass of a shape in a dtype. dtype: as :func:`parse_dtype` reads it."""
 
-    work: str
+    pass_: str
     label: str
     dtype: str
     device: torch.device
@@ -53,15 +53,15 @@ class Problem(Protocol):
         """The candidate that a user of ours gets by default."""
 
     def why_not(self, name: str) -> str | None:
-        """Why this peer can't compute it, or None."""
+        """Why this candidate can't compute it, or None."""
 
     def candidate(self, name: str) -> Candidate: ...
 
-    def exact(self) -> Problem:
-        """The same problem in float64."""
+    def exact(self) -> Workload:
+        """The same in float64."""
 
     def useful(self, name: str) -> tuple[int, int] | None:
-        """Floating-point operations and bytes that the peer's formula asks for, where that is defined."""
+        """Floating-point operations and bytes that the candidate's formula asks for, where that is defined."""
 
 
 def parse_dtype(label: str) -> tuple[torch.dtype, torch.dtype]:
@@ -75,11 +75,11 @@ def copies_of(device: torch.device, nbytes: int) -> int:
     return 1 if device.type == "cuda" else min(max(-(-ROTATED_BYTES // nbytes), 1), MOST_COPIES)
 
 
-class LayerProblem:
+class LayerWorkload:
     """A layer over x (M, K) whose result's gradient is dy (M, N)."""
 
-    def __init__(self, work: str, shape: Shape, dtype: str, device: torch.device) -> None:
-        self.work, self.shape, self.dtype, self.device = work, shape, dtype, device
+    def __init__(self, pass_: str, shape: Shape, dtype: str, device: torch.device) -> None:
+        self.pass_, self.shape, self.dtype, self.device = pass_, shape, dtype, device
         self.label, self.longest_sum = str(shape), max(shape.M, shape.K, shape.N)
         self.first = "first" in shape.tags
         base, adapter = parse_dtype(dtype)
@@ -92,7 +92,7 @@ class LayerProblem:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(PEERS)
+        return tuple(CANDIDATES)
 
     def adapted(self, name: str) -> bool:
         return name != FROZEN
@@ -101,10 +101,10 @@ class LayerProblem:
         return our_choice(self.weights)
 
     def why_not(self, name: str) -> str | None:
-        return PEERS[name].why_not(self.weights)
+        return CANDIDATES[name].why_not(self.weights)
 
     def candidate(self, name: str) -> Candidate:
-        return self._of_module(PEERS[name].build(self.weights), trained=name != FROZEN)
+        return self._of_module(CANDIDATES[name].build(self.weights), trained=name != FROZEN)
 
     def _of_module(self, module: nn.Module, trained: bool) -> Candidate:
         adapter = {"dA": self.weights.lora_A, "dB": self.weights.lora_B} if trained else {}
@@ -133,9 +133,9 @@ class LayerProblem:
             return partial(backward, x, dy, module(x))
 
         ways = {FORWARD: forward, DECODE: forward, STEP: step, BACKWARD: measure.Staged(ready)}
-        return Candidate(cast(Callable[[], Computed], ways[self.work]), self.weights.parameters)
+        return Candidate(cast(Callable[[], Computed], ways[self.pass_]), self.weights.parameters)
 
-    def exact(self) -> LayerProblem:
+    def exact(self) -> LayerWorkload:
         exact = copy.copy(self)
         exact.dtype = "float64"
         exact.weights = self.weights.in_float64()
@@ -145,14 +145,14 @@ class LayerProblem:
 
     def useful(self, name: str) -> tuple[int, int] | None:
         lora = name != FROZEN
-        moved = self.shape.bytes(self.work, self.weights.weight.itemsize, lora)
-        return self.shape.flops(self.work, lora), moved
+        moved = self.shape.bytes(self.pass_, self.weights.weight.itemsize, lora)
+        return self.shape.flops(self.pass_, lora), moved
 
 
-class NetProblem:
+class NetWorkload:
     """RichBoyNet, batch 10, rank 1: forward, cross entropy, backward, and Adam on A and B alone."""
 
-    work = TRAIN
+    pass_ = TRAIN
     label = "RichBoyNet (M=10, 784→1000→2000→10, R=1)"
     first = False
 
@@ -172,7 +172,7 @@ class NetProblem:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(PEERS)
+        return tuple(CANDIDATES)
 
     def adapted(self, name: str) -> bool:
         return name != FROZEN
@@ -181,17 +181,17 @@ class NetProblem:
         return our_choice(self.weights[0])
 
     def why_not(self, name: str) -> str | None:
-        return PEERS[name].why_not(self.weights[0])
+        return CANDIDATES[name].why_not(self.weights[0])
 
     def candidate(self, name: str) -> Candidate:
         weights = [layer.with_own_adapter() for layer in self.weights]
         with torch.device("meta"):
             net = RichBoyNet()
         for path, layer in zip(LAYERS, weights, strict=True):
-            setattr(net, path, PEERS[name].build(layer))
+            setattr(net, path, CANDIDATES[name].build(layer))
         parameters = tuple(parameter for layer in weights for parameter in layer.parameters)
         if name == FROZEN:
-            return self._floor(net, parameters)
+            return self._frozen(net, parameters)
         leaves = {f"{path}.d{side}": getattr(layer, f"lora_{side}")
                   for path, layer in zip(LAYERS, weights, strict=True) for side in "AB"}  # fmt: skip
         trainer = Trainer(net, leaves.values())
@@ -208,7 +208,7 @@ class NetProblem:
 
         return Candidate(step, parameters)
 
-    def _floor(self, net: RichBoyNet, parameters: tuple[nn.Parameter, ...]) -> Candidate:
+    def _frozen(self, net: RichBoyNet, parameters: tuple[nn.Parameter, ...]) -> Candidate:
         """The frozen network's own step: forward, cross entropy, and the gradient down to the first layer's result."""
         hidden: list[Tensor] = []
 
@@ -224,7 +224,7 @@ class NetProblem:
 
         return Candidate(step, parameters)
 
-    def exact(self) -> NetProblem:
+    def exact(self) -> NetWorkload:
         exact = copy.copy(self)
         exact.dtype = "float64"
         exact.weights = [layer.in_float64() for layer in self.weights]

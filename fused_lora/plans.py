@@ -7,14 +7,43 @@ mode, a transform or a tracer watches. Values of tensors are no part of it, nor 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from .cache import Cache
 from .torch_internals import Guard, any_autocast, dispatch_modes, guard, in_forward_ad, in_functorch, is_tracing
+
+Value = TypeVar("Value")
+
+
+class Cache(Generic[Value]):
+    """For threads at once. It holds so many entries, and gives up the oldest for a new one."""
+
+    def __init__(self, most: int) -> None:
+        self._entries: dict[Hashable, Value] = {}
+        self._most, self._lock = most, threading.Lock()
+        # a dict's own get, which needs no lock: a call of a layer asks it
+        self.get = self._entries.get
+
+    def put(self, key: Hashable, value: Value) -> Value:
+        """Returns the value."""
+        with self._lock:
+            if key not in self._entries and len(self._entries) >= self._most:
+                del self._entries[next(iter(self._entries))]
+            self._entries[key] = value
+        return value
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
 
 # of (x, weight, lora_A, lora_B, bias, scale, seed, keeps_h), which returns (y, h)
 Forward = Callable[..., tuple[Tensor, Tensor | None]]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from . import validation
 from .renamed import renamed
+from .torch_internals import graph_task
 
 
 class _Here(threading.local):
@@ -19,7 +19,7 @@ class _Here(threading.local):
         self.depth = 0
         self.off = False
         # a device's backward runs on a thread of autograd's own, where checkpointing recomputes what another began
-        self.in_autograd = torch._C._current_graph_task_id() != -1
+        self.in_autograd = graph_task() != -1
 
 
 class Switch:

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "fused_lora"
 
 # what a module may import, lowest first; a name stands for a module or a whole folder, the longest name counts
 LAYERS = [
-    {"validation", "renamed", "dropout", "backends.environment", "models.patterns"},
-    {"reference"},
+    {"validation", "renamed", "dropout", "torch_internals", "models.patterns"},
+    {"reference", "plans", "backends.environment"},
     {"backends"},
     {"ops"},
     {"parallel.sharding"},

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import keep_scale, mask_blocks
+from ..torch_internals import dispatch_modes
 from . import environment
 
 
@@ -27,7 +28,7 @@ def lora_matmul(
     """See ``Backend``. seed: also a :func:`fused_lora.dropout.whole_mask`, made once for several calls."""
     a2 = _rows(a)
     # whoever watches operators may keep their results (selective checkpointing does): those are not changed in place
-    if a.dim() == 2 and torch._C._len_torch_dispatch_stack() == 0:
+    if a.dim() == 2 and dispatch_modes() == 0:
         out = out2 = _base_product(a, w, bias, dropout_on_output)
     else:
         # a view of a fresh tensor would not do: autograd minds who changes its outputs in place

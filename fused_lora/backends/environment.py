@@ -13,6 +13,8 @@ import pathlib
 
 import torch
 
+from ..torch_internals import has_kernel
+
 # looking for it does not import it
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 MIN_CAPABILITY = (8, 0)
@@ -35,9 +37,7 @@ def extension_problem() -> str | None:
 
 
 EXTENSION_PROBLEM = extension_problem()
-EXTENSION_HAS_CUDA = EXTENSION_PROBLEM is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-    "fused_lora_native::lora_matmul", "CUDA"
-)  # fmt: skip
+EXTENSION_HAS_CUDA = EXTENSION_PROBLEM is None and has_kernel("fused_lora_native::lora_matmul", "CUDA")
 
 
 def capability(device: torch.device) -> tuple[int, int]:

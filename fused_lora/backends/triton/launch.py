@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache import Cache
-from ...plans import CALLS
+from ...plans import CALLS, Cache
 from ...torch_internals import raw_stream
 from . import choice
 from .configs import DecodeConfig, Form, Problem, ReductionConfig, ReductionProblem, Schedule, TileConfig
@@ -68,7 +67,7 @@ def matmul_plan(
     key = (
         a.shape, a.stride(), a.dtype, w.shape, w.stride(), u.shape, u.stride(), u.dtype, v.stride(), v.dtype,
         None if bias is None else bias.stride(), seed is None, dropout_p, dropout_on_output, a.device,
-        a.dtype == torch.float32 and precision(), (a.data_ptr() | w.data_ptr()) % 16 == 0,
+        precision(a.dtype), (a.data_ptr() | w.data_ptr()) % 16 == 0,
     )  # fmt: skip
     return _matmul_plans.get(key) or _matmul_plans.put(
         key, MatmulPlan(a, w, u, v, bias, seed, dropout_p, dropout_on_output)
@@ -107,7 +106,7 @@ def adapter_grad_plan(
         None if x is None else (x.shape, x.stride()), None if g is None else (g.shape, g.stride()),
         None if dy is None else (dy.shape, dy.stride()), None if h is None else (h.shape, h.stride()),
         seed is None, dropout_p, dtype_A, dtype_B,
-        like is not None and (like.dtype, like.device, like.dtype == torch.float32 and precision()),
+        like is not None and (like.dtype, like.device, precision(like.dtype)),
     )  # fmt: skip
     return _adapter_grad_plans.get(key) or _adapter_grad_plans.put(
         key, AdapterGradPlan(x, g, dy, h, seed, dropout_p, dtype_A, dtype_B)
@@ -170,7 +169,7 @@ class MatmulPlan:
         a2 = rows_of(a)
         # rows that no strides describe are copied, and a bias with gaps
         self._copies = a2.data_ptr() != a.data_ptr() or not (bias is None or bias.is_contiguous())
-        exact = a.dtype == torch.float32 and precision() == "ieee"
+        exact = a.dtype == torch.float32 and precision(a.dtype) == "ieee"
         sizes = (rows, P, Q, R, a.itemsize, u.itemsize)
         self._problem = Problem(*sizes, seed is not None, not exact, aligned(a2, w), along_p=w.stride(0) != 1)
         self._chosen = self._choose(config, schedule)
@@ -287,7 +286,7 @@ class AdapterGradPlan:
         self._B = (pairs[-1][0].shape[1], R) if dy is not None and h is not None else None
         K, N = 0 if self._A is None else self._A[1], 0 if self._B is None else self._B[0]
         if config is None and parts is None:
-            exact = wide.dtype == torch.float32 and precision() == "ieee"
+            exact = wide.dtype == torch.float32 and precision(wide.dtype) == "ieee"
             problem = ReductionProblem(M, K + N, R, itemsize, seed is not None, not exact)
             tuned = choice.reduction_choice(problem, self._device)
             config, parts = (None, None) if tuned is None else (tuned.config, tuned.parts)

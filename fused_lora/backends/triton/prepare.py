@@ -57,7 +57,7 @@ def lora_matmul_launch(
             DESCRIPTORS=schedule.descriptors,
             W_ALONG_Q=w.stride(0) == 1,
             MANY_RANKS=config.BLOCK_R < R,
-            PRECISION=precision(),
+            PRECISION=precision(a.dtype),
             **tile,
         ),
         num_warps=num_warps,
@@ -87,7 +87,7 @@ def decode_launch(
         ),
         varying=10,
         variant=decode.Variant(
-            bias is not None, Q % config.BLOCK_Q == 0, precision(),
+            bias is not None, Q % config.BLOCK_Q == 0, precision(a.dtype),
             config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R, config.SPLIT, config.SPLIT_THIN,
         ),
         num_warps=config.num_warps,
@@ -117,7 +117,7 @@ def adapter_grad_launch(
         ),
         varying=9 if seed is None else 10,
         variant=adapter_grad.Variant(
-            seed is not None, partials is not None, precision(), config.BLOCK_M, config.BLOCK_C, config.BLOCK_R
+            seed is not None, partials is not None, precision(x.dtype), config.BLOCK_M, config.BLOCK_C, config.BLOCK_R
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -199,6 +199,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def precision() -> str:
-    """float32 products as PyTorch is told to make them."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def precision(dtype: torch.dtype) -> str:
+    """float32 products as PyTorch is told to make them; those of 16 bits know one way."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"

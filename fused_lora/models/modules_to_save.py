@@ -112,22 +112,19 @@ def copy_of(module: nn.Module, part: Part, shared: dict[int, nn.Parameter]) -> n
 
     shared: base Parameter's id -> its copy; parameters that are one in the base are one in all copies of an adapter.
     """
+    # deepcopy takes what the memo holds for an object as its copy
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
     for parameter in part.of(module).values():
-        if not isinstance(parameter, nn.Parameter):
-            continue
-        if id(parameter) not in shared:
-            shared[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        memo[id(parameter)] = shared[id(parameter)]
+        if isinstance(parameter, nn.Parameter):
+            if id(parameter) not in shared:
+                shared[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            memo[id(parameter)] = shared[id(parameter)]
     if part.names is not None and all("." not in key for key in part.names):
         # a bias of the module itself: what is below it stays the very same modules
         memo.update({id(child): child for child in module.children()})
     if isinstance(module, Trained):
-        # its adapters are no part of the copy, which is of the class that it had
-        memo.update({id(module.adapters): None, id(module._switch): None, id(module._parts): None})
-        if module._computing:
-            # the empty tuple is one object everywhere
-            memo[id(module._computing)] = None
+        # the copy is of the module without its adapters
+        memo.update({id(adapter): adapter for adapter in module.adapters.children()})
     clone = copy.deepcopy(module, memo)
     if isinstance(clone, Trained):
         _undo(clone)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from fused_lora import LoRAConfig, add_adapter, apply_lora, disable_adapters, load_adapter, save_adapter, set_adapter
-from fused_lora.adapter import LoRAAdapter
+from fused_lora.adapter import AdapterOptions, LoRAAdapter
 from fused_lora.checkpoint import WEIGHTS_FILE
 
 LAYERS, WIDTH, RANK = 1000, 512, 16
@@ -41,8 +41,8 @@ def adapted() -> nn.Module:
 def allocate() -> list[LoRAAdapter]:
     """A and B of every layer, and nothing else."""
     linear = nn.Linear(WIDTH, WIDTH, bias=False)
-    options = {"alpha": None, "dropout": 0.0, "use_rslora": False, "init": "kaiming", "dtype": torch.float32}
-    return [LoRAAdapter.beside(linear, rank=RANK, **options) for _ in range(LAYERS)]
+    options = AdapterOptions(rank=RANK)
+    return [LoRAAdapter.beside(linear, options) for _ in range(LAYERS)]
 
 
 @pytest.mark.benchmark(group="adapt 1,000 layers")

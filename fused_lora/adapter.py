@@ -1,8 +1,9 @@
-"""``LoRAAdapter``: the two thin matrices beside a linear layer."""
+"""``LoRAAdapter``: the two thin matrices beside a linear layer, and ``AdapterOptions``: what they are made by."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -11,12 +12,66 @@ from torch import Tensor, nn
 from . import validation
 
 
+def _option(default: Any, peft: str) -> Any:
+    return field(default=default, metadata={"peft": peft})
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Every option of an adapter, with its default, its name in PEFT's files, and its check.
+
+    Layers, configs and adapters take these fields as they stand here, and folders hold them under PEFT's names.
+
+    Args:
+        rank: R ≥ 1, any.
+        alpha: scale is alpha / rank, or alpha / sqrt(rank) with ``use_rslora``; None means alpha = rank.
+        dropout: LoRA dropout in [0, 1), on x before A, in training mode.
+        init: "kaiming" draws A as ``nn.Linear`` draws its weight (Kaiming-uniform, a = sqrt(5), as PEFT and loralib
+            do); "gaussian" draws it from N(0, 1/rank²), as PEFT does; "normal" from N(0, 1). B is zero, so a fresh
+            adapter changes nothing.
+
+    Raises:
+        TypeError, ValueError: naming the field, the rule and the value.
+    """
+
+    rank: int = _option(8, "r")
+    alpha: float | None = _option(None, "lora_alpha")
+    dropout: float = _option(0.0, "lora_dropout")
+    use_rslora: bool = _option(False, "use_rslora")
+    _: KW_ONLY
+    init: str = _option("kaiming", "init_lora_weights")
+
+    def __new__(cls, *args: Any, **named: Any) -> Any:
+        theirs = {peft: name for name, peft in PEFT_NAMES.items()}
+        validation.check_field_names(cls.__name__, named, [f.name for f in fields(cls)], theirs)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        # past the frozen fields: numbers of other kinds become Python's own
+        vars(self).update(
+            rank=validation.check_rank(self.rank),
+            alpha=None if self.alpha is None else validation.check_alpha(self.alpha),
+            dropout=validation.check_dropout(self.dropout),
+            use_rslora=validation.check_flag(self.use_rslora, "use_rslora"),
+            init=validation.check_init(self.init),
+        )
+
+    @property
+    def scale(self) -> float:
+        alpha = float(self.rank) if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+# every option, and what PEFT calls it
+PEFT_NAMES: dict[str, str] = {f.name: f.metadata["peft"] for f in fields(AdapterOptions)}
+
+
 class LoRAAdapter(nn.Module):
     """A pair of thin matrices and how much they count: ``lora_A (R, K)``, ``lora_B (N, R)``, ``scale``.
 
+    The options are its attributes, of the names that they have in :class:`AdapterOptions`; ``alpha`` may be set.
+
     Args:
-        init: "kaiming" draws A as ``nn.Linear`` draws its weight (Kaiming-uniform, a = sqrt(5), as PEFT and loralib
-            do); "gaussian" draws it from N(0, 1). B is zero, so a fresh adapter changes nothing.
         bias: (N,), of which the adapter trains a copy instead of the layer's own; None where it trains none.
     """
 
@@ -26,86 +81,77 @@ class LoRAAdapter(nn.Module):
     rank: int
     dropout: float
     use_rslora: bool
-    scale: float
-    _alpha: float
-    trains_bias: bool
     init: str
+    scale: float
+    trains_bias: bool
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
+        options: AdapterOptions,
         *,
-        rank: int,
-        alpha: float | None,
-        dropout: float,
-        use_rslora: bool,
-        init: str,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         bias: Tensor | None = None,
     ) -> None:
-        rank = validation.check_rank(rank)
-        alpha = float(rank) if alpha is None else validation.check_alpha(alpha)
-        dropout = validation.check_dropout(dropout)
-        validation.check_init(init)
         super().__init__()
-        self._hold(
-            torch.empty(rank, in_features, device=device, dtype=dtype),
-            torch.zeros(out_features, rank, device=device, dtype=dtype),
-            alpha, dropout, use_rslora, None if bias is None else bias.detach().clone(), init,
-        )  # fmt: skip
+        A = torch.empty(options.rank, in_features, device=device, dtype=dtype)
+        B = torch.zeros(out_features, options.rank, device=device, dtype=dtype)
+        self._hold(A, B, options, None if bias is None else bias.detach().clone())
         self.reset_parameters()
 
     @classmethod
-    def of(
-        cls, lora_A: Tensor, lora_B: Tensor, *, alpha: float | None, dropout: float, use_rslora: bool,
-        bias: Tensor | None = None,
-    ) -> LoRAAdapter:  # fmt: skip
+    def of(cls, lora_A: Tensor, lora_B: Tensor, options: AdapterOptions, bias: Tensor | None = None) -> LoRAAdapter:
         """One that holds these very tensors, A (R, K), B (N, R) and bias (N,), without drawing anything."""
-        alpha = float(lora_A.shape[0]) if alpha is None else validation.check_alpha(alpha)
         adapter = cls.__new__(cls)
         nn.Module.__init__(adapter)
-        adapter._hold(lora_A, lora_B, alpha, validation.check_dropout(dropout), use_rslora, bias, "kaiming")
+        adapter._hold(lora_A, lora_B, options, bias)
         return adapter
 
-    def _hold(
-        self, A: Tensor, B: Tensor, alpha: float, dropout: float, use_rslora: bool, bias: Tensor | None, init: str
-    ) -> None:
+    def _hold(self, A: Tensor, B: Tensor, options: AdapterOptions, bias: Tensor | None) -> None:
         # past nn.Module, which looks at each value set whether it is a parameter or a module
-        vars(self).update(
-            rank=A.shape[0], dropout=dropout, use_rslora=bool(use_rslora), trains_bias=bias is not None, init=init,
-        )  # fmt: skip
+        vars(self).update({name: getattr(options, name) for name in PEFT_NAMES}, trains_bias=bias is not None)
         self._parameters.update(
             lora_A=nn.Parameter(A), lora_B=nn.Parameter(B), bias=None if bias is None else nn.Parameter(bias)
         )
-        self.alpha = alpha
+        self.alpha = float(options.rank) if options.alpha is None else options.alpha
+
+    @property
+    def options(self) -> AdapterOptions:
+        return AdapterOptions(**{name: getattr(self, name) for name in PEFT_NAMES})
 
     @property
     def alpha(self) -> float:
         """Setting it sets scale: alpha / R, or alpha / sqrt(R) for rsLoRA."""
-        return self._alpha
+        return vars(self)["alpha"]
 
     @alpha.setter
     def alpha(self, alpha: float) -> None:
         # scale is stored, because a compiled graph takes a stored number as an input and computes no other
-        vars(self).update(_alpha=alpha, scale=alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank))
+        options = replace(self.options, alpha=alpha)
+        vars(self).update(alpha=options.alpha, scale=options.scale)
 
     @classmethod
-    def beside(cls, linear: nn.Linear, *, trains_bias: bool = False, **options: Any) -> LoRAAdapter:
-        """A fresh one for this layer, on its device; with trains_bias, of its bias too where it has one."""
-        bias = linear.bias if trains_bias else None
-        return cls(linear.in_features, linear.out_features, device=linear.weight.device, bias=bias, **options)
+    def beside(
+        cls, linear: nn.Linear, options: AdapterOptions, *, dtype: torch.dtype | None = None, trains_bias: bool = False
+    ) -> LoRAAdapter:
+        """A fresh one for this layer, of its weight's device and dtype; with trains_bias, of its bias too, if any."""
+        weight, bias = linear.weight, linear.bias if trains_bias else None
+        return cls(
+            linear.in_features, linear.out_features, options,
+            device=weight.device, dtype=dtype or weight.dtype, bias=bias,
+        )  # fmt: skip
 
     def trained(self) -> list[nn.Parameter]:
         """A, B, and the bias where it trains one."""
         return [self.lora_A, self.lora_B] if self.bias is None else [self.lora_A, self.lora_B, self.bias]
 
     def reset_parameters(self) -> None:
-        if self.init == "gaussian":
-            nn.init.normal_(self.lora_A)
-        else:
+        if self.init == "kaiming":
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.lora_A, std=1 / self.rank if self.init == "gaussian" else 1.0)
         nn.init.zeros_(self.lora_B)
 
     def delta(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
-from .adapter import LoRAAdapter
+from .adapter import AdapterOptions, LoRAAdapter
 from .functional import concatenate_adapters, lora_linear, plus_adapter
 from .switching import Adapted
 
@@ -32,15 +32,14 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
-        rank: R ≥ 1, any.
-        alpha: scale is alpha / rank, or alpha / sqrt(rank) with ``use_rslora``; None means alpha = rank.
-        dropout: LoRA dropout in [0, 1), on x before A, in training mode.
         impl: "auto", "triton", "native" or "eager"; see :func:`fused_lora.lora_linear`.
+        options: the adapter's, ``rank=8, alpha=None, dropout=0.0, use_rslora=False, init="kaiming"``; see
+            :class:`fused_lora.adapter.AdapterOptions`.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value, before anything is made.
 
-    LoRA: https://arxiv.org/abs/2106.09685. Initialisation: see :class:`LoRAAdapter`.
+    LoRA: https://arxiv.org/abs/2106.09685.
     """
 
     impl: str
@@ -54,37 +53,22 @@ class FusedLoRALinear(Adapted, nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        rank: int = 8,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        validation.check_rank(rank)
+        checked = AdapterOptions(**options)
         validation.check_impl(impl)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._become_fused(impl)
-        self.add_adapter("default", rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+        self.install("default", LoRAAdapter.beside(self, checked))
         self.set_adapter("default")
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        rank: int = 8,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        init: str = "kaiming",
-        impl: str = "auto",
-    ) -> FusedLoRALinear:
+    def from_linear(cls, linear: nn.Linear, *, impl: str = "auto", **options: Any) -> FusedLoRALinear:
         """A layer of ``linear``'s own weight and bias (the same Parameters, now frozen), with one fresh adapter."""
-        adapter = LoRAAdapter.beside(
-            linear, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, init=init, dtype=linear.weight.dtype
-        )
+        adapter = LoRAAdapter.beside(linear, AdapterOptions(**options))
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -117,25 +101,11 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     # ---------------------------------------------------------------- adapters
 
-    def add_adapter(
-        self,
-        name: str,
-        *,
-        rank: int = 8,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        init: str = "kaiming",
-        dtype: torch.dtype | None = None,
-    ) -> LoRAAdapter:
+    def add_adapter(self, name: str, *, dtype: torch.dtype | None = None, **options: Any) -> LoRAAdapter:
         """Add a fresh adapter, of the weight's dtype unless told; it is not active, and not trainable before it is."""
         validation.check_new_adapter(validation.check_adapter_name(name), self.adapters)
         validation.check_whole(self.weight)
-        adapter = LoRAAdapter.beside(
-            self, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora, init=init,
-            dtype=dtype or self.weight.dtype,
-        )  # fmt: skip
-        return self.install(name, adapter)
+        return self.install(name, LoRAAdapter.beside(self, AdapterOptions(**options), dtype=dtype))
 
     def install(self, name: str, adapter: LoRAAdapter) -> LoRAAdapter:
         """Put a finished adapter here, not active."""

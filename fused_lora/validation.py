@@ -5,8 +5,10 @@ Nothing here changes anything; every public function calls its checks before its
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,9 +68,24 @@ def check_impl(impl: Any) -> str:
 
 
 def check_init(init: Any) -> str:
-    if init not in ("kaiming", "gaussian"):
-        raise ValueError(f"init must be 'kaiming' or 'gaussian', got {init!r}")
+    if init not in ("kaiming", "gaussian", "normal"):
+        raise ValueError(f"init must be 'kaiming', 'gaussian' or 'normal', got {init!r}")
     return init
+
+
+def check_flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_field_names(kind: str, names: Iterable[str], known: Sequence[str], elsewhere: Mapping[str, str]) -> None:
+    """elsewhere: what the known names are called by others."""
+    for name in names:
+        if name not in known:
+            near = [elsewhere[name]] if name in elsewhere else difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(known)}"
+            raise TypeError(f"{kind} has no field {name!r}; {hint}")
 
 
 def check_adapter_name(name: Any) -> str:

@@ -59,6 +59,30 @@ def test_we_read_what_peft_trained(way, tmp_path):
         assert torch.equal(model(X), net()(X))
 
 
+def test_a_gaussian_folder_of_pefts_draws_what_peft_draws_and_stays_one(tmp_path):
+    peft = get_peft_model(net(), LoraConfig(r=5, init_lora_weights="gaussian", target_modules=["fc1"]))
+    peft.save_pretrained(str(tmp_path))
+    adapter = load_adapter(net(), tmp_path).fc1.adapter("default")
+    theirs = peft.base_model.model.fc1
+    assert torch.equal(adapter.lora_A, theirs.lora_A["default"].weight)
+    torch.manual_seed(1)
+    adapter.reset_parameters()
+    torch.manual_seed(1)
+    theirs.reset_lora_parameters("default", "gaussian")
+    assert torch.equal(adapter.lora_A, theirs.lora_A["default"].weight)
+    for init, written in (("gaussian", "gaussian"), ("normal", True), ("kaiming", True)):
+        save_adapter(apply_lora(net(), init=init), tmp_path)
+        assert json.loads((tmp_path / CONFIG_FILE).read_text())["init_lora_weights"] == written
+
+
+def test_layers_that_differ_in_what_the_format_holds_once_are_not_saved(tmp_path):
+    model = apply_lora(net(), rank=2)
+    model.fc1.adapter("default").dropout = 0.5
+    with pytest.raises(ValueError, match=r"has one dropout for all its layers, got \[0.0, 0.5\]"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_two_heads_of_two_folders_take_turns(tmp_path):
     outputs = {}
     for seed, name in enumerate(("cats", "dogs")):

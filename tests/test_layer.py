@@ -85,12 +85,13 @@ def test_computes_the_parametrized_linear():
     assert torch.equal(linear(x), F.linear(x, layer.weight, layer.bias))
 
 
-def test_initialisation_is_linears_own_or_the_seeds():
+def test_initialisation_is_linears_own_or_pefts_gaussian_or_the_seeds():
     kaiming = FusedLoRALinear.from_linear(nn.Linear(400, 10), rank=64).lora_A
     assert kaiming.abs().max() <= 1 / math.sqrt(400)
     assert kaiming.std().item() == pytest.approx(1 / math.sqrt(3 * 400), rel=0.05)
-    gaussian = FusedLoRALinear.from_linear(nn.Linear(400, 10), rank=64, init="gaussian").lora_A
-    assert gaussian.std().item() == pytest.approx(1, rel=0.05)
+    for init, std in (("normal", 1), ("gaussian", 1 / 64)):
+        drawn = FusedLoRALinear.from_linear(nn.Linear(400, 10), rank=64, init=init).lora_A
+        assert drawn.std().item() == pytest.approx(std, rel=0.05)
 
 
 def test_adapters_take_turns_and_only_the_active_one_trains():

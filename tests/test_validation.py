@@ -72,7 +72,14 @@ BAD_FIELDS = [
     ({"alpha": float("nan")}, ValueError, "alpha must be a finite number, got nan"),
     ({"alpha": "16"}, TypeError, "alpha must be a finite number, got '16'"),
     ({"dropout": 1}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
-    ({"init": "zeros"}, ValueError, "init must be 'kaiming' or 'gaussian', got 'zeros'"),
+    ({"use_rslora": "yes"}, TypeError, "use_rslora must be True or False, got 'yes'"),
+    ({"init": "zeros"}, ValueError, "init must be 'kaiming', 'gaussian' or 'normal', got 'zeros'"),
+    ({"r": 4}, TypeError, "has no field 'r'; did you mean 'rank'?"),
+    ({"lora_alpha": 4}, TypeError, "has no field 'lora_alpha'; did you mean 'alpha'?"),
+    ({"lora_dropout": 0.1}, TypeError, "has no field 'lora_dropout'; did you mean 'dropout'?"),
+    ({"init_lora_weights": True}, TypeError, "has no field 'init_lora_weights'; did you mean 'init'?"),
+    ({"rnak": 4}, TypeError, "has no field 'rnak'; did you mean 'rank'?"),
+    ({"width": 4}, TypeError, "has no field 'width'; fields: rank, alpha"),
 ]
 BAD_CONFIGS = [
     *BAD_FIELDS,
@@ -108,15 +115,17 @@ def test_layer_names_the_field(fields, error, message):
     with pytest.raises(error, match=message):
         FusedLoRALinear.from_linear(linear, **fields)
     assert linear.weight.requires_grad
-    if "init" not in fields:
-        with pytest.raises(error, match=message):
-            FusedLoRALinear(3, 4, **fields)
+    with pytest.raises(error, match=message):
+        FusedLoRALinear(3, 4, **fields)
+    layer = FusedLoRALinear(3, 4)
+    with pytest.raises(error, match=message):
+        layer.add_adapter("other", **fields)
+    assert list(layer.adapters) == ["default"]
 
 
-def test_unknown_field_unknown_impl_and_unmatched_target_change_nothing():
+def test_unknown_impl_and_unmatched_target_change_nothing():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3))
     for call, error, message in [
-        (lambda: apply_lora(model, r=4), TypeError, "LoRAConfig has no field 'r'; fields: rank, alpha"),
         (lambda: apply_lora(model, impl="fast"), ValueError, "impl must be one of"),
         (lambda: apply_lora(model, target_modules=["q_proj"]), ValueError, r"got \['q_proj'\]; linear layers here"),
         (lambda: apply_lora(torch.nn.ReLU()), ValueError, "the model has no linear layer"),

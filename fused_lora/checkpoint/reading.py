@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import validation
-from ..adapter import LoRAAdapter
+from ..adapter import PEFT_NAMES, LoRAAdapter
 from ..models.apply import Installation
 from ..models.config import ALL_LINEAR, LoRAConfig, selector
 from ..models.modules_to_save import Part, copy_of
@@ -32,10 +32,10 @@ _LARGEST_CONFIG = 1 << 24
 
 # what PEFT may write and a plain LoRA ignores; any other field must be empty
 _NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights", "lora_alpha",
-    "lora_dropout", "peft_type", "peft_version", "r", "rank_pattern", "alpha_pattern", "revision", "runtime_config",
-    "target_modules", "task_type", "use_rslora", "bias", "layers_to_transform", "layers_pattern", "megatron_core",
-    "qalora_group_size", "modules_to_save",
+    *PEFT_NAMES.values(),
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "peft_type", "peft_version",
+    "rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "bias",
+    "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "modules_to_save",
 }  # fmt: skip
 # the ones whose base weights are those on the hub
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -132,14 +132,9 @@ def _read_config(file: Path, data: bytes) -> _Config:
         raise ValueError(
             f"{file}: init_lora_weights={raw['init_lora_weights']!r} changes the base weights, which can't be done here"
         )
-    if not isinstance(raw.get("use_rslora", False), bool):
-        raise ValueError(f"{file}: use_rslora must be true or false, got {raw['use_rslora']!r}")
     try:
         config = LoRAConfig(
-            rank=raw.get("r", 8),
-            alpha=raw.get("lora_alpha", 8),
-            dropout=raw.get("lora_dropout") or 0.0,
-            use_rslora=raw.get("use_rslora", False),
+            **_options(raw),
             target_modules=raw.get("target_modules") or ALL_LINEAR,
             exclude_modules=raw.get("exclude_modules") or None,
             modules_to_save=raw.get("modules_to_save") or (),
@@ -150,6 +145,14 @@ def _read_config(file: Path, data: bytes) -> _Config:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
     return _Config(config, bool(raw.get("target_modules")) and not raw.get("layers_to_transform"), file)
+
+
+def _options(raw: dict[str, Any]) -> dict[str, Any]:
+    """What the config says of the adapter, by our names; what it leaves out has PEFT's defaults."""
+    found = {"lora_alpha": 8, **{key: value for key, value in raw.items() if value is not None}}
+    # how A was drawn is past; it is told for who draws it anew
+    found["init_lora_weights"] = "gaussian" if raw.get("init_lora_weights") == "gaussian" else "kaiming"
+    return {name: found[theirs] for name, theirs in PEFT_NAMES.items() if theirs in found}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,9 +274,7 @@ class _Reader:
             self._tensor(keys[side], weight.device, lambda stored: stored if stored == weight.dtype else precise)
             for side in "AB"
         )
-        return LoRAAdapter.of(
-            A, B, alpha=lora.alpha_of(name), dropout=lora.dropout, use_rslora=lora.use_rslora, bias=self._bias(path)
-        )
+        return LoRAAdapter.of(A, B, lora.options_for(name), self._bias(path))
 
     def _bias(self, path: str) -> Tensor | None:
         bias = self.linears[path].bias

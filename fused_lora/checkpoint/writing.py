@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import validation
-from ..adapter import LoRAAdapter
+from ..adapter import PEFT_NAMES, LoRAAdapter
 from ..layer import FusedLoRALinear, whole
 from ..models.config import ends_of
 from ..models.modules_to_save import Part, Trained
@@ -76,12 +76,12 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
 def _config_of(model: nn.Module, modules: dict[str, LoRAAdapter], parts: dict[str, Part]) -> dict[str, Any]:
     if not modules:
         raise ValueError(f"an adapter on disk must have A and B in one layer at least, got only {', '.join(parts)}")
-    dropouts = {module.dropout for module in modules.values()}
-    rslora = {module.use_rslora for module in modules.values()}
-    if len(dropouts) > 1 or len(rslora) > 1:
-        raise ValueError(
-            f"an adapter on disk has one dropout and one use_rslora, got {sorted(dropouts)} and {sorted(rslora)}"
-        )
+    # rank and alpha may differ, the format has patterns for them; how A was drawn is past
+    values = {name: {getattr(module, name) for module in modules.values()} for name in PEFT_NAMES}
+    _, _, inits = values.pop("rank"), values.pop("alpha"), values.pop("init")
+    for name, found in values.items():
+        if len(found) > 1:
+            raise ValueError(f"an adapter on disk has one {name} for all its layers, got {sorted(found)}")
     # the commonest values are the config's own, so that the patterns stay short
     rank = Counter(module.rank for module in modules.values()).most_common(1)[0][0]
     alpha = Counter(module.alpha for module in modules.values()).most_common(1)[0][0]
@@ -93,15 +93,14 @@ def _config_of(model: nn.Module, modules: dict[str, LoRAAdapter], parts: dict[st
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": _integral(alpha),
-        "lora_dropout": dropouts.pop(),
-        "use_rslora": rslora.pop(),
+        **{PEFT_NAMES[name]: found.pop() for name, found in values.items()},
         "target_modules": _target_modules(model, list(modules)),
         "rank_pattern": {_exact(path): m.rank for path, m in modules.items() if m.rank != rank},
         "alpha_pattern": {_exact(path): _integral(m.alpha) for path, m in modules.items() if m.alpha != alpha},
         "bias": bias,
         "fan_in_fan_out": False,
-        # on disk this says only that A and B are the whole story: other values make readers change the base
-        "init_lora_weights": True,
+        # of other values than these two, readers think that they tell how the base was changed
+        "init_lora_weights": "gaussian" if inits == {"gaussian"} else True,
         "inference_mode": True,
         "modules_to_save": _modules_to_save(model, parts),
         "task_type": None,

@@ -53,7 +53,7 @@ class Scenario:
 
     def __init__(self, data: MNIST, settings: Settings, out: Path) -> None:
         self.data, self.settings, self.out = data, settings, out
-        self.config = LoRAConfig(rank=settings.rank, alpha=settings.alpha, init="gaussian")
+        self.config = LoRAConfig(rank=settings.rank, alpha=settings.alpha, init="normal")
         self.checks: list[Check] = []
         self._told = 0
         self.logits: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import validation
-from ..adapter import LoRAAdapter
+from ..adapter import AdapterOptions, LoRAAdapter
 from ..functional import concatenate_adapters
 from ..layer import FusedLoRALinear
 from ..switching import adapted_modules, base_modules
@@ -38,7 +38,6 @@ def apply_lora(
     Raises:
         TypeError, ValueError: naming argument, rule and value; the model is unchanged.
     """
-    LoRAConfig.check_field_names(fields)
     config = dataclasses.replace(config or LoRAConfig(), **fields)
     installation = _prepare(model, adapter, config, impl)
     model.requires_grad_(False)
@@ -136,7 +135,7 @@ def _combine(path: str, layer: FusedLoRALinear, weights: Mapping[str, float], co
             As = [root * sign * a.lora_A for (a, _), (root, sign) in zip(parts, factors, strict=True)]
             Bs = [root * a.lora_B for (a, _), (root, _) in zip(parts, factors, strict=True)]
             A, B = torch.stack(As).sum(0), torch.stack(Bs).sum(0)
-    return LoRAAdapter.of(A.clone(), B.clone(), alpha=None, dropout=parts[0][0].dropout, use_rslora=False)
+    return LoRAAdapter.of(A.clone(), B.clone(), AdapterOptions(rank=A.shape[0], dropout=parts[0][0].dropout))
 
 
 @contextlib.contextmanager
@@ -208,11 +207,7 @@ def _prepare(model: nn.Module, adapter: str, config: LoRAConfig, impl: str) -> I
     built = {
         path: LoRAAdapter.beside(
             linear,
-            rank=config.rank_of(path),
-            alpha=config.alpha_of(path),
-            dropout=config.dropout,
-            use_rslora=config.use_rslora,
-            init=config.init,
+            config.options_for(path),
             dtype=config.dtype_over(linear.weight.dtype),
             trains_bias=config.bias != "none",
         )

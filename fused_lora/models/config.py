@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import validation
+from ..adapter import PEFT_NAMES, AdapterOptions
 from .patterns import Budget, matcher
 
 ALL_LINEAR = "all-linear"
@@ -18,18 +19,15 @@ Selector = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(AdapterOptions):
     """What ``apply_lora`` and ``add_adapter`` do to a model.
 
     Args:
-        rank: R ≥ 1.
-        alpha: scale is alpha / rank, or alpha / sqrt(rank) with ``use_rslora``; None means alpha = rank.
-        dropout: LoRA dropout in [0, 1).
+        rank, alpha, dropout, use_rslora, init: see :class:`fused_lora.adapter.AdapterOptions`.
         target_modules: "all-linear" (every plain ``nn.Linear`` but a Transformers model's output head), a regular
             expression that a module's whole path must match, or names: a whole path or its last parts ("q_proj").
         exclude_modules: the same, for what is left out.
         rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the end of a path.
-        init: "kaiming" or "gaussian"; see :class:`fused_lora.adapter.LoRAAdapter`.
         adapter_dtype: dtype of A and B; None means the weight's, and float32 over a 16-bit weight, as PEFT does: small
             steps would be lost in 16 bits.
         modules_to_save: modules to be trained whole beside the adapters, without A and B, a classification head for
@@ -40,25 +38,16 @@ class LoRAConfig:
         TypeError, ValueError: naming the field, the rule and the value.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-    use_rslora: bool = False
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: str = "none"
-    init: str = "kaiming"
     adapter_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        validation.check_rank(self.rank)
-        if self.alpha is not None:
-            validation.check_alpha(self.alpha)
-        validation.check_dropout(self.dropout)
-        validation.check_init(self.init)
+        super().__post_init__()
         _check_selection("target_modules", self.target_modules, self._budget)
         if self.exclude_modules is not None:
             _check_selection("exclude_modules", self.exclude_modules, self._budget)
@@ -84,13 +73,6 @@ class LoRAConfig:
     def __getstate__(self) -> dict[str, Any]:
         # the fields alone: what is cached beside them are functions, which can't be pickled
         return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @classmethod
-    def check_field_names(cls, names: Iterable[str]) -> None:
-        known = [f.name for f in fields(cls)]
-        for name in names:
-            if name not in known:
-                raise TypeError(f"LoRAConfig has no field {name!r}; fields: {', '.join(known)}")
 
     def targets(self, path: str) -> bool:
         """Whether a linear layer at this path is chosen, as far as its path tells."""
@@ -122,6 +104,11 @@ class LoRAConfig:
     @functools.cached_property
     def _alphas(self) -> list[tuple[Selector, float]]:
         return [(matcher(pattern, self._budget, ends=True), alpha) for pattern, alpha in self.alpha_pattern.items()]
+
+    def options_for(self, path: str) -> AdapterOptions:
+        """Of the adapter of the layer at this path."""
+        options = {name: getattr(self, name) for name in PEFT_NAMES}
+        return AdapterOptions(**options | {"rank": self.rank_of(path), "alpha": self.alpha_of(path)})
 
     def dtype_over(self, weight_dtype: torch.dtype) -> torch.dtype:
         """The dtype of A and B beside a weight of weight_dtype."""

@@ -227,10 +227,15 @@ class FusedLoRALinear(Adapted, nn.Linear):
             self._unmerged_bias = _exchange(self.bias, bias)
         self._merged = True
 
-    def merged_parameters(self) -> list[tuple[str, Tensor]]:
-        """(name, tensor) of what :meth:`merge` gives other values."""
+    def check_finite(self) -> None:
+        if self._active and not self._merged:
+            self._sum()
+
+    def replaced(self) -> dict[str, Tensor]:
+        if not self._active or self._merged:
+            return {}
         trains_bias = any(adapter.trains_bias for adapter in self.active_modules())
-        return [("weight", self.weight), *([("bias", self.bias)] if trains_bias else [])]
+        return {"weight": self.weight, "bias": self.bias} if trains_bias else {"weight": self.weight}
 
     def _sum(self) -> tuple[Tensor, Tensor | None]:
         """What W becomes, and the bias where an adapter has one: new tensors."""
@@ -241,7 +246,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
         weight = total.add_(self.weight).to(self.weight.dtype)
         bias = next((a.bias.detach().clone() for a in (first, *others) if a.bias is not None), None)
         for name, tensor in (("W + scale · B A", weight), ("its bias", bias)):
-            if tensor is not None and not bool(whole(torch.isfinite(tensor).all())):
+            if tensor is not None and not validation.is_finite(tensor):
                 names = ", ".join(map(repr, self._active))
                 raise ValueError(f"adapter {names} must merge to a finite weight, got NaN or infinity in {name}")
         return weight, bias
@@ -257,8 +262,12 @@ class FusedLoRALinear(Adapted, nn.Linear):
             self._unmerged_weight = self._unmerged_bias = None
             self._merged = False
 
+    @torch.no_grad()
     def unload(self) -> nn.Linear:
-        """Turn this layer itself into a plain ``nn.Linear`` with the weight it has now; adapters are dropped."""
+        if self._active and not self._merged:
+            for parameter, value in zip((self.weight, self.bias), self._sum(), strict=True):
+                if value is not None:
+                    _exchange(parameter, value)
         for name in _STATE:
             delattr(self, name)
         self.__class__ = nn.Linear  # type: ignore[assignment]
@@ -293,8 +302,3 @@ def _exchange(parameter: Tensor, value: Tensor) -> Tensor:
     else:
         had, parameter.data = parameter.data, value
     return had
-
-
-def whole(tensor: Any) -> Tensor:
-    """The tensor itself; of a DTensor, what the ranks of its mesh hold together: every one of them must come here."""
-    return tensor.full_tensor() if validation.is_dtensor(tensor) else tensor

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import validation
 from ..adapter import PEFT_NAMES, LoRAAdapter
-from ..layer import FusedLoRALinear, whole
+from ..layer import FusedLoRALinear
 from ..models.config import ends_of
 from ..models.modules_to_save import Part, Trained
 from ..models.selection import linear_layers
@@ -63,7 +63,7 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
         elif isinstance(module, Trained):
             part = parts[path] = module.part(adapter)
             tensors |= {stem + key: tensor for key, tensor in part.of(module.adapters[adapter]).items()}
-    written = {key: whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()}
+    written = {key: validation.whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()}
     # a tensor under two names is written twice, as readers expect it
     seen: set[int] = set()
     for key, tensor in written.items():

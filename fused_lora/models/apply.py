@@ -17,6 +17,7 @@ from ..functional import concatenate_adapters
 from ..layer import FusedLoRALinear
 from ..switching import adapted_modules, base_modules
 from .config import LoRAConfig
+from .encoder import settle_fast_paths
 from .modules_to_save import Part, adopt, copy_of
 from .selection import Plan, plan
 
@@ -82,6 +83,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for _, module in adapted_modules(model):
         if name in module.adapters:
             module.delete_adapter(name)
+    settle_fast_paths(model)
 
 
 def add_weighted_adapter(
@@ -230,9 +232,4 @@ def install(model: nn.Module, adapter: str, installation: Installation, impl: st
         layer.install(adapter, built)
     for path, (part, clone) in installation.copies.items():
         adopt(modules[path]).install(adapter, part, clone)
-    for path in (*installation.adapters, *installation.copies):
-        while path:
-            path = path.rpartition(".")[0]
-            if isinstance(modules[path], nn.TransformerEncoderLayer):
-                # its inference fast path reads the weights of its modules past their forward
-                modules[path].activation_relu_or_gelu = 0  # type: ignore[assignment]
+    settle_fast_paths(model)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import validation
 from ..switching import Adapted
 
 
@@ -79,19 +80,16 @@ class Trained(Adapted):
         del self._parts[name]
 
     def check_finite(self) -> None:
-        """ValueError where the active adapter has a NaN or an infinity."""
         for name in self._active:
             for key, tensor in self._parts[name].of(self.adapters[name]).items():
-                if not bool(torch.isfinite(tensor).all()):
+                if not validation.is_finite(tensor):
                     raise ValueError(f"adapter {name!r} must be finite, got NaN or infinity in {key!r}")
 
     def replaced(self) -> dict[str, Tensor]:
-        """The base's tensors, by name, that :meth:`unload` gives other values."""
         return self._parts[self._active[0]].of(self) if self._active else {}  # type: ignore[arg-type]
 
     @torch.no_grad()
     def unload(self) -> nn.Module:
-        """Turn this module itself into what it was, with the active adapter's values; adapters are dropped."""
         for key, base in self.replaced().items():
             base.data = self._parts[self._active[0]].of(self.adapters[self._active[0]])[key].data
         _undo(self)

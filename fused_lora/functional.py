@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, ops, reference, validation
+from .autocast import autocast_dtype
 from .backends import native
 from .dropout import dropout_mask, dropout_threshold, whole_mask
 
@@ -98,8 +99,8 @@ def _in_compute_dtype(
 ) -> Tensor:  # fmt: skip
     """Autocast's casts, then the dtypes' rules. stream: dropout masks of different streams are independent."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(device_type)
+    if dtype is not None:
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
         validation.check_dtypes(x, weight, lora_A, lora_B, bias)
@@ -214,7 +215,7 @@ class _LoRALinear(torch.autograd.Function):
         if given is None:
             return (None,) * 9
         device_type = given.device.type
-        if torch.is_autocast_enabled(device_type):
+        if autocast_dtype(device_type) is not None:
             # everything is in the compute dtype already; backward may run under another autocast than forward did
             with torch.autocast(device_type, enabled=False):
                 return _LoRALinear._gradients(ctx, dy, dh)

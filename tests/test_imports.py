@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fused_lora"
 
 # what a module may import, lowest first; a name stands for a module or a whole folder, the longest name counts
 LAYERS = [
-    {"validation", "dropout", "backends.environment", "models.patterns"},
+    {"validation", "autocast", "dropout", "backends.environment", "models.patterns"},
     {"reference"},
     {"backends"},
     {"ops"},

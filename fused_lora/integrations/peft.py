@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends, validation
+from ..autocast import autocast_dtype
 from ..functional import concatenate_adapters, lora_linear, plus_adapter
 from ..models.overview import LayerRow, Summary
 
@@ -240,10 +241,9 @@ def _takes(call: _Call, x: Tensor) -> bool:
     """Whether ``lora_linear`` computes this call on ``x``, here and now."""
     if type(x) not in _PLAIN:
         return False
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    compute = autocast_dtype(x.device.type)
+    if compute is None:
         return x.dtype == call.weight.dtype
-    compute = torch.get_autocast_dtype(device_type)
     return torch.float64 not in (x.dtype, call.weight.dtype) and call.lora_A.dtype in (compute, torch.float32)
 
 

@@ -11,15 +11,17 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # a worker for each core
 PYTEST := -m pytest -n auto --dist worksteal
 
+EXTENSION := fused_lora/_C.abi3.so
 CPP := '*.cpp' '*.h' '*.cu' '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-triton36 test-torch test-peft bench native gpu docs report scaling models sanitize lint format types clean
+.PHONY: help install demo test test-triton36 test-torch test-peft bench native host gpu docs report scaling models sanitize lint format types clean
 
 help:
 	@echo 'make demo           the main job: fine-tune a real network on MNIST with the fused layer (a few minutes on a CPU)'
 	@echo 'make test           the whole test suite; ARGS="-k layer" for a part'
 	@echo 'make bench          pytest benchmarks/ --benchmark-only'
+	@echo 'make host           what a call costs the host, layer by layer; needs no GPU; ARGS=--quick'
 	@echo 'make gpu            on a machine with a GPU: kernel tests, races, sanitizer, timing table; ARGS="--only races"'
 	@echo 'make report         README tables and docs plots from benchmarks/results/; make docs builds the pages into site/'
 	@echo 'make scaling        how a layer grows with its sizes, into benchmarks/results/scaling/'
@@ -50,6 +52,14 @@ bench: $(INSTALLED)
 
 native: $(INSTALLED)
 	FUSED_LORA_BUILD_EXT=1 $(RUN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation --no-deps -e . $(ARGS)
+
+# with the extension, built anew where its sources have changed
+host: $(EXTENSION)
+	$(RUN)/fused-lora bench --host $(ARGS)
+
+$(EXTENSION): $(INSTALLED) setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+	$(MAKE) native
+	@touch $@
 
 # CUDA kernels run on the shim of the tests: without a GPU, and without nvcc
 SANITIZED := build/sanitized

@@ -1,6 +1,6 @@
 """A LoRA layer in one kernel: ``FusedLoRALinear`` and what goes around it. Importing this imports no Triton."""
 
-from .checkpoint import hotswap_adapter, load_adapter, save_adapter
+from .checkpoint import base_state_dict, hotswap_adapter, load_adapter, save_adapter
 from .functional import lora_linear
 from .layer import FusedLoRALinear
 from .models.apply import (
@@ -11,6 +11,7 @@ from .models.apply import (
     disable_adapters,
     lora_parameters,
     set_adapter,
+    set_impl,
 )
 from .models.config import LoRAConfig
 from .models.merging import merge, merge_and_unload, unmerge
@@ -24,6 +25,7 @@ __all__ = [
     "add_adapter",
     "add_weighted_adapter",
     "apply_lora",
+    "base_state_dict",
     "delete_adapter",
     "disable_adapters",
     "hotswap_adapter",
@@ -34,6 +36,7 @@ __all__ = [
     "merge_and_unload",
     "save_adapter",
     "set_adapter",
+    "set_impl",
     "summary",
     "unmerge",
 ]

@@ -69,7 +69,8 @@ PEFT_NAMES: dict[str, str] = {f.name: f.metadata["peft"] for f in fields(Adapter
 class LoRAAdapter(nn.Module):
     """A pair of thin matrices and how much they count: ``lora_A (R, K)``, ``lora_B (N, R)``, ``scale``.
 
-    The options are its attributes, of the names that they have in :class:`AdapterOptions`; ``alpha`` may be set.
+    The options are its attributes, of the names that they have in :class:`AdapterOptions`; ``alpha`` may be set, and
+    ``strength``, by which ``scale`` is multiplied.
 
     Args:
         bias: (N,), of which the adapter trains a copy instead of the layer's own; None where it trains none.
@@ -112,10 +113,11 @@ class LoRAAdapter(nn.Module):
     def _hold(self, A: Tensor, B: Tensor, options: AdapterOptions, bias: Tensor | None) -> None:
         # past nn.Module, which looks at each value set whether it is a parameter or a module
         vars(self).update({name: getattr(options, name) for name in PEFT_NAMES}, trains_bias=bias is not None)
+        alpha = float(options.rank) if options.alpha is None else options.alpha
+        vars(self).update(alpha=alpha, strength=1.0, scale=options.scale)
         self._parameters.update(
             lora_A=nn.Parameter(A), lora_B=nn.Parameter(B), bias=None if bias is None else nn.Parameter(bias)
         )
-        self.alpha = float(options.rank) if options.alpha is None else options.alpha
 
     @property
     def options(self) -> AdapterOptions:
@@ -123,14 +125,26 @@ class LoRAAdapter(nn.Module):
 
     @property
     def alpha(self) -> float:
-        """Setting it sets scale: alpha / R, or alpha / sqrt(R) for rsLoRA."""
+        """Setting it sets scale: strength · alpha / R, or strength · alpha / sqrt(R) for rsLoRA."""
         return vars(self)["alpha"]
 
     @alpha.setter
     def alpha(self, alpha: float) -> None:
+        self._count(alpha, self.strength)
+
+    @property
+    def strength(self) -> float:
+        """How much of it counts while it is active: a factor of scale that is not saved. 1.0 unless set."""
+        return vars(self)["strength"]
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        self._count(self.alpha, validation.check_strength(strength))
+
+    def _count(self, alpha: float, strength: float) -> None:
         # scale is stored, because a compiled graph takes a stored number as an input and computes no other
         options = replace(self.options, alpha=alpha)
-        vars(self).update(alpha=options.alpha, scale=options.scale)
+        vars(self).update(alpha=options.alpha, strength=strength, scale=strength * options.scale)
 
     @classmethod
     def beside(
@@ -154,13 +168,7 @@ class LoRAAdapter(nn.Module):
             nn.init.normal_(self.lora_A, std=1 / self.rank if self.init == "gaussian" else 1.0)
         nn.init.zeros_(self.lora_B)
 
-    def delta(self) -> Tensor:
-        """``scale · B A``: (N, K), at least float32."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        with torch.no_grad():
-            return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).mul_(self.scale)
-
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}" + (
-            ", rslora" if self.use_rslora else ""
-        )
+        told = f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+        told += f", strength={self.strength:g}" if self.strength != 1.0 else ""
+        return told + (", rslora" if self.use_rslora else "")

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import backends, ops, reference, validation
+from . import backends, ops, plans, reference, validation
 from .autocast import autocast_dtype
 from .backends import native
+from .backends.triton import backend as triton
 from .dropout import dropout_mask, dropout_threshold, whole_mask
+from .torch_internals import dispatch_modes, in_forward_ad, in_functorch
 
 
 def lora_linear(
@@ -54,18 +55,60 @@ def lora_linear(
     What is kept for the backward is what the wanted gradients need: x for A's, h (M, R) for B's.
     Double backward works. Source of the method: https://arxiv.org/abs/2106.09685.
     """
+    key = None
+    if not torch.compiler.is_compiling() and not plans.watched():
+        key = plans.key_of(x, weight, lora_A, lora_B, bias, scale, dropout_p, training, impl)
+        plan = None if key is None else plans.CALLS.get(key)
+        if plan is not None:
+            return _planned(plan, x, weight, lora_A, lora_B, bias, scale, dropout_p)
     distributed = validation.check_operands(x, weight, lora_A, lora_B, bias)
     scale = validation.check_scale(scale)
     dropout_p = validation.check_dropout(dropout_p, "dropout_p")
     validation.check_impl(impl)
     dropout_p = dropout_p if training else 0.0
+    if key is None and not torch.compiler.is_compiling():
+        # kernels read what is in memory: of a tensor with the negative bit, the negative
+        x, weight, lora_A, lora_B = (tensor.resolve_neg() for tensor in (x, weight, lora_A, lora_B))
+        bias = None if bias is None else bias.resolve_neg()
     if distributed:
         # here, not at the top: it imports torch.distributed
         from .parallel import sharding
 
         local = sharding.localize(x, weight, lora_A, lora_B, bias)
         return local.join(_in_compute_dtype(*local.operands, scale, dropout_p, impl, local.stream))
-    return _in_compute_dtype(x, weight, lora_A, lora_B, bias, scale, dropout_p, impl)
+    y = _in_compute_dtype(x, weight, lora_A, lora_B, bias, scale, dropout_p, impl)
+    if key is not None and x.dtype == weight.dtype == y.dtype:
+        # nothing was cast: such a call may go straight to its backend
+        drops = dropout_threshold(dropout_p) > 0
+        plans.CALLS.put(key, plans.CallPlan(backends.choose(impl, x.device, y.dtype), drops))
+    return y
+
+
+def _planned(
+    plan: plans.CallPlan, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+    scale: float, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """What ``lora_linear`` returns, where a call like it has been checked and a backend chosen."""
+    seed = _new_seed(x.device, 0) if plan.drops else None
+    if not plan.drops:
+        dropout_p = 0.0
+    if plan.impl == "native":
+        return native.lora_linear(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
+    if plan.impl == "triton" and plan.forward is None:
+        plan.forward = triton.plan(x, weight.t(), lora_A.t(), lora_B.t(), bias, seed, dropout_p, False)
+    if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
+        return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, plan.impl, plan.forward)[0]
+    return _lora_matmul(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, plan.impl, plan.forward)[0]
+
+
+def _lora_matmul(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+    scale: float, seed: Tensor | None, dropout_p: float, impl: str, forward: plans.Forward | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, h), by a backend's plan of the forward where there is one."""
+    if forward is not None:
+        return forward(x, weight, lora_A, lora_B, bias, scale, seed)
+    return ops.lora_matmul(x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl)
 
 
 def concatenate_adapters(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, float]:
@@ -98,14 +141,13 @@ def _in_compute_dtype(
     scale: float, dropout_p: float, impl: str, stream: int = 0,
 ) -> Tensor:  # fmt: skip
     """Autocast's casts, then the dtypes' rules. stream: dropout masks of different streams are independent."""
-    device_type = x.device.type
-    dtype = autocast_dtype(device_type)
+    dtype = autocast_dtype(x.device)
     if dtype is not None:
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
         validation.check_dtypes(x, weight, lora_A, lora_B, bias)
         # the casts are made: nothing inside may be cast again
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return _lora_linear(x, weight, lora_A, lora_B, bias, scale, dropout_p, impl, stream)
     validation.check_dtypes(x, weight, lora_A, lora_B, bias)
     return _lora_linear(x, weight, lora_A, lora_B, bias, scale, dropout_p, impl, stream)
@@ -116,13 +158,8 @@ def _lora_linear(
     scale: float, dropout_p: float, impl: str, stream: int,
 ) -> Tensor:  # fmt: skip
     impl = backends.choose(impl, x.device, weight.dtype)
-    seed = None
-    if dropout_threshold(dropout_p) > 0:
-        # on x's device, so that manual_seed and activation checkpointing repeat it, and never read by the host
-        seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=x.device)
-        if stream:
-            seed = seed + stream * _STREAM
-    if _transformed():
+    seed = _new_seed(x.device, stream) if dropout_threshold(dropout_p) > 0 else None
+    if in_functorch() or in_forward_ad():
         return _differentiable(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
     if torch.compiler.is_compiling() and _is_symbolic(scale):
         # an operator's number would be compiled in, and compiled anew for each: B carries it instead
@@ -130,19 +167,22 @@ def _lora_linear(
     if impl == "native" and _nobody_looks(x, weight, lora_A, lora_B, bias):
         return native.lora_linear(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
-        return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, impl)[0]
-    return ops.lora_matmul(
-        x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl
-    )[0]  # fmt: skip
+        return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, impl, None)[0]
+    return _lora_matmul(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, impl, None)[0]
 
 
+def _new_seed(device: torch.device, stream: int) -> Tensor:
+    """(1,) of int64 on the device, so that manual_seed and activation checkpointing repeat it; the host never reads it.
+
+    stream: masks of different streams are independent.
+    """
+    seed = torch.randint(_LARGEST_SEED, (1,), device=device)
+    return seed + stream * _STREAM if stream else seed
+
+
+_LARGEST_SEED = torch.iinfo(torch.int64).max
 # 2^64 over the golden ratio, as an int64: both halves of a seed change
 _STREAM = 0x9E3779B97F4A7C15 - (1 << 64)
-
-
-def _transformed() -> bool:
-    """Whether torch.func's transforms (vmap, grad, jvp, ...) or forward-mode AD look at the operands."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _differentiable(
@@ -170,7 +210,7 @@ def _nobody_looks(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bia
     and no mode watches it, as selective checkpointing does."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and dispatch_modes() == 0
         and type(x) in _PLAIN and type(weight) in _PLAIN and type(lora_A) in _PLAIN and type(lora_B) in _PLAIN
         and (bias is None or type(bias) in _PLAIN)
     )  # fmt: skip
@@ -198,9 +238,9 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-        scale: float, seed: Tensor | None, dropout_p: float, impl: str,
+        scale: float, seed: Tensor | None, dropout_p: float, impl: str, forward: plans.Forward | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        y, h = ops.lora_matmul(x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl)
+        y, h = _lora_matmul(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, impl, forward)
         ctx.scale, ctx.dropout_p, ctx.impl, ctx.x_shape = scale, dropout_p, impl, x.shape
         _, needs_W, needs_A, needs_B, _ = ctx.needs_input_grad[:5]
         ctx.set_materialize_grads(False)
@@ -213,11 +253,10 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         given = dy if dy is not None else dh
         if given is None:
-            return (None,) * 9
-        device_type = given.device.type
-        if autocast_dtype(device_type) is not None:
+            return (None,) * 10
+        if autocast_dtype(given.device) is not None:
             # everything is in the compute dtype already; backward may run under another autocast than forward did
-            with torch.autocast(device_type, enabled=False):
+            with torch.autocast(given.device.type, enabled=False):
                 return _LoRALinear._gradients(ctx, dy, dh)
         return _LoRALinear._gradients(ctx, dy, dh)
 
@@ -242,7 +281,7 @@ class _LoRALinear(torch.autograd.Function):
         else:
             assert dy is not None
             grads = _backward(dy, x, weight, lora_A, lora_B, h, ctx.scale, seed, ctx.dropout_p, ctx.impl, needs)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 def _backward(
@@ -252,6 +291,8 @@ def _backward(
     """(dx, dW, dA, dB, dbias): at most one launch for dx and one for dA and dB together."""
     needs_x, needs_W, needs_A, needs_B, needs_bias = needs
     dx = dW = g = dA = dB = dbias = None
+    if dy.is_neg():
+        dy = dy.resolve_neg()
     dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
     if seed is not None and impl == "eager" and (torch.compiler.is_compiling() or (needs_x and needs_A)):
         # made once for both, and by a compiler in one loop; in forward too it would be the same mask, and be kept

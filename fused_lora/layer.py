@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import validation
 from .adapter import AdapterOptions, LoRAAdapter
 from .functional import concatenate_adapters, lora_linear, plus_adapter
+from .renamed import renamed
 from .switching import Adapted
 
 # what a plain nn.Linear has not
@@ -101,11 +102,12 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     # ---------------------------------------------------------------- adapters
 
-    def add_adapter(self, name: str, *, dtype: torch.dtype | None = None, **options: Any) -> LoRAAdapter:
+    @renamed(name="adapter")
+    def add_adapter(self, adapter: str, *, dtype: torch.dtype | None = None, **options: Any) -> LoRAAdapter:
         """Add a fresh adapter, of the weight's dtype unless told; it is not active, and not trainable before it is."""
-        validation.check_new_adapter(validation.check_adapter_name(name), self.adapters)
+        validation.check_new_adapter(validation.check_adapter_name(adapter), self.adapters)
         validation.check_whole(self.weight)
-        return self.install(name, LoRAAdapter.beside(self, AdapterOptions(**options), dtype=dtype))
+        return self.install(adapter, LoRAAdapter.beside(self, AdapterOptions(**options), dtype=dtype))
 
     def install(self, name: str, adapter: LoRAAdapter) -> LoRAAdapter:
         """Put a finished adapter here, not active."""
@@ -121,6 +123,16 @@ class FusedLoRALinear(Adapted, nn.Linear):
         with_bias = [name for name in names if self.adapter(name).trains_bias] if len(names) > 1 else []
         if len(with_bias) > 1:
             raise ValueError(f"only one active adapter may train modules_to_save or biases, got {with_bias}")
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        return {name: adapter.strength for name, adapter in zip(self._active, self.active_modules(), strict=True)}
+
+    def _activate(self, strengths: Mapping[str, float]) -> None:
+        super()._activate(strengths)
+        for name, adapter in self.adapters.items():
+            if adapter.strength != strengths.get(name, 1.0):
+                adapter.strength = strengths.get(name, 1.0)  # type: ignore[assignment]
 
     @property
     def active_adapter(self) -> str | None:
@@ -171,9 +183,15 @@ class FusedLoRALinear(Adapted, nn.Linear):
         if len(computing) > 1:
             return self._forward_several(x)
         (adapter,) = computing
+        # past nn.Module's own search for each of them, which costs the host as much as a launch
+        own: dict[str, Any] = self._parameters
+        trained = adapter._parameters
+        weight, bias = own.get("weight"), trained["bias"] if adapter.trains_bias else own.get("bias")
+        if weight is None:
+            # torch.nn.utils.parametrize makes it a property
+            weight = self.weight
         return lora_linear(
-            x, self.weight, adapter.lora_A, adapter.lora_B, adapter.scale,
-            adapter.bias if adapter.trains_bias else self.bias,
+            x, weight, trained["lora_A"], trained["lora_B"], adapter.scale, bias,
             dropout_p=adapter.dropout, training=self.training, impl=self.impl,
         )  # fmt: skip
 
@@ -239,12 +257,13 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     def _sum(self) -> tuple[Tensor, Tensor | None]:
         """What W becomes, and the bias where an adapter has one: new tensors."""
-        first, *others = self.active_modules()
-        total = first.delta()
-        for adapter in others:
-            total.add_(adapter.delta())
-        weight = total.add_(self.weight).to(self.weight.dtype)
-        bias = next((a.bias.detach().clone() for a in (first, *others) if a.bias is not None), None)
+        adapters = self.active_modules()
+        # in place: this is all the memory that merging a model needs
+        total = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+        for adapter in adapters:
+            total.addmm_(adapter.lora_B.to(total.dtype), adapter.lora_A.to(total.dtype), alpha=adapter.scale)
+        weight = total.to(self.weight.dtype)
+        bias = next((adapter.bias.detach().clone() for adapter in adapters if adapter.bias is not None), None)
         for name, tensor in (("W + scale · B A", weight), ("its bias", bias)):
             if tensor is not None and not validation.is_finite(tensor):
                 names = ", ".join(map(repr, self._active))

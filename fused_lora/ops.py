@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, eager
+from .backends import BACKENDS
+from .plans import watched
 
 LIBRARY = torch.library.Library("fused_lora", "DEF")
 
@@ -71,10 +72,10 @@ def lora_matmul(
     a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
     seed: Tensor | None, dropout_p: float, dropout_on_output: bool, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The operator, or its eager implementation itself: only a compiler needs the boundary, and it costs a small step
-    more than its arithmetic."""
-    if impl == "eager" and not torch.compiler.is_compiling():
-        return eager.lora_matmul(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output)
+    """The operator, or its backend itself where nobody sees the difference: the boundary costs the host more than the
+    call of a kernel. What eager does, modes see one by one."""
+    if not torch.compiler.is_compiling() and (impl == "eager" or not watched()):
+        return BACKENDS[impl].lora_matmul(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output)
     return torch.ops.fused_lora.lora_matmul.default(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, impl)
 
 
@@ -83,6 +84,6 @@ def adapter_grad(
     seed: Tensor | None, dropout_p: float, dtype_A: torch.dtype, dtype_B: torch.dtype, impl: str,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """As :func:`lora_matmul`. A gradient that was not asked for is None or empty."""
-    if impl == "eager" and not torch.compiler.is_compiling():
-        return eager.adapter_grad(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B)
+    if not torch.compiler.is_compiling() and (impl == "eager" or not watched()):
+        return BACKENDS[impl].adapter_grad(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B)
     return torch.ops.fused_lora.adapter_grad.default(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B, impl)

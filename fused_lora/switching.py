@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from . import validation
+from .renamed import renamed
 
 
 class _Here(threading.local):
@@ -66,7 +67,7 @@ class Adapted:
     def _adapt(self) -> None:
         self.adapters = nn.ModuleDict()
         self._switch = Switch()
-        self._activate(())
+        self._active = self._computing = ()
 
     def trained_parameters(self, name: str) -> list[nn.Parameter]:
         """What adapter ``name`` trains in this module."""
@@ -97,38 +98,47 @@ class Adapted:
         return self._active
 
     @property
+    def strengths(self) -> dict[str, float]:
+        """How much each active adapter counts here, in order."""
+        return dict.fromkeys(self._active, 1.0)
+
+    @property
     def disabled(self) -> bool:
         """Whether this thread is within ``disable_adapters``."""
         return self._switch.used and self._switch.off()
 
-    def set_adapter(self, names: str | Sequence[str] | None) -> None:
+    @renamed(names="adapter")
+    def set_adapter(self, adapter: str | Sequence[str] | Mapping[str, float] | None, *, trainable: bool = True) -> None:
         """Make these adapters active and trainable, and the others not; None or () leaves the base. Unmerges first.
+
+        See :func:`fused_lora.set_adapter`.
 
         Raises:
             ValueError: a name is not here, or stands there twice, or they can't be active together; nothing is changed.
         """
-        chosen = validation.check_adapter_names(names)
+        chosen = validation.check_strengths(adapter)
         for name in chosen:
             validation.check_known_adapter(name, self.adapters)
-        self.check_together(chosen)
-        if chosen != self._active:
-            self.unmerge()
+        self.check_together(tuple(chosen))
         self._activate(chosen)
         for name in self.adapters:
             for parameter in self.trained_parameters(name):
-                parameter.requires_grad_(name in chosen)
+                parameter.requires_grad_(trainable and name in chosen)
 
-    def _activate(self, names: tuple[str, ...]) -> None:
-        self._active = names
+    def _activate(self, strengths: Mapping[str, float]) -> None:
+        if [*strengths.items()] != [*self.strengths.items()]:
+            self.unmerge()
+        self._active = tuple(strengths)
         # what forward reads: a compiled call guards the shapes that it finds there, and not the names
-        self._computing = tuple(self.adapters._modules[name] for name in names)  # type: ignore[misc]
+        self._computing = tuple(self.adapters._modules[name] for name in strengths)  # type: ignore[misc]
 
-    def delete_adapter(self, name: str) -> None:
+    @renamed(name="adapter")
+    def delete_adapter(self, adapter: str) -> None:
         """Remove an adapter; where it was active, the others that were stay so."""
-        validation.check_known_adapter(name, self.adapters)
-        if name in self._active:
-            self.set_adapter([other for other in self._active if other != name])
-        del self.adapters[name]
+        validation.check_known_adapter(adapter, self.adapters)
+        if adapter in self._active:
+            self._activate({name: strength for name, strength in self.strengths.items() if name != adapter})
+        del self.adapters[adapter]
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -50,6 +50,10 @@ def check_scale(scale: Any) -> float:
     return _finite(scale, "scale")
 
 
+def check_strength(strength: Any, name: str = "strength") -> float:
+    return _finite(strength, name)
+
+
 def check_weight(weight: Any) -> float:
     return _finite(weight, "weights")
 
@@ -99,14 +103,22 @@ def check_adapter_name(name: Any) -> str:
     return name
 
 
-def check_adapter_names(names: Any) -> tuple[str, ...]:
+def check_strengths(adapters: Any) -> dict[str, float]:
+    """name -> strength, of one name, several, a mapping, or None for none."""
+    if isinstance(adapters, Mapping):
+        names = check_adapter_names([*adapters])
+        return {name: check_strength(adapters[name], f"strength of adapter {name!r}") for name in names}
+    return dict.fromkeys(check_adapter_names(adapters, "a mapping of them to strengths, "), 1.0)
+
+
+def check_adapter_names(names: Any, also: str = "") -> tuple[str, ...]:
     """One name, several, or None for none, as a tuple."""
     if names is None:
         return ()
     if isinstance(names, str):
         return (names,)
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"adapter names must be a str, a list of them, or None, got {names!r}")
+        raise TypeError(f"adapter names must be a str, a list of them, {also}or None, got {names!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"adapter names must differ, got {names!r}")
     return tuple(names)

@@ -17,7 +17,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import pytest
 from native_build import build
 
-from fused_lora.backends import environment, native
+from fused_lora.backends import environment
+from fused_lora.backends import native as native_backend
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def _seeded_and_nan_filled():
     torch.use_deterministic_algorithms(False)
 
 
-INSTALLED = native.available()
+INSTALLED = native_backend.available()
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,7 @@ def extension_library(tmp_path_factory):
 def native(extension_library, _extension_hidden, monkeypatch):
     """``fused_lora.backends.native``, and it is there: ``impl="auto"`` takes it on the CPU."""
     monkeypatch.setattr(environment, "EXTENSION_PROBLEM", None)
-    return native
+    return native_backend
 
 
 def named(impl, request):

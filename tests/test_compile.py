@@ -69,6 +69,17 @@ def test_an_adapter_of_equal_rank_recompiles_nothing():
     assert_one_graph()
 
 
+def test_another_strength_recompiles_nothing():
+    net = apply_lora(nn.Sequential(nn.Linear(16, 12)), rank=4)
+    nn.init.normal_(net[0].lora_B)
+    function = compiled_once(net)
+    x = torch.ones(5, 16)
+    for strength in (1.0, 0.5, -2.0, 0.25):
+        set_adapter(net, {"default": strength})
+        torch.testing.assert_close(function(x), net(x))
+    assert_one_graph()
+
+
 @pytest.mark.parametrize("shape", [(6, 20), (2, 3, 20)], ids=str)
 def test_a_compiled_step_runs_the_fused_operators_forward_and_backward(shape):
     backend = AotEagerAndRecordGraphs()

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tools import draw, publish
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOM_PAGES = [ROOT / "csrc" / "README.md", ROOT / "examples" / "README.md"]
 
 
 def by_name(pages):
@@ -91,10 +93,32 @@ def test_every_public_name_is_in_the_reference():
     assert named == set(fused_lora.__all__)
 
 
+def test_every_install_command_names_the_projects_own_address():
+    address = re.search(r'^Homepage = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    for page in [*PAGES, *ROOM_PAGES]:
+        for found in re.findall(r"git\+(https://[^\s'`]+)", page.read_text(encoding="utf-8")):
+            assert found == address, page.name
+    assert f"pip install git+{address}\n" in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_map_names_every_room():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    chart = text[text.index("\n## Where things are\n") :]
+    inside, outside = re.findall(r"^      (\S+)", chart, re.MULTILINE), re.findall(r"^    (\S+/)", chart, re.MULTILINE)
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("not a checkout")
+    paths = [Path(file).parts for file in files.stdout.splitlines()]
+    rooms = {parts[0] + "/" for parts in paths if len(parts) > 1}
+    package = {parts[1] + "/" * (len(parts) > 2) for parts in paths if parts[0] == "fused_lora"}
+    assert sorted(outside) == sorted(rooms)
+    assert sorted(inside) == sorted(package - {"__init__.py", "py.typed"})
+
+
 # ---------------------------------------------------------------- links
 
 
-@by_name(PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *ROOM_PAGES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_its_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("https://", "#")):

@@ -13,8 +13,9 @@ PACKAGE = ROOT / "fused_lora"
 
 # what a module may import, lowest first; a name stands for a module or a whole folder, the longest name counts
 LAYERS = [
-    {"validation", "autocast", "dropout", "backends.environment", "models.patterns"},
-    {"reference"},
+    {"torch_internals", "cache", "renamed", "models.patterns"},
+    {"validation", "autocast", "dropout", "backends.environment"},
+    {"reference", "plans"},
     {"backends"},
     {"ops"},
     {"parallel.sharding"},

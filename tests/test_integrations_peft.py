@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from fused_lora import ops
+from fused_lora.backends import environment
 from fused_lora.bench.measure import saved_bytes
 from fused_lora.dropout import dropout_mask
 from fused_lora.integrations.peft import fuse, summary, unfuse
@@ -297,7 +297,7 @@ def test_dropout_of_several_adapters_is_pefts(calls):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_the_extension_little_data_has_the_mask_of_nn_dropout(calls, monkeypatch, dtype):
-    monkeypatch.setattr(ops.extension, "available", lambda: False)
+    monkeypatch.setattr(environment, "EXTENSION_PROBLEM", "not built")
     model = fuse(peft_model(lora_dropout=0.5, target_modules=["first"])).to(dtype)
     little, much = draw_x(dtype=dtype), draw_x(-(-(1 << 16) // K), K, dtype=dtype)
     same_as_peft(model, little)

@@ -173,7 +173,9 @@ def test_a_folder_with_a_hostile_pattern_does_not_hang_its_reader(short, tmp_pat
         with pytest.warns(UserWarning, match="changed since"):
             load_adapter(plain, tmp_path)
     except ValueError as error:
-        assert "all together" in str(error)  # noqa: PT017
+        # none of them matches the layer
+        expected = ("all together", "does not name in target_modules")
+        assert str(error).endswith(expected[1]) or expected[0] in str(error)  # noqa: PT017
         assert type(plain[0]) is nn.Linear
         assert plain[0].weight.requires_grad
     else:

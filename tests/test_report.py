@@ -94,6 +94,7 @@ def test_a_report_is_made_of_a_file_without_measuring(tmp_path, capsys):
 def checkout(tmp_path):
     (tmp_path / "README.md").write_text("Before.\n<!-- speed -->\nold\n<!-- /speed -->\nAfter.\n")
     (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "host.md").write_text("<!-- host -->\n<!-- /host -->\n")
     some_results().save(tmp_path / "benchmarks" / "results" / "cpu.json")
     return tmp_path
 

@@ -18,9 +18,12 @@ from fused_lora import (
     apply_lora,
     delete_adapter,
     disable_adapters,
+    hotswap_adapter,
+    load_adapter,
     lora_parameters,
     merge,
     merge_and_unload,
+    save_adapter,
     set_adapter,
     summary,
     unmerge,
@@ -33,6 +36,10 @@ def by_hand(layer, x, names):
     for adapter in map(layer.adapter, names):
         y = y + adapter.scale * (x.double() @ adapter.lora_A.double().t()) @ adapter.lora_B.double().t()
     return y
+
+
+def product(adapter):
+    return adapter.scale * adapter.lora_B @ adapter.lora_A
 
 
 # ---------------------------------------------------------------- several at once
@@ -122,8 +129,12 @@ def test_the_one_active_adapter_cannot_be_spoken_of_where_several_are():
     [
         (["cats", "cats"], ValueError, r"adapter names must differ, got \['cats', 'cats'\]"),
         (["cats", "birds"], ValueError, "adapter 'birds' is not here; adapters: 'cats', 'dogs'"),
-        (3, TypeError, "adapter names must be a str, a list of them, or None, got 3"),
+        (3, TypeError, "adapter names must be a str, a list of them, a mapping of them to strengths, or None"),
         ([3], TypeError, "adapter names must be a str"),
+        ({3: 1.0}, TypeError, "adapter names must be a str"),
+        ({"dogs": 1.0, "birds": 1.0}, ValueError, "adapter 'birds' is not here"),
+        ({"dogs": float("inf")}, ValueError, "strength of adapter 'dogs' must be a finite number, got inf"),
+        ({"dogs": "1"}, TypeError, "strength of adapter 'dogs' must be a finite number, got '1'"),
     ],
 )
 def test_names_that_are_wrong_change_nothing(names, error, message):
@@ -174,6 +185,88 @@ def test_switching_allocates_no_tensor_and_keeps_every_parameter():
             pass
         set_adapter(model, None)
     assert [id(p) for p in model.parameters()] == before
+
+
+# ---------------------------------------------------------------- strengths
+
+
+@pytest.mark.parametrize(
+    "strengths", [{"cats": 0.5}, {"dogs": -2.0, "cats": 0.25}, {"cats": 0.0, "dogs": 1.0}], ids=str
+)
+def test_a_strength_is_a_factor_of_scale_in_forward_training_and_merging(strengths):
+    model, same = two(), two()
+    for layer in (same[0], same[2]):
+        for name, strength in strengths.items():
+            layer.adapter(name).alpha *= strength
+    assert set_adapter(model, strengths) is model
+    set_adapter(same, [*strengths])
+    assert model[0].strengths == strengths
+    assert torch.equal(model(X), same(X))
+    for each in (model, same):
+        each(X).sin().sum().backward()
+    for ours, theirs in zip(lora_parameters(model), lora_parameters(same), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    merge(model)
+    merge(same)
+    assert torch.equal(model[0].weight, same[0].weight)
+
+
+def test_another_strength_unmerges_and_none_is_one_again():
+    model = two()
+    whole, weight = model(X), model[0].weight.clone()
+    set_adapter(model, {"cats": 0.5})
+    assert (model[0].scale, model[0].adapter("cats").alpha) == (0.5, 2.0)
+    assert "strength=0.5" in repr(model[0])
+    assert "0.5·cats" in str(summary(model))
+    merge(model)
+    set_adapter(model, {"cats": 0.5})
+    assert model[0].merged
+    set_adapter(model, {"cats": 0.25})
+    assert torch.equal(model[0].weight, weight)
+    set_adapter(model, {"cats": 0.5, "dogs": 2})
+    delete_adapter(model, "dogs")
+    assert model[0].strengths == {"cats": 0.5}
+    set_adapter(model, None)
+    assert model[0].adapter("cats").strength == 1.0
+    set_adapter(model, "cats")
+    assert torch.equal(model(X), whole)
+
+
+def test_strengths_are_neither_saved_nor_combined_nor_lost_in_a_swap(tmp_path):
+    model = two()
+    whole = model(X)
+    set_adapter(model, {"cats": 0.5})
+    half = model(X)
+    save_adapter(model, tmp_path, "cats")
+    assert torch.equal(load_adapter(net(), tmp_path)(X), whole)
+    add_weighted_adapter(model, "copy", ["cats"], [1.0])
+    hotswap_adapter(model, tmp_path, "cats")
+    assert torch.equal(model(X), half)
+    assert torch.equal(copy.deepcopy(model)(X), half)
+    set_adapter(model, "copy")
+    torch.testing.assert_close(model(X), whole)
+
+
+def test_a_head_and_biases_count_whole_whatever_the_strength():
+    model = trained(apply_lora(net(), rank=2, target_modules=["0"], modules_to_save=["2"], bias="lora_only"))
+    with torch.no_grad():
+        model[0].adapter("default").bias.add_(1.0)
+        model[2].adapters["default"].weight.mul_(2.0)
+    set_adapter(model, {"default": 0.0})
+    layer, head = model[0], model[2].adapters["default"]
+    expected = head(nn.functional.linear(X, layer.weight, layer.adapter("default").bias).tanh())
+    torch.testing.assert_close(model(X), expected)
+
+
+def test_active_adapters_may_be_frozen_for_inference():
+    model = two()
+    set_adapter(model, ["cats", "dogs"], trainable=False)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model(X).requires_grad
+    delete_adapter(model, "dogs")
+    assert not any(p.requires_grad for p in model.parameters())
+    set_adapter(model, "cats")
+    assert all(p.requires_grad for p in lora_parameters(model))
 
 
 # ---------------------------------------------------------------- dropout of several
@@ -232,8 +325,8 @@ def test_cat_is_exactly_the_weighted_sum(weights):
     assert model[0].active_adapters == ("cats",)
     set_adapter(model, "both")
     layer = model[0]
-    expected = sum(w * layer.adapter(n).delta() for n, w in zip(("cats", "dogs"), weights, strict=True))
-    torch.testing.assert_close(layer.adapter("both").delta(), expected)
+    expected = sum(w * product(layer.adapter(n)) for n, w in zip(("cats", "dogs"), weights, strict=True))
+    torch.testing.assert_close(product(layer.adapter("both")), expected)
     assert (layer.adapter("both").rank, layer.scale) == (5, 1.0)
     assert layer.lora_A.requires_grad
     delete_adapter(model, "both")

@@ -9,6 +9,7 @@ import torch
 
 from fused_lora import tuning
 from fused_lora.backends.triton import launch, tuned
+from fused_lora.backends.triton.choice import choice as chosen
 from fused_lora.backends.triton.configs import (
     DecodeConfig,
     Device,
@@ -121,14 +122,14 @@ def test_what_wins_is_written_and_the_next_process_computes_by_it(tmp_path, caps
     assert "50.0% less time than the rule's choice" in out
     assert "none of" in out  # the adapter gradients have no such tile
     monkeypatch.setenv(tuned.VARIABLE, str(path))
-    for cached in (tuned.current, launch._choice):
-        cached.cache_clear()
+    for clear in (tuned.current.cache_clear, launch.forget_plans):
+        clear()
     problem = Problem(20, 40, 32, 16, 4, 4, tensor_cores=False)
     try:
-        assert launch._choice(problem, torch.device("cpu")) == (forward.choice.tile, forward.choice.schedule)
+        assert chosen(problem, torch.device("cpu")) == forward.choice
     finally:
-        for cached in (tuned.current, launch._choice):
-            cached.cache_clear()
+        for clear in (tuned.current.cache_clear, launch.forget_plans):
+            clear()
 
 
 def test_noise_is_no_win_and_an_old_entry_that_wins_no_more_goes(tmp_path):

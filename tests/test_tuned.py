@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fused_lora import lora_linear
-from fused_lora.backends.triton import launch, tuned
+from fused_lora.backends.triton import launch, straight, tuned
 from fused_lora.backends.triton.configs import (
     INTERPRETER,
     DecodeConfig,
@@ -61,8 +61,8 @@ def forget():
     """Nothing is remembered of earlier files, and of this test's after it."""
 
     def clear():
-        for cached in (tuned.current, launch._choice, launch._tuned_reduction):
-            cached.cache_clear()
+        tuned.current.cache_clear()
+        launch.forget_plans()
 
     clear()
     yield
@@ -107,18 +107,23 @@ def test_launches_take_the_tuned_choice_and_stay_right(tmp_path, monkeypatch, fo
     ]
     monkeypatch.setenv(tuned.VARIABLE, str(written(tmp_path, *entries)))
     taken = []
-    real = launch.Call.launch
+    real = straight.Launch.through_jit
 
-    def spy(call, device):
-        taken.append((call.config, call.flags.get("FORM"), call.grid))
-        real(call, device)
+    def spy(launch, device):
+        taken.append((launch.variant, launch.grid))
+        return real(launch, device)
 
-    monkeypatch.setattr(launch.Call, "launch", spy)
+    monkeypatch.setattr(straight.Launch, "through_jit", spy)
     inputs = oracle.draw(40, 64, 48, 3)
     oracle.check(inputs, oracle.results(inputs, lora_linear, impl="triton"))
-    assert [config for config, _, _ in taken] == [forward.tile, backward.tile, reduced.config]
-    assert [form for _, form, _ in taken[:2]] == [Form.PRODUCE, Form.RECOMPUTE]
-    assert taken[2][2] == (64 // 16 + 48 // 16, 3)
+    for (variant, _), config in zip(taken, (forward.tile, backward.tile, reduced.config), strict=True):
+        blocks = {name: size for name, size in dataclasses.asdict(config).items() if name.startswith("BLOCK_")}
+        assert {name: getattr(variant, name) for name in blocks} == blocks
+    assert [(variant.PRODUCE, variant.SPLIT, variant.RECOMPUTE) for variant, _ in taken[:2]] == [
+        (True, 2, False),
+        (False, 1, True),
+    ]
+    assert taken[2][1] == (64 // 16 + 48 // 16, 3)
 
 
 # ---------------------------------------------------------------- where it is

@@ -1,4 +1,4 @@
-"""``make report``: README tables, docs/benchmarks.md, docs/scaling.md and plots, from the files in benchmarks/results/.
+"""``make report``: tables and plots of the README and of docs/, from the files in benchmarks/results/.
 
     python -m tools.publish [--check]
 
@@ -20,7 +20,7 @@ from fused_lora.bench.results import Results, Row
 from fused_lora.bench.runner import Group
 from fused_lora.bench.shapes import DECODE, FORWARD, STEP, TRAIN
 
-from . import compiled, scaling_page
+from . import compiled, host_page, scaling_page
 from .models import MODEL
 
 CHECKOUT = Path(__file__).parents[1]
@@ -84,6 +84,8 @@ def outputs(checkout: Path) -> dict[Path, str]:
     known = compiled.read(checkout / "docs" / "codegen.md")
     made[checkout / "docs" / "scaling.md"] = scaling_page.page(scaling, _where, known)
     made |= {pictures / name: plot for name, plot in scaling_page.plots(scaling, known).items()}
+    host = checkout / "docs" / "host.md"
+    made[host] = _between(host.read_text(encoding="utf-8"), "host", host_page.tables(host_page.read(folder / "host")))
     return made
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 DTYPES = {"cpu": "float32,bfloat16,bfloat16+float32", "cuda": "bfloat16,float16"}
 KNOWN_DTYPES = ("float32", "bfloat16", "float16", "bfloat16+float32", "float16+float32")
 
+NO_CUDA = "--device cuda: PyTorch finds no CUDA device here"
+
 
 def list_of(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
@@ -44,6 +46,7 @@ def minutes_of(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds; not saved without --out")
+    parser.add_argument("--host", action="store_true", help="what a call costs the host, layer by layer; needs no GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument(
         "--dtype",
@@ -66,13 +69,15 @@ def run(args: argparse.Namespace) -> int:
     from . import measure, runner, series
     from .results import Environment, Results, default_path
 
+    if args.host:
+        return _host(args)
     if args.report is not None and args.report.suffix != ".html":
         return _refuse(f"--report must end in .html, got {str(args.report)!r}")
     if args.source is not None:
         return _show(args.source, args.report)
     device_type = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device_type == "cuda" and not torch.cuda.is_available():
-        return _refuse("--device cuda: PyTorch finds no CUDA device here")
+        return _refuse(NO_CUDA)
     if args.threads is not None:
         if args.threads < 1:
             return _refuse(f"--threads must be at least 1, got {args.threads}")
@@ -96,6 +101,24 @@ def run(args: argparse.Namespace) -> int:
             _report(results, args.report, groups)
 
     return series.compete(agenda, results, path, measure.plan_for(device, args.quick), deadline, after=report)
+
+
+def _host(args: argparse.Namespace) -> int:
+    import torch
+
+    from . import host
+
+    others = {"dtype": args.dtype, "threads": args.threads, "minutes": args.minutes, "report": args.report}
+    given = [f"--{name}" for name, value in {**others, "from": args.source}.items() if value is not None]
+    if given:
+        return _refuse(f"--host goes with --quick, --device and --out alone, got {', '.join(given)}")
+    device_type = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return _refuse(NO_CUDA)
+    try:
+        return host.run(device_type, args.quick, args.out)
+    except RuntimeError as error:
+        return _refuse(f"--host: {error}")
 
 
 def _show(source: Path, report: Path | None) -> int:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ..backends import eager as eager_backend
 from ..backends import native
+from ..backends.triton import choice as rules
 from ..backends.triton import launch
 from ..backends.triton.configs import DecodeConfig, Problem, ReductionProblem
 from ..backends.triton.entries import Choice, Reduced, Tiled
+from ..backends.triton.prepare import aligned
 from .baselines import Weights
 from .check import allowance, error
 from .problems import parse_dtype
@@ -94,9 +96,10 @@ class MatmulSubject(Subject):
             self.operands = (self.dy, weight, lora_B, lora_A)
         P, Q = (job.K, job.N) if self.backward else (job.N, job.K)
         sizes = (job.M, P, Q, job.R, weight.itemsize, lora_A.itemsize)
-        aligned = launch.aligned(*self.operands[:2])
-        self.problem = Problem(*sizes, job.dropout, self.tensor_cores, aligned, along_p=self.backward)
-        self.rule = launch.rule(self.problem, device)
+        self.problem = Problem(
+            *sizes, job.dropout, self.tensor_cores, aligned(*self.operands[:2]), along_p=self.backward
+        )
+        self.rule = rules.rule(self.problem, device)
         self.longest_sum = Q
 
     def call(self, choice: Choice | None) -> Sequence[Tensor]:
@@ -124,7 +127,7 @@ class ReductionSubject(Subject):
         self.problem = ReductionProblem(
             job.M, job.K + job.N, job.R, self.x.itemsize, job.dropout, self.tensor_cores
         )  # fmt: skip
-        self.rule = launch.rule_reduction(self.problem, device)
+        self.rule = rules.rule_reduction(self.problem, device)
         self.longest_sum = job.M
 
     def call(self, choice: Choice | None) -> Sequence[Tensor]:

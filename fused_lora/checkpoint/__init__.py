@@ -17,13 +17,14 @@ from ..switching import Adapted, adapted_modules
 from .reading import read_folder
 from .writing import CONFIG_FILE, WEIGHTS_FILE, contents, write_folder, writes_here
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "hotswap_adapter", "load_adapter", "save_adapter"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "base_state_dict", "hotswap_adapter", "load_adapter", "save_adapter"]
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str = "default") -> None:
     """Write adapter ``adapter`` of ``model``, alone, where PEFT, vLLM and :func:`load_adapter` read it.
 
-    A and B, and what the adapter trains beside them. ``model`` may be compiled or wrapped for data parallelism.
+    A and B, and what the adapter trains beside them. Of a Transformers model the folder says which it is, and for what
+    task. ``model`` may be compiled or wrapped for data parallelism.
 
     Where the adapter is sharded (DTensor), every rank must call: all gather, and the first of the mesh writes.
 
@@ -43,7 +44,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str 
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], adapter: str = "default", strict: bool = True
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter: str = "default",
+    strict: bool = True,
+    *,
+    activate: bool = True,
+    trainable: bool = True,
+    impl: str = "auto",
 ) -> nn.Module:
     """Read an adapter folder, ours or PEFT's, into ``model`` as ``adapter`` and make it active; returns ``model``.
 
@@ -52,13 +60,18 @@ def load_adapter(
     the weight's are held in float32.
 
     Args:
-        strict: refuse keys that the model has no place for, and layers that the config names and the file lacks.
-            Without it both are left alone, and one warning lists them.
+        strict: refuse keys that the model has no place for, layers in the file that the config does not name, and
+            layers that the config names and the file lacks. Without it they are left alone, and one warning lists them.
+        activate: False leaves it to :func:`fused_lora.set_adapter`. An active adapter that it replaces is not active
+            then, the others stay so.
+        trainable: False freezes it, for inference, until adapters are set again.
+        impl: for every layer adapted now; see :func:`fused_lora.lora_linear`.
 
     Raises:
         OSError, ValueError: the folder is not what it claims, or does not fit the model; nothing is changed.
     """
     validation.check_adapter_name(adapter)
+    validation.check_impl(impl)
     inner = _unwrapped(model)
     installation = read_folder(inner, Path(folder), strict)
     before = adapted_modules(inner)
@@ -67,9 +80,29 @@ def load_adapter(
     for _, module in before:
         if adapter in module.adapters:
             module.delete_adapter(adapter)
-    install(inner, adapter, installation, "auto")
-    set_adapter(inner, adapter)
+    install(inner, adapter, installation, impl)
+    if activate:
+        set_adapter(inner, adapter, trainable=trainable)
     return model
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """``model.state_dict()`` of the base alone: its own names and, merged or not, its own values, which are shared.
+
+    ``model`` may be compiled or wrapped for data parallelism. Sharded tensors are given as they are.
+    """
+    inner = _unwrapped(model)
+    state = inner.state_dict()
+    adapters: list[str] = []
+    # a module of two names stands there under both
+    for path, module in inner.named_modules(remove_duplicate=False):
+        stem = f"{path}." if path else ""
+        if isinstance(module, Adapted):
+            adapters.append(f"{stem}adapters.")
+        if isinstance(module, FusedLoRALinear) and module.merged:
+            own = zip(("weight", "bias"), module._base(), strict=True)
+            state.update({stem + name: tensor.detach() for name, tensor in own if tensor is not None})
+    return {key: value for key, value in state.items() if not key.startswith(tuple(adapters))}
 
 
 def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str = "default") -> nn.Module:
@@ -117,14 +150,16 @@ def _swap_pair(path: str, layer: FusedLoRALinear, name: str, new: LoRAAdapter | 
         raise ValueError(f"rank of {path!r} must be at most the adapter's, {old.rank}, to be swapped, got {new.rank}")
     if (new.bias is None) != (old.bias is None):
         raise ValueError(f"the folder must train what adapter {name!r} does, got a difference in the bias of {path!r}")
-    if old.scale == 0.0 and new.scale != 0.0:
+    # the folder's own scale against the adapter's own; a strength stays as it is
+    scale = old.options.scale
+    if scale == 0.0 and new.scale != 0.0:
         raise ValueError(f"scale of {path!r} must not be 0 to be swapped, got alpha {old.alpha:g}")
     A, B = torch.zeros_like(old.lora_A), torch.zeros_like(old.lora_B)
     with torch.no_grad():
         A[: new.rank] = new.lora_A
-        B[:, : new.rank] = new.lora_B if new.scale == old.scale else new.lora_B * (new.scale / old.scale)
+        B[:, : new.rank] = new.lora_B if new.scale == scale else new.lora_B * (new.scale / scale)
     if not (validation.is_finite(A) and validation.is_finite(B)):
-        raise ValueError(f"values of {path!r} must be finite in {A.dtype} with scale {old.scale:g}, got an infinity")
+        raise ValueError(f"values of {path!r} must be finite in {A.dtype} with scale {scale:g}, got an infinity")
     return [(old.lora_A, A), (old.lora_B, B), *_pairs(old.bias, new.bias)]
 
 

@@ -28,6 +28,8 @@ from .writing import CONFIG_FILE, DIGEST, PREFIX, WEIGHTS_FILE, beside_of, diges
 # the name of an adapter may stand before ".weight", as some writers leave it there
 _PAIR = re.compile(r"(?:(?P<path>.+)\.)?lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
 _LARGEST_CONFIG = 1 << 24
+# what PEFT wrote before it wrote safetensors
+_PICKLE = "adapter_model.bin"
 
 # what PEFT may write and a plain LoRA ignores; any other field must be empty
 _NEUTRAL = {
@@ -49,6 +51,12 @@ def read_folder(model: nn.Module, folder: Path, strict: bool) -> Installation:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder must be a directory, got the file {str(folder)!r}")
     file = folder / WEIGHTS_FILE
+    if not file.exists() and (folder / _PICKLE).exists():
+        raise FileNotFoundError(
+            f"folder must hold {WEIGHTS_FILE}, got {str(folder)!r} with {_PICKLE}, a pickle, which can run code and is "
+            "never read; where you trust it, PEFT writes the other: PeftModel.from_pretrained(base_model, "
+            "folder).save_pretrained(folder)"
+        )
     _check_file(file, _memory())
     with _safetensors(file) as tensors:
         config = _read_config(*_config_beside(folder, (tensors.metadata() or {}).get(DIGEST)))
@@ -89,9 +97,22 @@ def _memory() -> int:
 
 @dataclass(frozen=True)
 class _Config:
+    """numbers, lists: of the layers of a list that are adapted alone, None for all, and of the lists' names."""
+
     lora: LoRAConfig
-    names_layers: bool
+    numbers: frozenset[int] | None
+    lists: tuple[str, ...]
     file: Path
+
+    def names(self, path: str) -> bool:
+        """Whether a linear layer at this path is the config's, by PEFT's rules."""
+        if not self.lora.targets(path):
+            return False
+        if self.numbers is None or isinstance(self.lora.target_modules, str):
+            return True
+        before = [rf"(?:.*?\.)?{re.escape(name)}" for name in self.lists] or [r".*?\.[^.]*"]
+        found = next((match for each in before if (match := re.match(rf"{each}\.(\d+)\.", path))), None)
+        return found is not None and int(found[1]) in self.numbers
 
 
 def _config_beside(folder: Path, wanted: str | None) -> tuple[Path, bytes]:
@@ -143,7 +164,17 @@ def _read_config(file: Path, data: bytes) -> _Config:
         )
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
-    return _Config(config, bool(raw.get("target_modules")) and not raw.get("layers_to_transform"), file)
+    numbers, lists = (_listed(raw.get(name)) for name in ("layers_to_transform", "layers_pattern"))
+    if not all(type(number) is int for number in numbers) or not all(isinstance(name, str) for name in lists):
+        raise ValueError(f"{file}: layers_to_transform must be numbers of layers, layers_pattern names of their lists")
+    return _Config(config, frozenset(numbers) or None, tuple(lists), file)
+
+
+def _listed(value: Any) -> list[Any]:
+    """What PEFT may write alone, as a list, or leave out."""
+    if value in (None, "", []):
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _options(raw: dict[str, Any]) -> dict[str, Any]:
@@ -230,6 +261,10 @@ class _Reader:
             path, side = match["path"] or "", match["side"]
             if path not in self.linears:
                 self._refuse(key, f"needs a linear layer {path!r}, and the model has none", self.ignored)
+                del self.rest[name]
+                continue
+            if not self.config.names(self.in_file(path)):
+                self._refuse(key, f"is of a layer that {CONFIG_FILE} does not name in target_modules", self.ignored)
                 del self.rest[name]
                 continue
             linear, rank = self.linears[path], self.config.lora.rank_of(self.in_file(path))
@@ -342,10 +377,9 @@ class _Reader:
                 del self.rest[name]
 
     def _check_complete(self, pairs: dict[str, Any]) -> None:
-        config = self.config
-        if not config.names_layers or config.lora.target_modules == ALL_LINEAR:
+        if self.config.lora.target_modules == ALL_LINEAR:
             return
         for path in self.linears:
-            if path not in pairs and config.lora.targets(self.in_file(path)):
+            if path not in pairs and self.config.names(self.in_file(path)):
                 why = f"is one of target_modules, and {WEIGHTS_FILE} lacks it; strict=False leaves such layers alone"
                 self._refuse(path, why, self.missing)

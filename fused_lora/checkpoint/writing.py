@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import validation
 from ..adapter import PEFT_NAMES, LoRAAdapter
 from ..layer import FusedLoRALinear
-from ..models.config import ends_of
+from ..models.config import ALL_LINEAR, ends_of
 from ..models.modules_to_save import Part, Trained
 from ..models.selection import linear_layers
 from ..switching import adapted_modules, base_modules
@@ -89,6 +89,7 @@ def _config_of(model: nn.Module, modules: dict[str, LoRAAdapter], parts: dict[st
         bias = "all"
     else:
         bias = "lora_only" if any(module.trains_bias for module in modules.values()) else "none"
+    saved = _modules_to_save(model, parts)
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -102,10 +103,36 @@ def _config_of(model: nn.Module, modules: dict[str, LoRAAdapter], parts: dict[st
         # of other values than these two, readers think that they tell how the base was changed
         "init_lora_weights": "gaussian" if inits == {"gaussian"} else True,
         "inference_mode": True,
-        "modules_to_save": _modules_to_save(model, parts),
-        "task_type": None,
-        "base_model_name_or_path": None,
+        "modules_to_save": saved,
+        "task_type": _task(model, saved or []),
+        "base_model_name_or_path": _name(model),
     }
+
+
+# how Transformers names a model for a task, PEFT's name for it, the heads that PEFT then wants to find in the folder
+_TASKS = (
+    ("ForCausalLM", "CAUSAL_LM", ()),
+    ("LMHeadModel", "CAUSAL_LM", ()),
+    ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),
+    ("ForTokenClassification", "TOKEN_CLS", ("classifier", "score")),
+    ("ForQuestionAnswering", "QUESTION_ANS", ("qa_outputs",)),
+)
+
+
+def _task(model: nn.Module, saved: list[str]) -> str | None:
+    """PEFT's name for the task of a Transformers model; None where PEFT could not load the folder for it."""
+    if not isinstance(getattr(model, "base_model_prefix", None), str):
+        return None
+    for end, task, heads in _TASKS:
+        if type(model).__name__.endswith(end) and (not heads or not set(heads).isdisjoint(saved)):
+            return task
+    return None
+
+
+def _name(model: nn.Module) -> str | None:
+    """Where a Transformers model came from."""
+    name = getattr(model, "name_or_path", None)
+    return name if isinstance(name, str) and name else None
 
 
 def _integral(value: float) -> float | int:
@@ -119,7 +146,12 @@ def _exact(path: str) -> str:
 
 
 def _target_modules(model: nn.Module, paths: list[str]) -> list[str] | str:
-    """The paths; as a regular expression where a path is also the end of another layer's, which would be taken too."""
+    """The paths; as a regular expression where a path is also the end of another layer's, which would be taken too.
+
+    A model that is itself the layer has no path, and no other.
+    """
+    if paths == [""]:
+        return ALL_LINEAR
     names = set(paths)
     chosen = {path for path in linear_layers(model) if not names.isdisjoint(ends_of(path)) or path in names}
     return sorted(paths) if chosen == names else "|".join(re.escape(path) for path in sorted(paths))

@@ -42,7 +42,7 @@ def collect() -> dict[str, Any]:
         "devices": names,
         "implementations": {
             impl: {device: backends.why_not(impl, torch.device(device), torch.float32) for device in devices}
-            for impl in ("triton", "native", "eager")
+            for impl in backends.BACKENDS
         },
         "tuned": {
             "file": None if table.path is None else str(table.path),

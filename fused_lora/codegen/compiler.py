@@ -6,7 +6,6 @@ Works on any machine with Triton, whose wheel brings ptxas, but not while Triton
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
 import re
@@ -24,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..backends.triton.configs import Device
-from ..backends.triton.launch import Call
+from ..backends.triton.straight import Launch
 from . import sass
 
 # shared memory that one program may use, from the CUDA programming guide's table of compute capabilities;
@@ -71,20 +70,17 @@ class Resources:
     miscompiled: tuple[str, ...]
 
 
-def compile_call(call: Call, arch: int) -> Resources:
-    """Compile ``call`` as Triton would on a GPU of compute capability arch (90 for sm_90).
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    """Compile ``launch`` as Triton would on a GPU of compute capability arch (90 for sm_90).
 
     Tensors may be on the meta device; their pointers count as aligned to 16 bytes, as PyTorch's allocations are.
     """
-    names = call.kernel.arg_names
-    constants: dict[str, Any] = dict(call.flags)
-    for name, value in dataclasses.asdict(call.config).items():
-        if name in names:
-            constants[name] = value
-    fixed = {call.kernel.params[i].name for i in range(len(names)) if call.kernel.params[i].do_not_specialize}
+    names = launch.kernel.arg_names
+    constants: dict[str, Any] = {"V": launch.variant}
+    fixed = {launch.kernel.params[i].name for i in range(len(names)) if launch.kernel.params[i].do_not_specialize}
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, (name, value) in enumerate(zip(names, call.args, strict=False)):
+    for index, (name, value) in enumerate(zip(names, launch.args, strict=False)):
         if value is None or (isinstance(value, int) and value == 1 and name not in fixed):
             constants[name] = value
             continue
@@ -92,8 +88,8 @@ def compile_call(call: Call, arch: int) -> Resources:
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and name not in fixed):
             attributes[(index,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(call.kernel, signature, constants, attributes)
-    key = source.hash(), arch, call.config.num_warps, call.config.num_stages
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    key = source.hash(), arch, launch.num_warps, launch.num_stages
     if key not in _known:
         _known[key] = _read(*_compile(source, *key[1:]))
     return _known[key]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends.triton import launch
+from ..backends.triton import prepare
 from ..backends.triton.configs import (
     DecodeConfig,
     Form,
@@ -23,7 +23,7 @@ from ..backends.triton.configs import (
     default_schedule,
     takes_decode,
 )
-from .compiler import DEVICES, MATRIX_INSTRUCTION, Resources, compile_call
+from .compiler import DEVICES, MATRIX_INSTRUCTION, Resources, compile_launch
 
 Config = TypeVar("Config", TileConfig, DecodeConfig, ReductionConfig)
 # the main loop of tiles that wait may have this many times the instructions of the bare GEMM's
@@ -121,9 +121,9 @@ def compile_case(case: Case, compare: bool = True) -> Iterator[Found]:
     seed = _meta(case, 1, dtype=torch.int64) if case.dropout else None
     reduction = _staged(default_reduction(case.R, case.dtype.itemsize, DEVICES[case.arch]), case)
     parts = _meta(case, 4, 128, 64, reduction.BLOCK_R, dtype=torch.float32)
-    call = launch.adapter_grad_call(x, h, dy, h, 1.5, seed, 0.1, A, B, reduction, parts, _counters(case))
+    call = prepare.adapter_grad_launch(x, h, dy, h, 1.5, seed, 0.1, A, B, reduction, parts, _counters(case))
     tile = (reduction.BLOCK_M, reduction.BLOCK_C, reduction.BLOCK_R, reduction.num_warps, reduction.num_stages)
-    yield Found(case, "adapter gradients", tile, "in parts", "pointers", compile_call(call, case.arch), None)
+    yield Found(case, "adapter gradients", tile, "in parts", "pointers", compile_launch(call, case.arch), None)
 
 
 def _compile_matmul(case: Case, work: str, operands: tuple[Any, ...], thin: Tensor, compare: bool) -> Found:
@@ -132,24 +132,28 @@ def _compile_matmul(case: Case, work: str, operands: tuple[Any, ...], thin: Tens
     device = DEVICES[case.arch]
     seed = _meta(case, 1, dtype=torch.int64) if case.dropout else None
     sizes = (case.M, w.shape[1], w.shape[0], case.R, case.dtype.itemsize, case.adapter_dtype.itemsize)
-    problem = Problem(*sizes, case.dropout, not case.exact, launch.aligned(a, w))
+    problem = Problem(*sizes, case.dropout, not case.exact, prepare.aligned(a, w))
     out = _meta(case, case.M, w.shape[1])
     if takes_decode(problem):
-        decode = _staged(default_decode(problem, device), case)
-        few: tuple[Any, ...] = (*operands, 1.5, out, thin, _counters(case), decode)
-        call = launch.decode_call(*few)
+        decode = prepare.whole_parts(_staged(default_decode(problem, device), case), problem.Q)
+        slots = _scratch(case, prepare.scratch_of(case.M, problem.P, case.R, decode))
+        few: tuple[Any, ...] = (*operands, 1.5, out, thin, slots, _counters(case), decode)
+        call = prepare.decode_launch(*few)
         tile = (decode.BLOCK_P, decode.BLOCK_Q, decode.BLOCK_R, decode.num_warps, decode.num_stages)
-        return Found(case, work, tile, "few tokens", "pointers", compile_call(call, case.arch), None)
+        return Found(case, work, tile, "few tokens", "pointers", compile_launch(call, case.arch), None)
     config = _staged(default_config(problem, device), case)
     schedule = default_schedule(problem, config, device)
     dropout = (seed, 0.1, work != "forward")
     sync = None if schedule.form <= Form.RECOMPUTE else _counters(case)
-    given: tuple[Any, ...] = (*operands, 1.5, *dropout, out, thin, config, schedule, sync)
-    call = launch.lora_matmul_call(*given)
+    parts = None
+    if schedule.form == Form.PRODUCE:
+        parts = _scratch(case, prepare.scratch_of(case.M, problem.P, case.R, config, schedule.split))
+    given: tuple[Any, ...] = (*operands, 1.5, *dropout, out, thin, config, schedule, parts, sync)
+    call = prepare.lora_matmul_launch(*given)
     tile = (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.num_warps, config.num_stages)
     loads = "descriptors" if schedule.descriptors else "pointers"
     plain = _compile_plain(case, a, w, bias, config, schedule) if compare else None
-    return Found(case, work, tile, schedule.form.name, loads, compile_call(call, case.arch), plain)
+    return Found(case, work, tile, schedule.form.name, loads, compile_launch(call, case.arch), plain)
 
 
 def _compile_plain(
@@ -159,8 +163,8 @@ def _compile_plain(
     u, v = _meta(case, w.shape[0], 16), _meta(case, 16, w.shape[1])
     out, thin = _meta(case, case.M, w.shape[1]), _meta(case, case.M, 16)
     config, schedule = replace(config, BLOCK_R=16), Schedule(Form.PLAIN, descriptors=schedule.descriptors)
-    call = launch.lora_matmul_call(a, w, u, v, bias, 1.5, None, 0.0, False, out, thin, config, schedule, None)
-    return compile_call(call, case.arch)
+    call = prepare.lora_matmul_launch(a, w, u, v, bias, 1.5, None, 0.0, False, out, thin, config, schedule)
+    return compile_launch(call, case.arch)
 
 
 def _staged(config: Config, case: Case) -> Config:
@@ -175,6 +179,10 @@ def _adapter(case: Case, *shape: int) -> Tensor:
 
 def _counters(case: Case) -> Tensor:
     return _meta(case, 1 << 14, dtype=torch.int32)
+
+
+def _scratch(case: Case, shape: tuple[int, ...]) -> Tensor:
+    return _meta(case, *shape, dtype=torch.float32)
 
 
 def _meta(case: Case, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

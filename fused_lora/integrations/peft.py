@@ -241,7 +241,7 @@ def _takes(call: _Call, x: Tensor) -> bool:
     """Whether ``lora_linear`` computes this call on ``x``, here and now."""
     if type(x) not in _PLAIN:
         return False
-    compute = autocast_dtype(x.device.type)
+    compute = autocast_dtype(x.device)
     if compute is None:
         return x.dtype == call.weight.dtype
     return torch.float64 not in (x.dtype, call.weight.dtype) and call.lora_A.dtype in (compute, torch.float32)

@@ -15,6 +15,7 @@ from .. import validation
 from ..adapter import AdapterOptions, LoRAAdapter
 from ..functional import concatenate_adapters
 from ..layer import FusedLoRALinear
+from ..renamed import renamed
 from ..switching import adapted_modules, base_modules
 from .config import LoRAConfig
 from .encoder import settle_fast_paths
@@ -47,52 +48,89 @@ def apply_lora(
     return model
 
 
-def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None, *, impl: str = "auto") -> nn.Module:
+@renamed(name="adapter")
+def add_adapter(
+    model: nn.Module, adapter: str, config: LoRAConfig | None = None, *, impl: str = "auto", **fields: Any
+) -> nn.Module:
     """Add a fresh adapter to the layers that the config names, without making it active; returns ``model``.
 
+    Args:
+        config, fields: as in :func:`apply_lora`.
+
     Raises:
-        TypeError, ValueError: naming argument, rule and value (``name`` is taken, nothing matches); nothing is changed.
+        TypeError, ValueError: naming argument, rule and value (the name is taken, nothing matches); nothing is changed.
     """
-    install(model, name, _prepare(model, name, config or LoRAConfig(), impl), impl)
+    config = dataclasses.replace(config or LoRAConfig(), **fields)
+    install(model, adapter, _prepare(model, adapter, config, impl), impl)
     return model
 
 
-def set_adapter(model: nn.Module, name: str | Sequence[str] | None) -> None:
-    """Make adapter ``name`` active wherever it is, and trainable, and no other; None leaves the base model.
+@renamed(name="adapter")
+def set_adapter(
+    model: nn.Module, adapter: str | Sequence[str] | Mapping[str, float] | None, *, trainable: bool = True
+) -> nn.Module:
+    """Make ``adapter`` active wherever it is, and trainable, and no other; returns ``model``.
 
-    Several names are active at once: their changes add up, in one kernel call a layer. Allocates nothing.
+    Several are active at once: their changes add up, in one kernel call a layer. Allocates nothing.
+
+    Args:
+        adapter: a name, or several; None or () leaves the base model, which a model without adapters is already. A
+            mapping has the strength of each, ``{"cats": 1.0, "dogs": 0.5}``: its scale is multiplied by that, in
+            merging and training too, until adapters are set again. It is not saved. What an adapter trains beside A
+            and B (``modules_to_save``, biases) counts as a whole.
+        trainable: False freezes the active adapters too, for inference.
 
     Raises:
-        ValueError: no layer has that adapter, or two of them train the same ``modules_to_save`` or bias; nothing is
-            changed.
+        ValueError: no layer has that adapter, or two of them train the same ``modules_to_save`` or bias, or a strength
+            is not finite; nothing is changed.
     """
-    names, known = validation.check_adapter_names(name), adapter_names(model)
-    for each in names:
-        validation.check_known_adapter(each, known)
+    strengths, known = validation.check_strengths(adapter), adapter_names(model)
+    for name in strengths:
+        validation.check_known_adapter(name, known)
     modules = [module for _, module in adapted_modules(model)]
-    chosen = [[each for each in names if each in module.adapters] for module in modules]
+    chosen = [{name: strengths[name] for name in strengths if name in module.adapters} for module in modules]
     for module, here in zip(modules, chosen, strict=True):
-        module.check_together(here)
+        module.check_together(tuple(here))
     for module, here in zip(modules, chosen, strict=True):
-        module.set_adapter(here)
+        module.set_adapter(here, trainable=trainable)
+    return model
 
 
-def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove adapter ``name`` from every layer; where it was active, the others that were stay so."""
-    validation.check_known_adapter(name, adapter_names(model))
+@renamed(name="adapter")
+def delete_adapter(model: nn.Module, adapter: str) -> nn.Module:
+    """Remove ``adapter`` from every layer; where it was active, the others that were stay so. Returns ``model``."""
+    validation.check_known_adapter(adapter, adapter_names(model))
     for _, module in adapted_modules(model):
-        if name in module.adapters:
-            module.delete_adapter(name)
+        if adapter in module.adapters:
+            module.delete_adapter(adapter)
     settle_fast_paths(model)
+    return model
 
 
+def set_impl(model: nn.Module, impl: str) -> nn.Module:
+    """Let every adapted layer compute by ``impl``; see :func:`fused_lora.lora_linear`. Returns ``model``.
+
+    Raises:
+        ValueError: there is no such ``impl``, or no adapted layer.
+    """
+    validation.check_impl(impl)
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("model must have adapted layers, got none; call apply_lora first, or fuse for PEFT's own")
+    for _, layer in layers:
+        layer.impl = impl
+    return model
+
+
+@renamed(name="adapter")
 def add_weighted_adapter(
-    model: nn.Module, name: str, adapters: Sequence[str], weights: Sequence[float], combination_type: str = "cat"
+    model: nn.Module, adapter: str, adapters: Sequence[str], weights: Sequence[float], combination_type: str = "cat"
 ) -> nn.Module:
     """Add an adapter made of others, without making it active; returns ``model``. PEFT's names and results.
 
     Args:
-        adapters: names; a layer combines those that it has.
+        adapter: the new one's name.
+        adapters: names; a layer combines those that it has, each of strength 1.
         weights: one finite number for each.
         combination_type: "cat" puts the ranks together: exactly ``Σ weight · scale · B A``, of all their ranks.
             "linear" sums the A and the B, each by ``sqrt(|weight · scale|)``: an approximation, of the same rank, which
@@ -101,9 +139,9 @@ def add_weighted_adapter(
     Raises:
         TypeError, ValueError: naming argument, rule and value; nothing is changed.
     """
-    validation.check_adapter_name(name)
+    validation.check_adapter_name(adapter)
     known, chosen = adapter_names(model), validation.check_adapter_names(adapters)
-    validation.check_new_adapter(name, known)
+    validation.check_new_adapter(adapter, known)
     for each in chosen:
         validation.check_known_adapter(each, known)
     if combination_type not in ("cat", "linear"):
@@ -119,7 +157,7 @@ def add_weighted_adapter(
         if not isinstance(module, FusedLoRALinear) or any(module.adapter(each).trains_bias for each in here):
             raise ValueError(f"adapters to combine must train A and B alone, got {here}, which train more in {path!r}")
         built[path] = _combine(path, module, {each: factors[each] for each in here}, combination_type)
-    install(model, name, Installation(built, {}), "auto")
+    install(model, adapter, Installation(built, {}), "auto")
     return model
 
 
@@ -127,13 +165,14 @@ def _combine(path: str, layer: FusedLoRALinear, weights: Mapping[str, float], co
     parts = [(layer.adapter(name), weight) for name, weight in weights.items()]
     with torch.no_grad():
         if combination_type == "cat":
-            A, B, scale = concatenate_adapters([(a.lora_A, a.lora_B, weight * a.scale) for a, weight in parts])
+            A, B, scale = concatenate_adapters([(a.lora_A, a.lora_B, weight * a.options.scale) for a, weight in parts])
             B = B * scale
         else:
             ranks = [adapter.rank for adapter, _ in parts]
             if len(set(ranks)) > 1:
                 raise ValueError(f"combination_type 'linear' needs one rank, got {ranks} in {path!r}; take 'cat'")
-            factors = [(math.sqrt(abs(weight * a.scale)), math.copysign(1.0, weight * a.scale)) for a, weight in parts]
+            scales = [weight * a.options.scale for a, weight in parts]
+            factors = [(math.sqrt(abs(scale)), math.copysign(1.0, scale)) for scale in scales]
             As = [root * sign * a.lora_A for (a, _), (root, sign) in zip(parts, factors, strict=True)]
             Bs = [root * a.lora_B for (a, _), (root, _) in zip(parts, factors, strict=True)]
             A, B = torch.stack(As).sum(0), torch.stack(Bs).sum(0)

@@ -18,10 +18,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def merge(model: Model) -> Model:
-    """Fold every layer's active adapters into its weight; see :meth:`FusedLoRALinear.merge`. All layers or none.
+    """Fold every layer's active adapters into its weight; see :meth:`FusedLoRALinear.merge`. Returns ``model``.
 
     What an adapter trains beside A and B, ``modules_to_save`` for instance, is called as it is, merged or not.
-    Returns ``model``.
 
     Raises:
         ValueError: a sum has a NaN or an infinity, or a weight is another module's too, which would change with it;

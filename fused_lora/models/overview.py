@@ -17,7 +17,8 @@ from .selection import linear_layers
 class LayerRow:
     """One adapted layer. why: the reason it does not run the fused kernel, or None where it does.
 
-    adapter, rank and alpha are the active adapter's; of several, the names joined, the sum of the ranks and no alpha.
+    adapter, rank and alpha are the active adapter's; of several, the names joined, the sum of the ranks and no alpha. A
+    strength other than 1 stands before its name.
     """
 
     path: str
@@ -99,12 +100,17 @@ def summary(model: nn.Module) -> Summary:
 
 def _row(path: str, layer: FusedLoRALinear) -> LayerRow:
     adapters = layer.active_modules()
+    names = "+".join(_weighed(name, strength) for name, strength in layer.strengths.items())
     implementation, why = _implementation(layer)
     return LayerRow(
-        path, layer.out_features, layer.in_features, "+".join(layer.active_adapters) or None,
+        path, layer.out_features, layer.in_features, names or None,
         sum(adapter.rank for adapter in adapters) or None, adapters[0].alpha if len(adapters) == 1 else None,
         sum(p.numel() for p in layer.adapters.parameters()), implementation, why,
     )  # fmt: skip
+
+
+def _weighed(name: str, strength: float) -> str:
+    return name if strength == 1.0 else f"{strength:g}·{name}"
 
 
 def _implementation(layer: FusedLoRALinear) -> tuple[str, str | None]:

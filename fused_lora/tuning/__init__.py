@@ -100,14 +100,14 @@ def run(args: argparse.Namespace, timer: Timer | None = None) -> int:
 
 def _tune(jobs: Sequence[Job], device: torch.device, table: Table, measure: Measure, quick: bool) -> int:
     """Job by job, saved after each."""
-    from ..backends.triton import launch
+    from ..backends.triton.choice import known_device
     from ..backends.triton.entries import class_of
     from ..bench.results import write_json
     from ..bench.subjects import make
     from .candidates import ROUNDS
     from .search import search
 
-    known, reds, done = launch.known_device(device), 0, set()
+    known, reds, done = known_device(device), 0, set()
     for index, job in enumerate(jobs):
         print(f"[{index + 1}/{len(jobs)}] {job}", flush=True)
         subject = make(job, device)

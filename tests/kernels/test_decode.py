@@ -35,30 +35,21 @@ def gradient_operands(inputs):
 NO_DROPOUT = (None, 0.0, False)
 
 
+def names(launches):
+    return [made.kernel.fn.__name__ for made in launches]
+
+
 @pytest.fixture(autouse=True)
-def launches(monkeypatch):
-    """The names of the kernels launched. Afterwards all counters are zero."""
-    names = []
-    for name in ("_lora_matmul_kernel", "_decode_kernel", "_adapter_grad_kernel"):
-        monkeypatch.setattr(launch, name, _Counting(getattr(launch, name), names, name))
-    yield names
+def all_counters_are_zero_afterwards():
+    yield
     assert all(counters.count_nonzero() == 0 for counters in workspace._counters.values())
-
-
-class _Counting:
-    def __init__(self, kernel, launches, name):
-        self.kernel, self.launches, self.name = kernel, launches, name
-
-    def __getitem__(self, grid):
-        self.launches.append(self.name)
-        return self.kernel[grid]
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_output_and_every_gradient_are_within_the_budget(shape, bias, dtype, device, launches):
     oracle.check_shape(triton, *shape, dtype=dtype, bias=bias, device=device, kernel=True)
-    assert set(launches) == {"_decode_kernel", "_adapter_grad_kernel"}
+    assert set(names(launches)) == {"_decode_kernel", "_adapter_grad_kernel"}
 
 
 @pytest.mark.parametrize("base", [torch.float16, torch.bfloat16], ids=str)
@@ -145,9 +136,9 @@ def test_a_step_of_few_tokens_is_one_launch_forward_and_two_backward(device, lau
     inputs = oracle.draw(3, 40, 30, 4, device=device)
     leaves = inputs.leaves()
     y = triton(leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, 1.0)
-    assert launches == ["_decode_kernel"]
+    assert names(launches) == ["_decode_kernel"]
     y.backward(inputs.dy)
-    assert launches[1:] == ["_decode_kernel", "_adapter_grad_kernel"]
+    assert names(launches[1:]) == ["_decode_kernel", "_adapter_grad_kernel"]
 
 
 @pytest.mark.parametrize("tokens", [16, 17])
@@ -155,14 +146,14 @@ def test_a_step_of_few_tokens_is_one_launch_forward_and_two_backward(device, lau
 def test_only_few_tokens_without_dropout_take_this_kernel(tokens, dropout_p, device, launches):
     inputs = oracle.draw(tokens, 40, 30, 4, device=device)
     triton(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, 1.0, dropout_p=dropout_p)
-    assert launches == ["_decode_kernel" if (tokens, dropout_p) == (16, 0.0) else "_lora_matmul_kernel"]
+    assert names(launches) == ["_decode_kernel" if (tokens, dropout_p) == (16, 0.0) else "_lora_matmul_kernel"]
 
 
 def test_without_counters_the_ordinary_kernel_computes(monkeypatch, device, launches):
-    monkeypatch.setattr(launch, "counters", lambda device, count: None)
+    monkeypatch.setattr(launch, "counters", lambda *args: None)
     inputs = oracle.draw(3, 123, 64, 16, device=device)
     got = launch.lora_matmul(*operands(inputs), *NO_DROPOUT)
-    assert launches == ["_lora_matmul_kernel"]
+    assert names(launches) == ["_lora_matmul_kernel"]
     with oracle.in_one_chain():
         low = eager_backend.lora_matmul(*operands(inputs), *NO_DROPOUT)
     truth = eager_backend.lora_matmul(*operands(inputs.to(torch.float64)), *NO_DROPOUT)

@@ -13,7 +13,7 @@ import torch
 
 from fused_lora import lora_linear
 from fused_lora.backends import native
-from fused_lora.backends.triton import launch
+from fused_lora.backends.triton import launch, lora_matmul
 from fused_lora.backends.triton.configs import Form, Schedule, TileConfig
 
 ON_GPU = torch.cuda.is_available()
@@ -193,7 +193,7 @@ def test_a_captured_graph_replays_with_changed_inputs(tokens, impl, work, warm):
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter compiles nothing")
 def test_scale_and_tokens_recompile_nothing():
     inputs = draw(600)
-    kernel = launch._lora_matmul_kernel
+    kernel = lora_matmul._lora_matmul_kernel
     forward(inputs, Schedule(Form.PUBLISH))
     compiled = len(kernel.device_caches[torch.cuda.current_device()][0])
     for scale, tokens in ((0.3, 600), (2.0, 599), (1.0, 512), (1.5, 601)):

@@ -1,5 +1,7 @@
 """Who computes the thin product: every form gives the same, waits for none that comes later, and leaves no trace."""
 
+from typing import NamedTuple
+
 import oracle
 import pytest
 import torch
@@ -9,7 +11,7 @@ import triton.language as tl
 from fused_lora.backends import eager as eager_backend
 from fused_lora.backends.triton import launch
 from fused_lora.backends.triton.configs import Device, Form, Problem, Schedule, TileConfig, default_schedule
-from fused_lora.backends.triton.lora_matmul import HEADER, _tile
+from fused_lora.backends.triton.lora_matmul import SYNC_HEADER, _tile
 from fused_lora.backends.triton.workspace import counters
 
 SCHEDULES = [Schedule(Form.RECOMPUTE), Schedule(Form.PUBLISH), Schedule(Form.PRODUCE, 1), Schedule(Form.PRODUCE, 3)]
@@ -99,10 +101,15 @@ def test_plain_is_the_bare_product(device):
     oracle.within("out", out, expected, exact)
 
 
+class _Order(NamedTuple):
+    PUBLISH: bool
+    GROUP_M: int
+
+
 @triton.jit
-def _tiles_kernel(out_ptr, tiles_m, tiles_p, PUBLISHERS_FIRST: tl.constexpr, GROUP_M: tl.constexpr):
+def _tiles_kernel(out_ptr, tiles_m, tiles_p, V: tl.constexpr):
     index = tl.program_id(0)
-    pid_m, pid_p = _tile(index, tiles_m, tiles_p, PUBLISHERS_FIRST, GROUP_M)
+    pid_m, pid_p = _tile(index, tiles_m, tiles_p, V)
     tl.store(out_ptr + 2 * index, pid_m)
     tl.store(out_ptr + 2 * index + 1, pid_p)
 
@@ -112,7 +119,7 @@ def _tiles_kernel(out_ptr, tiles_m, tiles_p, PUBLISHERS_FIRST: tl.constexpr, GRO
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_every_tile_has_one_place_and_no_tile_waits_for_a_later_one(tiles_m, tiles_p, publishers_first, group, device):
     out = torch.full((tiles_m * tiles_p, 2), -1, dtype=torch.int32, device=device)
-    _tiles_kernel[(tiles_m * tiles_p,)](out, tiles_m, tiles_p, publishers_first, group)
+    _tiles_kernel[(tiles_m * tiles_p,)](out, tiles_m, tiles_p, _Order(publishers_first, group))
     places = {tuple(tile): place for place, tile in enumerate(out.tolist())}
     assert places.keys() == {(m, p) for m in range(tiles_m) for p in range(tiles_p)}
     if publishers_first:
@@ -156,4 +163,4 @@ def test_counters_grow_and_stay_zero(device):
     assert many.numel() >= 1 << 15
     assert not many.any()
     assert counters(place, 3) is many
-    assert HEADER.value == 2
+    assert SYNC_HEADER == 2

@@ -1,6 +1,8 @@
-"""The adapter gradients in one launch, two thin reductions over M: ``dA = scale · gᵀ D(x)``, ``dB = scale · dyᵀ h``."""
+"""The adapter gradients in one launch, two reductions over M: ``dA = scale · gᵀ D(x)``, ``dB = scale · dyᵀ h``."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -8,21 +10,35 @@ import triton.language as tl
 from .tiles import dot, keep_mask, round_to
 
 
+class Variant(NamedTuple):
+    """What one compiled variant of the kernel is for: the kernel's only constexpr.
+
+    SPLIT: there are several parts of M, each with a slot in partials (parts, tiles, BLOCK_C, BLOCK_R); the last program
+    of a tile to arrive sums the slots in their order, whoever came first, so the bits are the same every time.
+    """
+
+    DROPOUT: bool
+    SPLIT: bool
+    PRECISION: str
+    BLOCK_M: int
+    BLOCK_C: int
+    BLOCK_R: int
+
+
 @triton.jit(do_not_specialize=["M", "tiles_A"])
 def _adapter_grad_kernel(
-    x_ptr, g_ptr, dy_ptr, h_ptr, seed_ptr, dA_ptr, dB_ptr, partials_ptr, arrived_ptr,
+    x_ptr, g_ptr, dy_ptr, h_ptr, dA_ptr, dB_ptr, partials_ptr, arrived_ptr, scale, seed_ptr,
     M, K, N, R, tiles_A,
     stride_xm, stride_xk, stride_gm, stride_gr, stride_dym, stride_dyn, stride_hm, stride_hr,
-    scale, keep_scale, threshold,
-    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    keep_scale, threshold,
+    V: tl.constexpr,
 ):  # fmt: skip
     """A program reduces one part of M for a block of columns and a block of ranks.
 
     Of the blocks of columns the first tiles_A are x's, the others dy's.
-    SPLIT: there are several parts of M, each with a slot in partials (parts, tiles, BLOCK_C, BLOCK_R); the last program
-    of a tile to arrive sums the slots in their order, whoever came first, so the bits are the same every time.
     """
+    BLOCK_C: tl.constexpr = V.BLOCK_C
+    BLOCK_R: tl.constexpr = V.BLOCK_R
     tile = tl.program_id(0)
     # neighbours read the same columns, which the second then finds in L2
     rank_blocks = tl.cdiv(R, BLOCK_R)
@@ -32,31 +48,33 @@ def _adapter_grad_kernel(
         offs_c = pid_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
         acc = _reduce(
             x_ptr, g_ptr, seed_ptr, offs_c, offs_r, M, K, R, stride_xm, stride_xk, stride_gm, stride_gr,
-            threshold, DROPOUT, SPLIT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+            threshold, V.DROPOUT, V,
         )  # fmt: skip
         out_ptrs = dA_ptr + offs_r[None, :] * K + offs_c[:, None]
         mask = (offs_c < K)[:, None] & (offs_r < R)[None, :]
-        _finish(acc, scale * keep_scale, out_ptrs, mask, partials_ptr, arrived_ptr, SPLIT, BLOCK_C, BLOCK_R)
+        _finish(acc, scale * keep_scale, out_ptrs, mask, partials_ptr, arrived_ptr, V)
     else:
         offs_c = (pid_c - tiles_A).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
         acc = _reduce(
             dy_ptr, h_ptr, seed_ptr, offs_c, offs_r, M, N, R, stride_dym, stride_dyn, stride_hm, stride_hr,
-            threshold, False, SPLIT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+            threshold, False, V,
         )  # fmt: skip
         out_ptrs = dB_ptr + offs_c[:, None] * R + offs_r[None, :]
         mask = (offs_c < N)[:, None] & (offs_r < R)[None, :]
-        _finish(acc, scale, out_ptrs, mask, partials_ptr, arrived_ptr, SPLIT, BLOCK_C, BLOCK_R)
+        _finish(acc, scale, out_ptrs, mask, partials_ptr, arrived_ptr, V)
 
 
 @triton.jit
 def _reduce(
-    wide_ptr, thin_ptr, seed_ptr, offs_c, offs_r, M, C, R, stride_wm, stride_wc, stride_tm, stride_tr, threshold,
-    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    x_ptr, h_ptr, seed_ptr, offs_c, offs_r, M, C, R, stride_xm, stride_xc, stride_hm, stride_hr, threshold,
+    DROPOUT: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_m wide[m, c] · thin[m, r]`` over this part's rows, as (BLOCK_C, BLOCK_R): the rank is the narrow side."""
+    """``Σ_m x[m, c] · h[m, r]`` over this part's rows, as (BLOCK_C, BLOCK_R): the rank is the narrow side."""
+    BLOCK_M: tl.constexpr = V.BLOCK_M
+    BLOCK_C: tl.constexpr = V.BLOCK_C
+    BLOCK_R: tl.constexpr = V.BLOCK_R
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
-    if SPLIT:
+    if V.SPLIT:
         # whole blocks of rows, as evenly as they go; a part may be empty
         blocks, part, parts = tl.cdiv(M, BLOCK_M), tl.program_id(1), tl.num_programs(1)
         first = blocks * part // parts * BLOCK_M
@@ -65,43 +83,44 @@ def _reduce(
     else:
         rows = M
     # loaded as the product takes it: a transpose in between would keep the copies to shared memory synchronous
-    wide_ptrs = wide_ptr + offs_m[None, :] * stride_wm + (offs_c % C)[:, None] * stride_wc
-    thin_ptrs = thin_ptr + offs_m[:, None] * stride_tm + offs_r[None, :] * stride_tr
+    x_ptrs = x_ptr + offs_m[None, :] * stride_xm + (offs_c % C)[:, None] * stride_xc
+    h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_r[None, :] * stride_hr
     if DROPOUT:
         seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     step = tl.full((), BLOCK_M, tl.int64)
     for m in range(0, tl.maximum(rows, BLOCK_M), BLOCK_M):
         mask_m = tl.arange(0, BLOCK_M) < rows - m
-        wide = tl.load(wide_ptrs, mask=mask_m[None, :], other=0.0)
-        thin = tl.load(thin_ptrs, mask=mask_m[:, None] & (offs_r < R)[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0)
+        h = tl.load(h_ptrs, mask=mask_m[:, None] & (offs_r < R)[None, :], other=0.0)
         if DROPOUT:
-            wide = tl.where(tl.trans(keep_mask(seed, offs_m + m, offs_c, C, threshold)), wide, 0.0)
-        acc = dot(wide, thin, acc, PRECISION)
-        wide_ptrs += step * stride_wm
-        thin_ptrs += step * stride_tm
+            x = tl.where(tl.trans(keep_mask(seed, offs_m + m, offs_c, C, threshold)), x, 0.0)
+        acc = dot(x, h, acc, V.PRECISION)
+        x_ptrs += step * stride_xm
+        h_ptrs += step * stride_hm
     return acc
 
 
 @triton.jit
 def _finish(
-    acc, factor, out_ptrs, mask, partials_ptr, arrived_ptr,
-    SPLIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    acc, factor, out_ptrs, mask, partials_ptr, arrived_ptr, V: tl.constexpr,
 ):  # fmt: skip
     """Store the sum of every part's acc, times factor: only the last program of the tile to come here does."""
+    BLOCK_C: tl.constexpr = V.BLOCK_C
+    BLOCK_R: tl.constexpr = V.BLOCK_R
     last = True
-    if SPLIT:
+    if V.SPLIT:
         tile, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
         offs = tl.arange(0, BLOCK_C)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
         slots = partials_ptr + tile.to(tl.int64) * (BLOCK_C * BLOCK_R) + offs
         stride = tl.num_programs(0).to(tl.int64) * (BLOCK_C * BLOCK_R)
-        # past L1, where other multiprocessors' stores don't come
+        # past L1, where other SMs' stores don't come
         tl.store(slots + part * stride, acc, cache_modifier=".cg")
         # every thread's store comes before the one thread's release
         tl.debug_barrier()
         last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == parts - 1
     if last:
-        if SPLIT:
+        if V.SPLIT:
             # and the one thread's acquire before every thread's load
             tl.debug_barrier()
             acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)

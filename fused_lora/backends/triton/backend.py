@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,12 +26,23 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def lora_matmul(*operands: Any) -> Any:
-    from . import launch
-
-    return launch.lora_matmul(*operands)
+    return _launch().lora_matmul(*operands)
 
 
 def adapter_grad(*operands: Any) -> Any:
+    return _launch().adapter_grad(*operands)
+
+
+def plan(*operands: Any) -> Any:
+    """``lora_matmul`` of operands like these, all but its scale, as something to be called: see ``launch.MatmulPlan``.
+
+    None where every launch is to be looked at anew.
+    """
+    return None if environment.interpreting() else _launch().matmul_plan(*operands)
+
+
+@functools.cache
+def _launch() -> Any:
     from . import launch
 
-    return launch.adapter_grad(*operands)
+    return launch

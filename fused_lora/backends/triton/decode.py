@@ -1,14 +1,16 @@
-"""Few tokens (``configs.takes_decode``): the time is that of reading w once, so all of the GPU reads a share of it.
+"""Decode, M at most 16 (``configs.takes_decode``): the time is that of reading w once, and all of the GPU reads.
 
 One launch. All tokens are one tile of ROWS rows; w's columns are tiles, and Q is cut into parts, so that there are more
-programs than multiprocessors. A program takes a ticket: the lowest make the parts of ``thin = a u``, the others parts
-of ``a w``, each in a float32 slot of its own, and the last to arrive at a tile sums its slots, in their order. Whoever
-waits for thin has a higher ticket, so what it waits for is running or done, whatever order programs start in.
+programs than SMs. A program takes a ticket: the lowest make the parts of ``h = a u``, the others parts of ``a w``, each
+in a float32 slot of its own, and the last to arrive at a tile sums its slots, in their order. Whoever waits for h has a
+higher ticket, so what it waits for is running or done, whatever order programs start in.
 
 No bit of a token's results hangs on how many others come along: the rule cuts Q by the sizes of w and u alone.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,74 +18,86 @@ import triton.language as tl
 from .configs import DECODE_ROWS
 from .tiles import dot, round_to
 
-ROWS = tl.constexpr(DECODE_ROWS)
+
+class Variant(NamedTuple):
+    """What one compiled variant of the kernel is for: the kernel's only constexpr."""
+
+    HAS_BIAS: bool
+    EVEN_Q: bool
+    PRECISION: str
+    BLOCK_P: int
+    BLOCK_Q: int
+    BLOCK_R: int
+    SPLIT: int
+    SPLIT_H: int
+    ROWS: int = DECODE_ROWS
 
 
 @triton.jit(do_not_specialize=["M"])
 def _decode_kernel(
-    a_ptr, w_ptr, u_ptr, v_ptr, bias_ptr, out_ptr, thin_ptr, slots_ptr, counters_ptr,
+    a_ptr, w_ptr, u_ptr, v_ptr, bias_ptr, out_ptr, h_ptr, slots_ptr, counters_ptr, scale,
     M, P, Q, R,
     stride_am, stride_aq, stride_wq, stride_wp, stride_uq, stride_ur, stride_vr, stride_vp,
-    scale,
-    HAS_BIAS: tl.constexpr, EVEN_Q: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr, SPLIT_THIN: tl.constexpr,
+    V: tl.constexpr,
 ):  # fmt: skip
-    """A part of ``thin = a u`` or of ``out = a w + scale · thin v + bias``, and the sum of a tile's parts.
+    """A part of ``h = a u`` or of ``out = a w + scale · h v + bias``, and the sum of a tile's parts.
 
-    out (M, P) and thin (M, R) are contiguous, in a's dtype. slots: float32, those of thin's tiles first.
-    counters: tickets taken, tiles of out stored, tiles of thin stored, then parts arrived at each tile, thin's first.
+    out (M, P) and h (M, R) are contiguous, in a's dtype. slots: float32, those of h's tiles first.
+    counters: tickets taken, tiles of out stored, tiles of h stored, then parts arrived at each tile, h's first.
     All are zero before and after.
     """
+    BLOCK_P: tl.constexpr = V.BLOCK_P
+    BLOCK_R: tl.constexpr = V.BLOCK_R
+    ROWS: tl.constexpr = V.ROWS
     dtype = out_ptr.dtype.element_ty
     tiles_p, tiles_r = tl.cdiv(P, BLOCK_P), tl.cdiv(R, BLOCK_R)
-    stored_ptr, thin_stored_ptr, arrived_ptr = counters_ptr + 1, counters_ptr + 2, counters_ptr + 3
-    thin_parts = tiles_r * SPLIT_THIN
+    stored_ptr, h_stored_ptr, arrived_ptr = counters_ptr + 1, counters_ptr + 2, counters_ptr + 3
+    h_parts = tiles_r * V.SPLIT_H
     offs_m = tl.arange(0, ROWS).to(tl.int64)
     mask_m = offs_m < M
     ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
-    if ticket < thin_parts:
-        tile, part = ticket // SPLIT_THIN, ticket % SPLIT_THIN
+    if ticket < h_parts:
+        tile, part = ticket // V.SPLIT_H, ticket % V.SPLIT_H
         offs_r = tile.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-        thin = _part_of_product(
+        h = _part_of_product(
             a_ptr, u_ptr, offs_r, mask_m, part, R, Q, stride_am, stride_aq, stride_uq, stride_ur,
-            dtype, EVEN_Q, PRECISION, BLOCK_R, BLOCK_Q, SPLIT_THIN,
+            dtype, V, BLOCK_R, V.SPLIT_H,
         )  # fmt: skip
-        tile_ptr = slots_ptr + tile * (SPLIT_THIN * BLOCK_R * ROWS)
-        if _arrives_last(thin, tile_ptr, part, arrived_ptr + tile, BLOCK_R, SPLIT_THIN):
-            thin = _sum_of_parts(tile_ptr, BLOCK_R, SPLIT_THIN)
-            thin_ptrs = thin_ptr + offs_r[:, None] + offs_m[None, :] * R
-            tl.store(thin_ptrs, round_to(thin, dtype), mask=(offs_r < R)[:, None] & mask_m[None, :])
+        tile_ptr = slots_ptr + tile * (V.SPLIT_H * BLOCK_R * ROWS)
+        if _arrives_last(h, tile_ptr, part, arrived_ptr + tile, BLOCK_R, V.SPLIT_H, ROWS):
+            h = _sum_of_parts(tile_ptr, BLOCK_R, V.SPLIT_H, ROWS)
+            h_ptrs = h_ptr + offs_r[:, None] + offs_m[None, :] * R
+            tl.store(h_ptrs, round_to(h, dtype), mask=(offs_r < R)[:, None] & mask_m[None, :])
             tl.debug_barrier()
-            tl.atomic_add(thin_stored_ptr, 1, sem="release")
+            tl.atomic_add(h_stored_ptr, 1, sem="release")
     else:
-        tile, part = (ticket - thin_parts) // SPLIT, (ticket - thin_parts) % SPLIT
+        tile, part = (ticket - h_parts) // V.SPLIT, (ticket - h_parts) % V.SPLIT
         offs_p = tile.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         mask_p = offs_p < P
         acc = _part_of_product(
             a_ptr, w_ptr, offs_p, mask_m, part, P, Q, stride_am, stride_aq, stride_wq, stride_wp,
-            dtype, EVEN_Q, PRECISION, BLOCK_P, BLOCK_Q, SPLIT,
+            dtype, V, BLOCK_P, V.SPLIT,
         )  # fmt: skip
-        tile_ptr = slots_ptr + thin_parts * (BLOCK_R * ROWS) + tile.to(tl.int64) * (SPLIT * BLOCK_P * ROWS)
-        if _arrives_last(acc, tile_ptr, part, arrived_ptr + tiles_r + tile, BLOCK_P, SPLIT):
-            acc = _sum_of_parts(tile_ptr, BLOCK_P, SPLIT)
-            while tl.atomic_add(thin_stored_ptr, 0, sem="acquire") < tiles_r:
+        tile_ptr = slots_ptr + h_parts * (BLOCK_R * ROWS) + tile.to(tl.int64) * (V.SPLIT * BLOCK_P * ROWS)
+        if _arrives_last(acc, tile_ptr, part, arrived_ptr + tiles_r + tile, BLOCK_P, V.SPLIT, ROWS):
+            acc = _sum_of_parts(tile_ptr, BLOCK_P, V.SPLIT, ROWS)
+            while tl.atomic_add(h_stored_ptr, 0, sem="acquire") < tiles_r:
                 pass
             tl.debug_barrier()
             for r in range(0, R, BLOCK_R):
                 offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
                 mask_r = offs_r < R
-                thin_ptrs = thin_ptr + offs_r[:, None] + offs_m[None, :] * R
-                thin = tl.load(thin_ptrs, mask=mask_r[:, None] & mask_m[None, :], other=0.0)
+                h_ptrs = h_ptr + offs_r[:, None] + offs_m[None, :] * R
+                h = tl.load(h_ptrs, mask=mask_r[:, None] & mask_m[None, :], other=0.0)
                 v_ptrs = v_ptr + offs_p[:, None] * stride_vp + offs_r[None, :] * stride_vr
                 v = tl.load(v_ptrs, mask=mask_p[:, None] & mask_r[None, :], other=0.0)
                 # scale goes onto v, as in lora_matmul.py
                 v = round_to(v.to(tl.float32) * scale, dtype)
-                lora = dot(v, thin, tl.zeros((BLOCK_P, ROWS), tl.float32), PRECISION)
+                lora = dot(v, h, tl.zeros((BLOCK_P, ROWS), tl.float32), V.PRECISION)
                 # what is done with it here waits for the product, so that v's registers don't take the next ranks
                 # before it has read them, as ptxas before 13.3 lets them (sass.py)
                 acc += tl.where(mask_p[:, None], lora, 0.0)
-            if HAS_BIAS:
+            if V.HAS_BIAS:
                 acc += tl.load(bias_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)[:, None]
             out_ptrs = out_ptr + offs_p[:, None] + offs_m[None, :] * P
             tl.store(out_ptrs, round_to(acc, dtype), mask=mask_p[:, None] & mask_m[None, :])
@@ -91,19 +105,20 @@ def _decode_kernel(
             if tl.atomic_add(stored_ptr, 1, sem="acq_rel") == tiles_p - 1:
                 tl.store(counters_ptr, 0)
                 tl.store(stored_ptr, 0)
-                tl.store(thin_stored_ptr, 0)
+                tl.store(h_stored_ptr, 0)
 
 
 @triton.jit
 def _part_of_product(
     a_ptr, w_ptr, offs_c, mask_m, part, C, Q, stride_am, stride_aq, stride_wq, stride_wc,
-    dtype: tl.constexpr, EVEN_Q: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, PARTS: tl.constexpr,
+    dtype: tl.constexpr, V: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """``(a w)ᵀ`` at columns offs_c over one of PARTS parts of Q, none empty: (BLOCK_C, ROWS) of float32.
 
     Transposed, so that w is the side of a matrix instruction that is 64 wide, and the tokens the narrow one.
     """
+    BLOCK_Q: tl.constexpr = V.BLOCK_Q
+    ROWS: tl.constexpr = V.ROWS
     steps = tl.cdiv(Q, BLOCK_Q)
     first = steps * part // PARTS
     last = steps * (part + 1) // PARTS
@@ -116,7 +131,7 @@ def _part_of_product(
     step = tl.full((), BLOCK_Q, tl.int64)
     # at least one trip, stated, as in lora_matmul.py
     for _ in range(first, tl.maximum(last, first + 1)):
-        if EVEN_Q:
+        if V.EVEN_Q:
             a = tl.load(a_ptrs, mask=mask_m[None, :], other=0.0)
             w = tl.load(w_ptrs, eviction_policy="evict_first")
         else:
@@ -124,21 +139,21 @@ def _part_of_product(
             a = tl.load(a_ptrs, mask=mask_q[:, None] & mask_m[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_q[None, :], other=0.0, eviction_policy="evict_first")
             offs_q += BLOCK_Q
-        acc = dot(round_to(w, dtype), a, acc, PRECISION)
+        acc = dot(round_to(w, dtype), a, acc, V.PRECISION)
         a_ptrs += step * stride_aq
         w_ptrs += step * stride_wq
     return acc
 
 
 @triton.jit
-def _slot_ptrs(tile_ptr, part, BLOCK_C: tl.constexpr):
+def _slot_ptrs(tile_ptr, part, BLOCK_C: tl.constexpr, ROWS: tl.constexpr):
     return tile_ptr + part * (BLOCK_C * ROWS) + tl.arange(0, BLOCK_C)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
 
 
 @triton.jit
-def _arrives_last(acc, tile_ptr, part, arrived_ptr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr):
+def _arrives_last(acc, tile_ptr, part, arrived_ptr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
     """Put acc into its slot; whether all other parts of the tile are in theirs. Then the counter is zero again."""
-    tl.store(_slot_ptrs(tile_ptr, part, BLOCK_C), acc)
+    tl.store(_slot_ptrs(tile_ptr, part, BLOCK_C, ROWS), acc)
     tl.debug_barrier()
     last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == PARTS - 1
     if last:
@@ -148,8 +163,8 @@ def _arrives_last(acc, tile_ptr, part, arrived_ptr, BLOCK_C: tl.constexpr, PARTS
 
 
 @triton.jit
-def _sum_of_parts(tile_ptr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr):
-    total = tl.load(_slot_ptrs(tile_ptr, 0, BLOCK_C))
+def _sum_of_parts(tile_ptr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    total = tl.load(_slot_ptrs(tile_ptr, 0, BLOCK_C, ROWS))
     for part in tl.static_range(1, PARTS):
-        total += tl.load(_slot_ptrs(tile_ptr, part, BLOCK_C))
+        total += tl.load(_slot_ptrs(tile_ptr, part, BLOCK_C, ROWS))
     return total

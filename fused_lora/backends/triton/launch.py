@@ -1,63 +1,43 @@
-"""Host side of the kernels: allocate, strides, grid. Same contracts as ``Backend``."""
+"""The operators on the host, ``Backend``'s contracts: what a layout of operands needs is worked out once, in a plan.
+
+A plan is kept for operands of its very shapes, strides and dtypes, on its device and at its precision. A call of one
+allocates the results and starts the kernel: what the choice, the grid, the strides and the flags were found from can't
+have changed. Pointers and scale are those of the call.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
 import math
-from typing import Any
+import threading
+from collections.abc import Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...dropout import dropout_threshold, keep_scale
-from . import tuned
-from .adapter_grad import _adapter_grad_kernel
-from .configs import (
-    DECODE_ROWS,
-    INTERPRETER,
-    INTERPRETER_DECODE,
-    INTERPRETER_PARTS,
-    INTERPRETER_REDUCTION,
-    INTERPRETER_TILE,
-    DecodeConfig,
-    Device,
-    Form,
-    Problem,
-    ReductionConfig,
-    ReductionProblem,
-    Schedule,
-    TileConfig,
-    default_config,
-    default_decode,
-    default_reduction,
-    default_schedule,
-    reduction_parts,
-    takes_decode,
+from ...torch_internals import raw_stream
+from . import choice
+from .configs import DecodeConfig, Form, Problem, ReductionConfig, ReductionProblem, Schedule, TileConfig
+from .entries import Tiled
+from .prepare import (
+    adapter_grad_launch,
+    aligned,
+    counters_of,
+    decode_launch,
+    lora_matmul_launch,
+    precision,
+    reduction_tiles,
+    rows_of,
+    scratch_of,
+    whole_parts,
 )
-from .decode import _decode_kernel
-from .entries import Reduced, Tiled
-from .lora_matmul import HEADER, _lora_matmul_kernel
+from .straight import Kept, keep
 from .workspace import counters
 
+# of each kind; M varies, and every M has a plan of its own
+MOST_PLANS = 4096
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One launch, ready to be made, or to be compiled for another GPU (``fused_lora/codegen/``)."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    flags: dict[str, Any]
-    config: TileConfig | DecodeConfig | ReductionConfig
-
-    def launch(self, device: torch.device) -> None:
-        # Triton launches on the current device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](*self.args, **self.flags, **_as_dict(self.config))
+Plan = TypeVar("Plan", "MatmulPlan", "AdapterGradPlan")
 
 
 def lora_matmul(
@@ -73,142 +53,27 @@ def lora_matmul(
     config: TileConfig | DecodeConfig | None = None,
     schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One launch, ``decode.py``'s for few tokens. config, schedule: the kernel, tiles and form to take instead."""
-    rows = math.prod(a.shape[:-1])
-    out = a.new_empty((*a.shape[:-1], w.shape[1]))
-    thin = a.new_empty((rows, u.shape[1]))
-    if out.numel() > 0:
-        exact = a.dtype == torch.float32 and _precision() == "ieee"
-        sizes = (rows, w.shape[1], a.shape[-1], u.shape[1], a.dtype.itemsize, u.dtype.itemsize)
-        problem = Problem(*sizes, seed is not None, not exact, aligned(_rows(a), w), along_p=w.stride(0) != 1)
-        if config is None and schedule is None:
-            config, schedule = _choice(problem, a.device)
-        decode = config if isinstance(config, DecodeConfig) else None
-        zeros = None if decode is None else counters(a.device, decode_counters(problem.P, problem.R, decode))
-        if decode is not None and zeros is not None:
-            decode_call(a, w, u, v, bias, scale, out, thin, zeros, decode).launch(a.device)
-        else:
-            tile = config if isinstance(config, TileConfig) else _tile_config(problem, a.device)
-            schedule = schedule or default_schedule(problem, tile, known_device(a.device))
-            sync = None
-            if schedule.form in (Form.PUBLISH, Form.PRODUCE):
-                sync = counters(a.device, HEADER.value + _cdiv(rows, tile.BLOCK_M))
-                if sync is None:
-                    schedule = Schedule(Form.RECOMPUTE)
-            operands = (a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, out, thin)
-            lora_matmul_call(*operands, tile, schedule, sync).launch(a.device)
-    return out, thin
+    """One launch, ``decode.py``'s for small M. config, schedule: the kernel, tiles and schedule to take instead."""
+    if config is None and schedule is None:
+        plan = matmul_plan(a, w, u, v, bias, seed, dropout_p, dropout_on_output)
+    else:
+        plan = MatmulPlan(a, w, u, v, bias, seed, dropout_p, dropout_on_output, config, schedule)
+    return plan(a, w, u, v, bias, scale, seed)
 
 
-def lora_matmul_call(
-    a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
-    seed: Tensor | None, dropout_p: float, dropout_on_output: bool, out: Tensor, thin: Tensor,
-    config: TileConfig, schedule: Schedule, sync: Tensor | None,
-) -> Call:  # fmt: skip
-    """The launch that fills out (..., P) and thin (M, R). sync: counters, where the schedule's form hands over."""
-    a2 = _rows(a)
-    (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
-    rows, columns = _cdiv(M, config.BLOCK_M), _cdiv(P, config.BLOCK_P)
-    a_read, w_read = _descriptors(a2, w, config) if schedule.descriptors else (a2, w)
-    parts = None
-    if schedule.form == Form.PRODUCE:
-        assert schedule.split <= _cdiv(Q, config.BLOCK_Q), "every producer must have a part of Q"
-        parts = a.new_empty((schedule.split, M, R), dtype=torch.float32)
-    return Call(
-        kernel=_lora_matmul_kernel,
-        grid=(rows * columns + (rows * schedule.split if schedule.form == Form.PRODUCE else 0),),
-        args=(
-            a_read, w_read, u, v, bias, seed, out, thin, parts, sync, M, P, Q, R,
-            *a2.stride(), *w.stride(), *u.stride(), *v.stride(),
-            float(scale), keep_scale(dropout_p), dropout_threshold(dropout_p),
-        ),
-        flags={
-            "FORM": int(schedule.form),
-            "SPLIT": schedule.split,
-            "U_MULTIPLE": math.gcd(R, u.stride(0), 8) if u.stride(1) == 1 != u.stride(0) else 1,
-            "V_MULTIPLE": math.gcd(R, v.stride(1), 8) if v.stride(0) == 1 != v.stride(1) else 1,
-            "HAS_BIAS": bias is not None,
-            "DROP_INPUT": seed is not None and not dropout_on_output,
-            "DROP_OUTPUT": seed is not None and dropout_on_output,
-            "EVEN_Q": Q > 0 and Q % config.BLOCK_Q == 0,
-            "FAR": _far(a2, w, u, config),
-            "DESCRIPTORS": schedule.descriptors,
-            "W_ALONG_Q": w.stride(0) == 1,
-            "MANY_RANKS": config.BLOCK_R < R,
-            "PRECISION": _precision(),
-        },
-        config=config,
+def matmul_plan(
+    a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None,
+    seed: Tensor | None, dropout_p: float, dropout_on_output: bool,
+) -> MatmulPlan:  # fmt: skip
+    """The plan of operands like these, made where there is none yet."""
+    key = (
+        a.shape, a.stride(), a.dtype, w.shape, w.stride(), u.shape, u.stride(), u.dtype, v.stride(), v.dtype,
+        None if bias is None else bias.stride(), seed is None, dropout_p, dropout_on_output, a.device,
+        a.dtype == torch.float32 and precision(), (a.data_ptr() | w.data_ptr()) % 16 == 0,
     )  # fmt: skip
-
-
-def aligned(a: Tensor, w: Tensor) -> bool:
-    """Whether tensor descriptors can describe a (M, Q) and w (Q, P).
-
-    16-bit elements, one dimension contiguous, of a the second, and bases and other strides multiples of 16 bytes.
-    """
-    if a.dtype.itemsize != 2 or a.stride(1) != 1 or 1 not in w.stride():
-        return False
-    row, column = a.stride(0), max(w.stride())
-    # no dimension of stride 0, as expand makes
-    apart = row >= a.shape[1] and column >= w.shape[0 if w.stride(0) == 1 else 1]
-    return apart and row % 8 == column % 8 == 0 and a.data_ptr() % 16 == w.data_ptr() % 16 == 0
-
-
-def _descriptors(a: Tensor, w: Tensor, config: TileConfig) -> tuple[TensorDescriptor, TensorDescriptor]:
-    block = [config.BLOCK_Q, config.BLOCK_P]
-    if w.stride(0) == 1:
-        w, block = w.t(), block[::-1]
-    return (
-        TensorDescriptor(a, [*a.shape], [*a.stride()], [config.BLOCK_M, config.BLOCK_Q]),
-        TensorDescriptor(w, [*w.shape], [*w.stride()], block),
+    return _matmul_plans.get(key) or _put(
+        _matmul_plans, key, MatmulPlan(a, w, u, v, bias, seed, dropout_p, dropout_on_output)
     )
-
-
-def _far(a: Tensor, w: Tensor, u: Tensor, config: TileConfig) -> bool:
-    """Whether offsets within a tile's rows of a (M, Q), within w (Q, P) or u (Q, R), overflow int32."""
-    columns = a.shape[1] + config.BLOCK_Q
-    reaches = (
-        config.BLOCK_M * a.stride(0) + columns * a.stride(1),
-        columns * w.stride(0) + (w.shape[1] + config.BLOCK_P) * w.stride(1),
-        columns * u.stride(0) + (u.shape[1] + config.BLOCK_R) * u.stride(1),
-    )
-    return max(reaches) >= 2**31
-
-
-def decode_call(
-    a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
-    out: Tensor, thin: Tensor, zeros: Tensor, config: DecodeConfig,
-) -> Call:  # fmt: skip
-    """The launch that fills out (..., P) and thin (M, R), M at most DECODE_ROWS.
-
-    zeros: int32 counters, as many as ``decode_counters`` says, that no other launch uses meanwhile.
-    """
-    a2 = _rows(a)
-    (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
-    assert 0 < M <= DECODE_ROWS
-    steps = _cdiv(Q, config.BLOCK_Q)
-    if steps < max(config.SPLIT, config.SPLIT_THIN):
-        # no part is empty
-        config = dataclasses.replace(config, SPLIT=min(config.SPLIT, steps), SPLIT_THIN=min(config.SPLIT_THIN, steps))
-    tiles, thin_tiles = _cdiv(P, config.BLOCK_P), _cdiv(R, config.BLOCK_R)
-    parts, thin_parts = tiles * config.SPLIT, thin_tiles * config.SPLIT_THIN
-    columns = parts * config.BLOCK_P + thin_parts * config.BLOCK_R
-    slots = a2.new_empty((columns, DECODE_ROWS), dtype=torch.float32)
-    return Call(
-        kernel=_decode_kernel,
-        grid=(parts + thin_parts,),
-        args=(
-            a2, w, u, v, bias, out, thin, slots, zeros, M, P, Q, R,
-            *a2.stride(), *w.stride(), *u.stride(), *v.stride(), float(scale),
-        ),
-        flags={"HAS_BIAS": bias is not None, "EVEN_Q": Q % config.BLOCK_Q == 0, "PRECISION": _precision()},
-        config=config,
-    )  # fmt: skip
-
-
-def decode_counters(P: int, R: int, config: DecodeConfig) -> int:
-    """How many counters a launch of ``decode.py`` needs: three, and one for every tile."""
-    return 3 + _cdiv(P, config.BLOCK_P) + _cdiv(R, config.BLOCK_R)
 
 
 def adapter_grad(
@@ -228,141 +93,239 @@ def adapter_grad(
 
     config, parts: tile sizes, and into how many parts M is split, other than the default's.
     """
-    pairs = [(_rows(wide), thin) for wide, thin in ((x, g), (dy, h)) if wide is not None and thin is not None]
-    if not pairs:
-        return None, None
-    # an absent pair has no columns to reduce, and borrows the pointers of the other
-    (x2, g2), (dy2, h2) = pairs[0], pairs[-1]
-    rank = g2.shape[1]
-    dA = x2.new_empty((rank, x2.shape[1]), dtype=dtype_A) if x is not None and g is not None else None
-    dB = dy2.new_empty((dy2.shape[1], rank), dtype=dtype_B) if dy is not None and h is not None else None
-    if config is None and parts is None:
-        columns = (0 if dA is None else dA.shape[1]) + (0 if dB is None else dB.shape[0])
-        exact = x2.dtype == torch.float32 and _precision() == "ieee"
-        problem = ReductionProblem(x2.shape[0], columns, rank, x2.dtype.itemsize, seed is not None, not exact)
-        config, parts = _tuned_reduction(problem, x2.device)
-    if config is None:
-        config = _reduction_config(rank, x2.dtype.itemsize, x2.device)
-    tiles = _reduction_tiles(dA, dB, config)
-    if parts is None:
-        parts = _reduction_parts(config, x2.shape[0], tiles, x2.dtype.itemsize, x2.device)
-    partials = None
-    arrived = counters(x2.device, tiles) if parts > 1 else None
-    if arrived is not None:
-        partials = x2.new_empty((parts, tiles, config.BLOCK_C, config.BLOCK_R), dtype=torch.float32)
-    if tiles > 0:
-        adapter_grad_call(x2, g2, dy2, h2, scale, seed, dropout_p, dA, dB, config, partials, arrived).launch(x2.device)
-    return dA, dB
+    given = (x, g, dy, h, seed, dropout_p, dtype_A, dtype_B)
+    plan = adapter_grad_plan(*given) if config is None and parts is None else AdapterGradPlan(*given, config, parts)
+    return plan(x, g, dy, h, scale, seed)
 
 
-def adapter_grad_call(
-    x: Tensor, g: Tensor, dy: Tensor, h: Tensor, scale: float, seed: Tensor | None, dropout_p: float,
-    dA: Tensor | None, dB: Tensor | None, config: ReductionConfig,
-    partials: Tensor | None = None, arrived: Tensor | None = None,
-) -> Call:  # fmt: skip
-    """The launch that fills dA (R, K) and dB (N, R), those of the two that are there. x, g, dy, h: 2-D.
-
-    partials: (parts, tiles, BLOCK_C, BLOCK_R) of float32, and arrived: a zero for each tile; None not to split M.
-    """
-    M, R = g.shape
-    K, N = (0 if dA is None else x.shape[1]), (0 if dB is None else dy.shape[1])
-    return Call(
-        kernel=_adapter_grad_kernel,
-        grid=(_reduction_tiles(dA, dB, config), 1 if partials is None else partials.shape[0]),
-        args=(
-            x, g, dy, h, seed, dB if dA is None else dA, dA if dB is None else dB, partials, arrived,
-            M, K, N, R, _cdiv(K, config.BLOCK_C),
-            *x.stride(), *g.stride(), *dy.stride(), *h.stride(),
-            float(scale), keep_scale(dropout_p), dropout_threshold(dropout_p),
-        ),
-        flags={"DROPOUT": seed is not None, "SPLIT": partials is not None, "PRECISION": _precision()},
-        config=config,
+def adapter_grad_plan(
+    x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | None,
+    seed: Tensor | None, dropout_p: float, dtype_A: torch.dtype, dtype_B: torch.dtype,
+) -> AdapterGradPlan:  # fmt: skip
+    """The plan of operands like these, made where there is none yet."""
+    like = x if x is not None else dy
+    key = (
+        None if x is None else (x.shape, x.stride()), None if g is None else (g.shape, g.stride()),
+        None if dy is None else (dy.shape, dy.stride()), None if h is None else (h.shape, h.stride()),
+        seed is None, dropout_p, dtype_A, dtype_B,
+        like is not None and (like.dtype, like.device, like.dtype == torch.float32 and precision()),
     )  # fmt: skip
+    return _adapter_grad_plans.get(key) or _put(
+        _adapter_grad_plans, key, AdapterGradPlan(x, g, dy, h, seed, dropout_p, dtype_A, dtype_B)
+    )
 
 
-def _reduction_tiles(dA: Tensor | None, dB: Tensor | None, config: ReductionConfig) -> int:
-    """Blocks of columns times blocks of ranks, of what is wanted of dA (R, K) and dB (N, R)."""
-    shapes = [] if dA is None else [(dA.shape[1], dA.shape[0])]
-    shapes += [] if dB is None else [(dB.shape[0], dB.shape[1])]
-    return sum(_cdiv(columns, config.BLOCK_C) * _cdiv(rank, config.BLOCK_R) for columns, rank in shapes)
+_matmul_plans: dict[Hashable, MatmulPlan] = {}
+_adapter_grad_plans: dict[Hashable, AdapterGradPlan] = {}
+_lock = threading.Lock()
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+def _put(plans: dict[Hashable, Plan], key: Hashable, plan: Plan) -> Plan:
+    with _lock:
+        if len(plans) >= MOST_PLANS:
+            # the oldest: who meets so many is not coming back to it soon
+            del plans[next(iter(plans))]
+        # of two threads that made one, both take the first
+        return plans.setdefault(key, plan)
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+def forget_plans() -> None:
+    """For who changes what choices are made from: a file of tuned choices, a device's rules."""
+    with _lock:
+        _matmul_plans.clear()
+        _adapter_grad_plans.clear()
+    choice.choice.cache_clear()
+    choice.reduction_choice.cache_clear()
 
 
-def _precision() -> str:
-    """float32 products as PyTorch is told to make them."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+class MatmulPlan:
+    """``lora_matmul`` of operands of one layout: called with operands of that layout, it returns (out, h).
+
+    Of w, u and v it reads the pointers alone, so their transposes do as well.
+    """
+
+    def __init__(
+        self, a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None,
+        seed: Tensor | None, dropout_p: float, dropout_on_output: bool,
+        config: TileConfig | DecodeConfig | None = None, schedule: Schedule | None = None,
+    ) -> None:  # fmt: skip
+        self._device, self._on_gpu, self._dropout = a.device, a.device.type == "cuda", (dropout_p, dropout_on_output)
+        rows = math.prod(a.shape[:-1])
+        self._out_shape, self._h_shape = (*a.shape[:-1], w.shape[1]), (rows, u.shape[1])
+        self._counters = 0
+        self._scratch: tuple[int, ...] | None = None
+        self._kept: Kept | None = None
+        self._alone: MatmulPlan | None = None
+        self._empty = math.prod(self._out_shape) == 0
+        if self._empty:
+            return
+        a2 = rows_of(a)
+        # rows that no strides describe are copied
+        self._copies = a2.data_ptr() != a.data_ptr()
+        self._copies_bias = bias is not None and not bias.is_contiguous()
+        self._layouts = [(tensor.shape, tensor.stride()) for tensor in (a, w, u, v)]
+        exact = a.dtype == torch.float32 and precision() == "ieee"
+        sizes = (rows, w.shape[1], a.shape[-1], u.shape[1], a.dtype.itemsize, u.dtype.itemsize)
+        problem = Problem(*sizes, seed is not None, not exact, aligned(a2, w), along_p=w.stride(0) != 1)
+        self._problem = problem
+        self._choose(problem, config, schedule)
+
+    def _choose(
+        self, problem: Problem, config: TileConfig | DecodeConfig | None, schedule: Schedule | None
+    ) -> None:  # fmt: skip
+        chosen: Tiled | DecodeConfig
+        if config is None and schedule is None:
+            chosen = choice.choice(problem, self._device)
+        elif isinstance(config, DecodeConfig):
+            chosen = config
+        else:
+            ruled = choice.tiled_rule(problem, self._device, config)
+            chosen = ruled if schedule is None else Tiled(ruled.tile, schedule)
+        M, P, R = problem.M, problem.P, problem.R
+        self._descriptors = False
+        self._chosen: Tiled | DecodeConfig = chosen
+        if isinstance(chosen, DecodeConfig):
+            self._chosen = chosen = whole_parts(chosen, problem.Q)
+            self._counters, self._scratch = counters_of(M, P, R, chosen), scratch_of(M, P, R, chosen)
+            return
+        self._descriptors = chosen.schedule.descriptors
+        if chosen.schedule.form in (Form.PUBLISH, Form.PRODUCE):
+            self._counters = counters_of(M, P, R, chosen.tile)
+        if chosen.schedule.form == Form.PRODUCE:
+            self._scratch = scratch_of(M, P, R, chosen.tile, chosen.schedule.split)
+
+    def __call__(
+        self, a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        sync = scratch = None
+        stream = raw_stream(self._device.index) if self._on_gpu else threading.get_ident()
+        if self._counters:
+            sync = counters(self._device, self._counters, stream)
+            if sync is None:
+                return self._without_counters(a, w, u, v, bias, scale, seed)
+            if self._scratch is not None:
+                scratch = a.new_empty(self._scratch, dtype=torch.float32)
+        out, h = a.new_empty(self._out_shape), a.new_empty(self._h_shape)
+        if self._empty:
+            return out, h
+        if self._copies:
+            a = rows_of(a)
+        if self._copies_bias and bias is not None:
+            bias = bias.contiguous()
+        pa, pw, pu, pv = a.data_ptr(), w.data_ptr(), u.data_ptr(), v.data_ptr()
+        pb, ps = 0 if bias is None else bias.data_ptr(), 0 if seed is None else seed.data_ptr()
+        kept = self._kept
+        if kept is not None and kept.usable(pa | pw | pu | pv | pb | ps):
+            kept.launch(
+                stream, *(kept.described((a, w), (pa, pw)) if self._descriptors else (pa, pw)), pu, pv, pb,
+                out.data_ptr(), h.data_ptr(), 0 if scratch is None else scratch.data_ptr(),
+                0 if sync is None else sync.data_ptr(), scale, *(() if seed is None else (ps,)),
+            )  # fmt: skip
+            return out, h
+        a, w, u, v = self._views(a, w, u, v)
+        if self._descriptors and (pa | pw) % 16:
+            out, h = lora_matmul(a, w, u, v, bias, scale, seed, *self._dropout)
+            return out.view(self._out_shape), h
+        results = (out, h)
+        if isinstance(self._chosen, DecodeConfig):
+            assert scratch is not None
+            assert sync is not None
+            launch = decode_launch(a, w, u, v, bias, scale, *results, scratch, sync, self._chosen)
+        else:
+            tiled = self._chosen
+            launch = lora_matmul_launch(
+                a, w, u, v, bias, scale, seed, *self._dropout, *results, tiled.tile, tiled.schedule, scratch, sync
+            )  # fmt: skip
+        compiled = launch.through_jit(self._device)
+        if kept is None:
+            self._kept = keep(launch, compiled, self._device)
+        return results
+
+    def _without_counters(self, *operands: Any) -> tuple[Tensor, Tensor]:
+        """For a graph that is captured on a stream that had no counters: every tile computes its own rows of h."""
+        if self._alone is None:
+            a, w, u, v, bias, _, seed = operands
+            a, w, u, v = self._views(a, w, u, v)
+            tile = choice.tiled_rule(self._problem, self._device).tile
+            self._alone = MatmulPlan(a, w, u, v, bias, seed, *self._dropout, tile, Schedule(Form.RECOMPUTE))
+        return self._alone(*operands)
+
+    def _views(self, a: Tensor, w: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Operands, or transposes of them, as this plan has them."""
+        given = (a, w, u, v)
+        layouts = (a.shape, a.stride()), *self._layouts[1:]
+        return tuple(t.as_strided(*layout) for t, layout in zip(given, layouts, strict=True))
 
 
-@functools.cache
-def _as_dict(config: TileConfig | DecodeConfig | ReductionConfig) -> dict[str, int]:
-    return dataclasses.asdict(config)
+class AdapterGradPlan:
+    """``adapter_grad`` of operands of one layout: called with operands of that layout, it returns (dA, dB)."""
 
+    def __init__(
+        self, x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | None,
+        seed: Tensor | None, dropout_p: float, dtype_A: torch.dtype, dtype_B: torch.dtype,
+        config: ReductionConfig | None = None, parts: int | None = None,
+    ) -> None:  # fmt: skip
+        self._dropout_p, self._dtypes = dropout_p, (dtype_A, dtype_B)
+        self._kept: Kept | None = None
+        pairs = [(rows_of(wide), low) for wide, low in ((x, g), (dy, h)) if wide is not None and low is not None]
+        self._none = not pairs
+        if not pairs:
+            return
+        wide, low = pairs[0]
+        M, R = low.shape
+        self._device, self._on_gpu, itemsize = wide.device, wide.device.type == "cuda", wide.dtype.itemsize
+        self._A = (R, wide.shape[1]) if x is not None and g is not None else None
+        self._B = (pairs[-1][0].shape[1], R) if dy is not None and h is not None else None
+        K, N = 0 if self._A is None else self._A[1], 0 if self._B is None else self._B[0]
+        if config is None and parts is None:
+            exact = wide.dtype == torch.float32 and precision() == "ieee"
+            problem = ReductionProblem(M, K + N, R, itemsize, seed is not None, not exact)
+            tuned = choice.reduction_choice(problem, self._device)
+            config, parts = (None, None) if tuned is None else (tuned.config, tuned.parts)
+        self._config = config or choice.reduction_rule(R, itemsize, self._device)
+        self._tiles = reduction_tiles(K, N, R, self._config)
+        self._parts = parts or choice.parts_rule(self._config, M, self._tiles, itemsize, self._device)
 
-@functools.cache
-def known_device(device: torch.device) -> Device:
-    """What the rules know of it."""
-    if device.type != "cuda":
-        return INTERPRETER
-    limits = driver.active.utils.get_device_properties(device.index)
-    capability = torch.cuda.get_device_capability(device)
-    name = torch.cuda.get_device_name(device)
-    return Device(capability, limits["max_shared_mem"], limits["multiprocessor_count"], name)
+    def __call__(
+        self, x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | None, scale: float, seed: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if self._none:
+            return None, None
+        # an absent pair has no columns to reduce, and borrows the pointers of the other
+        first: tuple[Any, Any] = (dy, h) if self._A is None else (x, g)
+        second: tuple[Any, Any] = (x, g) if self._B is None else (dy, h)
+        return self._launch(*first, *second, scale, seed)
 
-
-@functools.lru_cache(maxsize=4096)
-def _choice(problem: Problem, device: torch.device) -> tuple[TileConfig | DecodeConfig, Schedule | None]:
-    """The tuned one, else the rules'."""
-    choice = tuned.current().choice(problem, known_device(device)) or rule(problem, device)
-    return (choice.tile, choice.schedule) if isinstance(choice, Tiled) else (choice, None)  # type: ignore[return-value]
-
-
-def rule(problem: Problem, device: torch.device) -> Tiled | DecodeConfig:
-    """What the rules of ``configs.py`` choose on this device, whatever is tuned."""
-    if takes_decode(problem):
-        return _decode_config(problem, device)
-    tile = _tile_config(problem, device)
-    return Tiled(tile, default_schedule(problem, tile, known_device(device)))
-
-
-def rule_reduction(problem: ReductionProblem, device: torch.device) -> Reduced:
-    config = _reduction_config(problem.R, problem.itemsize, device)
-    tiles = _cdiv(problem.columns, config.BLOCK_C) * _cdiv(problem.R, config.BLOCK_R)
-    return Reduced(config, _reduction_parts(config, problem.M, tiles, problem.itemsize, device))
-
-
-@functools.lru_cache(maxsize=4096)
-def _tuned_reduction(problem: ReductionProblem, device: torch.device) -> tuple[ReductionConfig | None, int | None]:
-    """Neither, where none is tuned."""
-    found = tuned.current().choice(problem, known_device(device))
-    return (found.config, found.parts) if isinstance(found, Reduced) else (None, None)
-
-
-@functools.lru_cache(maxsize=4096)
-def _tile_config(problem: Problem, device: torch.device) -> TileConfig:
-    return default_config(problem, known_device(device)) if device.type == "cuda" else INTERPRETER_TILE
-
-
-@functools.lru_cache(maxsize=4096)
-def _decode_config(problem: Problem, device: torch.device) -> DecodeConfig:
-    return default_decode(problem, known_device(device)) if device.type == "cuda" else INTERPRETER_DECODE
-
-
-@functools.cache
-def _reduction_config(rank: int, itemsize: int, device: torch.device) -> ReductionConfig:
-    if device.type != "cuda":
-        return INTERPRETER_REDUCTION
-    return default_reduction(rank, itemsize, known_device(device))
-
-
-@functools.lru_cache(maxsize=4096)
-def _reduction_parts(config: ReductionConfig, rows: int, tiles: int, itemsize: int, device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETER_PARTS
-    return reduction_parts(config, rows, tiles, itemsize, known_device(device))
+    def _launch(
+        self, x: Tensor, g: Tensor, dy: Tensor, h: Tensor, scale: float, seed: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dA = None if self._A is None else x.new_empty(self._A, dtype=self._dtypes[0])
+        dB = None if self._B is None else dy.new_empty(self._B, dtype=self._dtypes[1])
+        if not self._tiles:
+            return dA, dB
+        x, dy = rows_of(x), rows_of(dy)
+        stream = raw_stream(self._device.index) if self._on_gpu else threading.get_ident()
+        partials = None
+        arrived = counters(self._device, self._tiles, stream) if self._parts > 1 else None
+        if arrived is not None:
+            blocks = (self._parts, self._tiles, self._config.BLOCK_C, self._config.BLOCK_R)
+            partials = x.new_empty(blocks, dtype=torch.float32)
+        kept = self._kept
+        if kept is not None and (arrived is None) == (self._parts == 1):
+            pointers = [t.data_ptr() for t in (x, g, dy, h)]
+            ps = 0 if seed is None else seed.data_ptr()
+            if kept.usable(pointers[0] | pointers[1] | pointers[2] | pointers[3] | ps):
+                to = [grad.data_ptr() for grad in (dA, dB) if grad is not None]
+                kept.launch(
+                    stream, *pointers, to[0], to[-1],
+                    0 if partials is None else partials.data_ptr(), 0 if arrived is None else arrived.data_ptr(),
+                    scale, *(() if seed is None else (ps,)),
+                )  # fmt: skip
+                return dA, dB
+        launch = adapter_grad_launch(
+            x, g, dy, h, scale, seed, self._dropout_p, dA, dB, self._config, partials, arrived
+        )  # fmt: skip
+        compiled = launch.through_jit(self._device)
+        if kept is None and (arrived is None) == (self._parts == 1):
+            self._kept = keep(launch, compiled, self._device)
+        return dA, dB

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from ...torch_internals import raw_stream
 from .configs import next_power_of_2
 
 # flags for 16,000 rows of tiles: two million tokens
@@ -34,15 +35,20 @@ _outgrown: list[Tensor] = []
 _lock = threading.Lock()
 
 
-def counters(device: torch.device, count: int) -> Tensor | None:
+def stream_of(device: torch.device) -> int:
+    """The handle of the device's current stream; on a CPU a thread's number, as each is a stream of its own."""
+    return raw_stream(device.index) if device.type == "cuda" else threading.get_ident()
+
+
+def counters(device: torch.device, count: int, stream: int | None = None) -> Tensor | None:
     """At least count int32 zeros for launches on device's current stream; None where none may be allocated.
 
     That is while a CUDA graph is captured, unless this stream has had counters before or a spare set, put aside at the
-    first use of the device, is left.
+    first use of the device, is left.  stream: :func:`stream_of` device, from who knows it.
     """
-    on_gpu = device.type == "cuda"
-    key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else threading.get_ident())
+    key = (device, stream_of(device) if stream is None else stream)
     known = _counters.get(key)
+    on_gpu = device.type == "cuda"
     if known is not None and known.numel() >= count and (_spares[device] or not on_gpu):
         return known
     with _lock:

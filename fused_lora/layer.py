@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
-from .adapter import AdapterOptions, LoRAAdapter
+from .adapter import AdapterOptions, LoRAAdapter, is_conv1d
 from .functional import concatenate_adapters, lora_linear, plus_adapter
 from .renamed import renamed
 from .switching import Adapted
@@ -43,6 +43,9 @@ class FusedLoRALinear(Adapted, nn.Linear):
     LoRA: https://arxiv.org/abs/2106.09685.
     """
 
+    # PEFT's word for a weight that is (K, N)
+    fan_in_fan_out = False
+
     impl: str
     _merged: bool
     _unmerged_weight: Tensor | None
@@ -70,11 +73,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def from_linear(cls, linear: nn.Linear, *, impl: str = "auto", **options: Any) -> FusedLoRALinear:
         """A layer of ``linear``'s own weight and bias (the same Parameters, now frozen), with one fresh adapter."""
         adapter = LoRAAdapter.beside(linear, AdapterOptions(**options))
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.training = linear.training
+        layer = _made_of(linear.weight, linear.bias, like=linear, kind=FusedLoRAConv1D if is_conv1d(linear) else cls)
         layer._become_fused(impl)
         layer.install("default", adapter)
         layer.set_adapter("default")
@@ -84,7 +83,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def adopt(cls, linear: nn.Linear, *, impl: str = "auto") -> FusedLoRALinear:
         """Turn ``linear`` itself into a FusedLoRALinear without adapters: its identity, hooks and places are kept."""
         validation.check_impl(impl)
-        linear.__class__ = cls
+        linear.__class__ = FusedLoRAConv1D if is_conv1d(linear) else cls
         assert isinstance(linear, FusedLoRALinear)
         linear._become_fused(impl)
         return linear
@@ -99,6 +98,11 @@ class FusedLoRALinear(Adapted, nn.Linear):
         for parameter in self._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)
+
+    @property
+    def plain_class(self) -> type[nn.Module]:
+        """What the layer is once its adapters are dropped."""
+        return nn.Linear
 
     # ---------------------------------------------------------------- adapters
 
@@ -176,10 +180,11 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._switch.used and self._switch.off():
-            return F.linear(x, *self._base())
+            base = self._base()
+            return F.linear(x, self._nk(base[0]), base[1])
         computing: tuple[Any, ...] = self._computing
         if not computing or self._merged:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self._nk(self.weight), self.bias)
         if len(computing) > 1:
             return self._forward_several(x)
         (adapter,) = computing
@@ -191,7 +196,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
             # torch.nn.utils.parametrize makes it a property
             weight = self.weight
         return lora_linear(
-            x, weight, trained["lora_A"], trained["lora_B"], adapter.scale, bias,
+            x, self._nk(weight), trained["lora_A"], trained["lora_B"], adapter.scale, bias,
             dropout_p=adapter.dropout, training=self.training, impl=self.impl,
         )  # fmt: skip
 
@@ -204,7 +209,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
             group.append((adapter.lora_A, adapter.lora_B, adapter.scale))
         (dropout, first), *others = groups.items()
         y = lora_linear(
-            x, self.weight, *concatenate_adapters(first), bias,
+            x, self._nk(self.weight), *concatenate_adapters(first), bias,
             dropout_p=dropout, training=self.training, impl=self.impl,
         )  # fmt: skip
         for dropout, group in others:
@@ -214,6 +219,10 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def active_modules(self) -> list[LoRAAdapter]:
         """The active adapters, in order."""
         return list(self._computing)  # type: ignore[arg-type]
+
+    def _nk(self, weight: Tensor) -> Tensor:
+        """(N, K), of the weight or of what has its shape."""
+        return weight.t() if self.fan_in_fan_out else weight
 
     def _base(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of the base, merged or not."""
@@ -261,7 +270,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
         # in place: this is all the memory that merging a model needs
         total = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
         for adapter in adapters:
-            total.addmm_(adapter.lora_B.to(total.dtype), adapter.lora_A.to(total.dtype), alpha=adapter.scale)
+            self._nk(total).addmm_(adapter.lora_B.to(total.dtype), adapter.lora_A.to(total.dtype), alpha=adapter.scale)
         weight = total.to(self.weight.dtype)
         bias = next((adapter.bias.detach().clone() for adapter in adapters if adapter.bias is not None), None)
         for name, tensor in (("W + scale · B A", weight), ("its bias", bias)):
@@ -282,34 +291,76 @@ class FusedLoRALinear(Adapted, nn.Linear):
             self._merged = False
 
     @torch.no_grad()
-    def unload(self) -> nn.Linear:
+    def unload(self) -> nn.Module:
         if self._active and not self._merged:
             for parameter, value in zip((self.weight, self.bias), self._sum(), strict=True):
                 if value is not None:
                     _exchange(parameter, value)
+        plain = self.plain_class
         for name in _STATE:
             delattr(self, name)
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.__class__ = plain  # type: ignore[assignment]
         return self
 
     @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` that computes what this layer computes now, with a weight of its own."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+    def to_linear(self) -> Any:
+        """A plain ``nn.Linear`` that computes what this layer computes now, with a weight of its own.
+
+        A ``Conv1D`` where this layer was one.
+        """
         weight, bias = self.weight.data.clone(), None if self.bias is None else self.bias.data.clone()
         if self._active and not self._merged:
             weight, trained_bias = self._sum()
             bias = bias if trained_bias is None else trained_bias
-        linear.weight = nn.Parameter(weight)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias)
-        return linear.train(self.training)
+        bias = None if bias is None else nn.Parameter(bias)
+        return _made_of(nn.Parameter(weight), bias, like=self, kind=self.plain_class)
 
     def extra_repr(self) -> str:
         active = repr(self._active[0] if len(self._active) == 1 else list(self._active) or None)
         return f"{super().extra_repr()}, active_adapter={active}, impl={self.impl!r}" + (
             ", merged" if self._merged else ""
         )
+
+
+class FusedLoRAConv1D(FusedLoRALinear):
+    """A FusedLoRALinear made of a ``transformers.pytorch_utils.Conv1D``, GPT-2's linear layer: its weight stays (K, N).
+
+    ``apply_lora`` makes it, and ``FusedLoRALinear.from_linear``.
+    """
+
+    fan_in_fan_out = True
+
+    nx: int
+    nf: int
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        raise TypeError("FusedLoRAConv1D must be made of a Conv1D, by apply_lora or from_linear")
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        return self.nx
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        return self.nf
+
+    @property
+    def plain_class(self) -> type[nn.Module]:
+        from transformers.pytorch_utils import Conv1D
+
+        return Conv1D
+
+
+def _made_of(weight: Tensor, bias: Tensor | None, *, like: nn.Module, kind: type[Any]) -> Any:
+    """A layer of this class, of the sizes and in the mode of another, with these very Parameters."""
+    layer: Any = object.__new__(kind)
+    nn.Module.__init__(layer)
+    for size in ("in_features", "out_features", "nx", "nf"):
+        if size in vars(like):
+            setattr(layer, size, vars(like)[size])
+    layer.weight = weight
+    layer.register_parameter("bias", bias)
+    return layer.train(like.training)
 
 
 def _exchange(parameter: Tensor, value: Tensor) -> Tensor:

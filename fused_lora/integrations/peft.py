@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends, validation
+from ..adapter import is_conv1d
 from ..autocast import autocast_dtype
 from ..functional import concatenate_adapters, lora_linear, plus_adapter
-from ..models.overview import LayerRow, Summary
+from ..models.overview import LayerRow, Summary, embeddings
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -183,7 +184,8 @@ def _call_of(layer: lora.Linear) -> _Call | str:
         return "hooks are registered for all modules"
     modules: Any = layer._modules
     base = modules["base_layer"]
-    if (why := _more_than(_LINEAR, base)) is not None:
+    transposed = is_conv1d(base)
+    if (why := _more_than((type(base),) if transposed else _LINEAR, base)) is not None:
         return f"its base_layer {why}"
     weight, bias = base.weight, base.bias
     if weight.dtype not in _DTYPES or (bias is not None and bias.dtype != weight.dtype):
@@ -219,7 +221,7 @@ def _call_of(layer: lora.Linear) -> _Call | str:
         return "none of its adapters is active"
     if len(adapters) > 1 and dropout_p > 0.0:
         return "several adapters are active, each with a dropout mask of its own"
-    return _Call(weight, bias, *concatenate_adapters(adapters), dropout_p)
+    return _Call(weight.t() if transposed else weight, bias, *concatenate_adapters(adapters), dropout_p)
 
 
 def _more_than(kinds: tuple[type[nn.Module], ...], module: nn.Module) -> str | None:
@@ -277,13 +279,14 @@ def summary(model: nn.Module) -> Summary:
         trained=tuple(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_adapters),
         not_adapted=tuple(
             path for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and id(module) not in in_layers
+            if (isinstance(module, nn.Linear) or is_conv1d(module)) and id(module) not in in_layers
         ),
         base=sum(p.numel() for p in base),
         adapters=sum(p.numel() for p in parameters if id(p) in in_adapters),
         trainable=sum(p.numel() for p in trainable),
         base_bytes=sum(p.nbytes for p in base),
         trainable_bytes=sum(p.nbytes for p in trainable),
+        embeddings=embeddings(model),
     )  # fmt: skip
 
 

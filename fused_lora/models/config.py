@@ -24,8 +24,9 @@ class LoRAConfig(AdapterOptions):
 
     Args:
         rank, alpha, dropout, use_rslora, init: see :class:`fused_lora.adapter.AdapterOptions`.
-        target_modules: "all-linear" (every plain ``nn.Linear`` but a Transformers model's output head), a regular
-            expression that a module's whole path must match, or names: a whole path or its last parts ("q_proj").
+        target_modules: "all-linear" (every plain ``nn.Linear`` and Transformers' ``Conv1D``, but the output head of a
+            Transformers model), a regular expression that a module's whole path must match, or names: a whole path or
+            its last parts ("q_proj").
         exclude_modules: the same, for what is left out.
         rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the end of a path.
         adapter_dtype: dtype of A and B; None means the weight's, and float32 over a 16-bit weight, as PEFT does: small

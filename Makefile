@@ -102,7 +102,7 @@ types: $(INSTALLED)
 # Triton 3.6 is what torch 2.9 to 2.11 bring; its interpreter needs numpy < 2.4
 test-triton36: pyproject.toml
 	@test -x $(VENV_TRITON36)/bin/python || $(PYTHON) -m venv $(VENV_TRITON36)
-	@$(VENV_TRITON36)/bin/python $(PIP_INSTALL) torch==2.13.0 triton==3.6.0 'numpy<2.4' safetensors pytest pytest-xdist
+	@$(VENV_TRITON36)/bin/python $(PIP_INSTALL) torch==2.13.0 triton==3.6.0 'numpy<2.4' regex safetensors pytest pytest-xdist
 	$(VENV_TRITON36)/bin/python $(PYTEST) tests/kernels $(ARGS)
 
 # the oldest PyTorch that is supported, unless another is named
@@ -110,7 +110,7 @@ TORCH ?= 2.8.0
 VENV_TORCH := .venv-torch$(TORCH)
 test-torch:
 	@test -x $(VENV_TORCH)/bin/python || $(PYTHON) -m venv $(VENV_TORCH)
-	@$(VENV_TORCH)/bin/python $(PIP_INSTALL) torch==$(TORCH) 'numpy<2.4' safetensors setuptools pytest
+	@$(VENV_TORCH)/bin/python $(PIP_INSTALL) torch==$(TORCH) 'numpy<2.4' regex safetensors setuptools pytest
 	$(VENV_TORCH)/bin/python -m pytest tests/test_compile.py tests/test_compile_cuda.py \
 		tests/kernels/test_workspace.py tests/kernels/test_compiled.py $(ARGS)
 

@@ -66,6 +66,18 @@ class AdapterOptions:
 PEFT_NAMES: dict[str, str] = {f.name: f.metadata["peft"] for f in fields(AdapterOptions)}
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Transformers' ``Conv1D``, GPT-2's linear layer: its weight is (K, N). Told by name, as Transformers
+    may not be installed."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def features(linear: Any) -> tuple[int, int]:
+    """(K, N) of a linear layer."""
+    return (linear.nx, linear.nf) if is_conv1d(linear) else (linear.in_features, linear.out_features)
+
+
 class LoRAAdapter(nn.Module):
     """A pair of thin matrices and how much they count: ``lora_A (R, K)``, ``lora_B (N, R)``, ``scale``.
 
@@ -152,10 +164,7 @@ class LoRAAdapter(nn.Module):
     ) -> LoRAAdapter:
         """A fresh one for this layer, of its weight's device and dtype; with trains_bias, of its bias too, if any."""
         weight, bias = linear.weight, linear.bias if trains_bias else None
-        return cls(
-            linear.in_features, linear.out_features, options,
-            device=weight.device, dtype=dtype or weight.dtype, bias=bias,
-        )  # fmt: skip
+        return cls(*features(linear), options, device=weight.device, dtype=dtype or weight.dtype, bias=bias)
 
     def trained(self) -> list[nn.Parameter]:
         """A, B, and the bias where it trains one."""
@@ -167,12 +176,6 @@ class LoRAAdapter(nn.Module):
         else:
             nn.init.normal_(self.lora_A, std=1 / self.rank if self.init == "gaussian" else 1.0)
         nn.init.zeros_(self.lora_B)
-
-    def delta(self) -> Tensor:
-        """``scale · B A``: (N, K), at least float32."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        with torch.no_grad():
-            return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).mul_(self.scale)
 
     def extra_repr(self) -> str:
         told = f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"

@@ -35,8 +35,8 @@ def dropout_mask(seed: Tensor, rows: int, cols: int, p: float, first_row: int = 
 
 def whole_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
     """The mask of a whole (rows, cols) tensor, as numbers: what the eager operators also take for a seed."""
-    if torch.compiler.is_compiling():
-        # blocks are for caches, and a graph of blocks would be one number of rows'
+    if torch.compiler.is_compiling() or rows == 0:
+        # blocks are for caches, and a graph of blocks would be one number of rows'; no rows have no block
         return _keep(seed, rows, cols, p, 0)
     blocks = [keep for _, keep in mask_blocks(seed, p, rows, cols)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)

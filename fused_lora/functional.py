@@ -14,7 +14,7 @@ from . import backends, ops, plans, reference, validation
 from .backends import native
 from .backends.triton import backend as triton
 from .dropout import dropout_mask, dropout_threshold, whole_mask
-from .torch_internals import any_autocast, dispatch_modes, in_forward_ad, in_functorch
+from .torch_internals import autocast_dtype, dispatch_modes, in_forward_ad, in_functorch
 
 
 def lora_linear(
@@ -139,14 +139,13 @@ def _in_compute_dtype(
     scale: float, dropout_p: float, impl: str, stream: int = 0,
 ) -> Tensor:  # fmt: skip
     """Autocast's casts, then the dtypes' rules. stream: dropout masks of different streams are independent."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
         validation.check_dtypes(x, weight, lora_A, lora_B, bias)
         # the casts are made: nothing inside may be cast again
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return _lora_linear(x, weight, lora_A, lora_B, bias, scale, dropout_p, impl, stream)
     validation.check_dtypes(x, weight, lora_A, lora_B, bias)
     return _lora_linear(x, weight, lora_A, lora_B, bias, scale, dropout_p, impl, stream)
@@ -260,7 +259,7 @@ class _LoRALinear(torch.autograd.Function):
         given = dy if dy is not None else dh
         if given is None:
             return (None,) * 10
-        if any_autocast():
+        if autocast_dtype(given.device) is not None:
             # everything is in the compute dtype already; backward may run under another autocast than forward did
             with torch.autocast(given.device.type, enabled=False):
                 return _LoRALinear._gradients(ctx, dy, dh)

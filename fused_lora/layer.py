@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
-from .adapter import AdapterOptions, LoRAAdapter
+from .adapter import AdapterOptions, LoRAAdapter, is_conv1d
 from .functional import concatenate_adapters, lora_linear, plus_adapter
 from .renamed import renamed
 from .switching import Adapted
@@ -43,6 +43,9 @@ class FusedLoRALinear(Adapted, nn.Linear):
     LoRA: https://arxiv.org/abs/2106.09685.
     """
 
+    # PEFT's word for a weight that is (K, N)
+    fan_in_fan_out = False
+
     impl: str
     _merged: bool
     _unmerged_weight: Tensor | None
@@ -70,11 +73,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def from_linear(cls, linear: nn.Linear, *, impl: str = "auto", **options: Any) -> FusedLoRALinear:
         """A layer of ``linear``'s own weight and bias (the same Parameters, now frozen), with one fresh adapter."""
         adapter = LoRAAdapter.beside(linear, AdapterOptions(**options))
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.training = linear.training
+        layer = _made_of(linear.weight, linear.bias, like=linear, kind=FusedLoRAConv1D if is_conv1d(linear) else cls)
         layer._become_fused(impl)
         layer.install("default", adapter)
         layer.set_adapter("default")
@@ -84,7 +83,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def adopt(cls, linear: nn.Linear, *, impl: str = "auto") -> FusedLoRALinear:
         """Turn ``linear`` itself into a FusedLoRALinear without adapters: its identity, hooks and places are kept."""
         validation.check_impl(impl)
-        linear.__class__ = cls
+        linear.__class__ = FusedLoRAConv1D if is_conv1d(linear) else cls
         assert isinstance(linear, FusedLoRALinear)
         linear._become_fused(impl)
         return linear
@@ -99,6 +98,11 @@ class FusedLoRALinear(Adapted, nn.Linear):
         for parameter in self._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)
+
+    @property
+    def plain_class(self) -> type[nn.Module]:
+        """What the layer is once its adapters are dropped."""
+        return nn.Linear
 
     # ---------------------------------------------------------------- adapters
 
@@ -176,22 +180,23 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._switch.used and self._switch.off():
-            return F.linear(x, *self._base())
+            base = self._base()
+            return F.linear(x, self._nk(base[0]), base[1])
         computing: tuple[Any, ...] = self._computing
         if not computing or self._merged:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self._nk(self.weight), self.bias)
         if len(computing) > 1:
             return self._forward_several(x)
         (adapter,) = computing
         # past nn.Module's own search for each of them, which costs the host as much as a launch
-        own, trained = self._parameters, adapter._parameters
-        weight: Any = own.get("weight")
+        own: dict[str, Any] = self._parameters
+        trained, weight = adapter._parameters, own.get("weight")
         if weight is None:
             # torch.nn.utils.parametrize makes it a property
             weight = self.weight
         bias = trained["bias"] if adapter.trains_bias else own.get("bias")
         return lora_linear(
-            x, weight, trained["lora_A"], trained["lora_B"], adapter.scale, bias,
+            x, self._nk(weight), trained["lora_A"], trained["lora_B"], adapter.scale, bias,
             dropout_p=adapter.dropout, training=self.training, impl=self.impl,
         )  # fmt: skip
 
@@ -204,7 +209,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
             group.append((adapter.lora_A, adapter.lora_B, adapter.scale))
         (dropout, first), *others = groups.items()
         y = lora_linear(
-            x, self.weight, *concatenate_adapters(first), bias,
+            x, self._nk(self.weight), *concatenate_adapters(first), bias,
             dropout_p=dropout, training=self.training, impl=self.impl,
         )  # fmt: skip
         for dropout, group in others:
@@ -214,6 +219,10 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def active_modules(self) -> list[LoRAAdapter]:
         """The active adapters, in order."""
         return list(self._computing)  # type: ignore[arg-type]
+
+    def _nk(self, weight: Tensor) -> Tensor:
+        """(N, K), of the weight or of what has its shape."""
+        return weight.t() if self.fan_in_fan_out else weight
 
     def _base(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of the base, merged or not."""
@@ -245,21 +254,27 @@ class FusedLoRALinear(Adapted, nn.Linear):
             self._unmerged_bias = _exchange(self.bias, bias)
         self._merged = True
 
-    def merged_parameters(self) -> list[tuple[str, Tensor]]:
-        """(name, tensor) of what :meth:`merge` gives other values."""
+    def check_finite(self) -> None:
+        if self._active and not self._merged:
+            self._sum()
+
+    def replaced(self) -> dict[str, Tensor]:
+        if not self._active or self._merged:
+            return {}
         trains_bias = any(adapter.trains_bias for adapter in self.active_modules())
-        return [("weight", self.weight), *([("bias", self.bias)] if trains_bias else [])]
+        return {"weight": self.weight, "bias": self.bias} if trains_bias else {"weight": self.weight}
 
     def _sum(self) -> tuple[Tensor, Tensor | None]:
         """What W becomes, and the bias where an adapter has one: new tensors."""
-        first, *others = self.active_modules()
-        total = first.delta()
-        for adapter in others:
-            total.add_(adapter.delta())
-        weight = total.add_(self.weight).to(self.weight.dtype)
-        bias = next((a.bias.detach().clone() for a in (first, *others) if a.bias is not None), None)
+        adapters = self.active_modules()
+        # in place: this is all the memory that merging a model needs
+        total = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+        for adapter in adapters:
+            self._nk(total).addmm_(adapter.lora_B.to(total.dtype), adapter.lora_A.to(total.dtype), alpha=adapter.scale)
+        weight = total.to(self.weight.dtype)
+        bias = next((adapter.bias.detach().clone() for adapter in adapters if adapter.bias is not None), None)
         for name, tensor in (("W + scale · B A", weight), ("its bias", bias)):
-            if tensor is not None and not bool(whole(torch.isfinite(tensor).all())):
+            if tensor is not None and not validation.is_finite(tensor):
                 names = ", ".join(map(repr, self._active))
                 raise ValueError(f"adapter {names} must merge to a finite weight, got NaN or infinity in {name}")
         return weight, bias
@@ -275,31 +290,77 @@ class FusedLoRALinear(Adapted, nn.Linear):
             self._unmerged_weight = self._unmerged_bias = None
             self._merged = False
 
-    def unload(self) -> nn.Linear:
-        """Turn this layer itself into a plain ``nn.Linear`` with the weight it has now; adapters are dropped."""
+    @torch.no_grad()
+    def unload(self) -> nn.Module:
+        if self._active and not self._merged:
+            for parameter, value in zip((self.weight, self.bias), self._sum(), strict=True):
+                if value is not None:
+                    _exchange(parameter, value)
+        plain = self.plain_class
         for name in _STATE:
             delattr(self, name)
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.__class__ = plain  # type: ignore[assignment]
         return self
 
     @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` that computes what this layer computes now, with a weight of its own."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+    def to_linear(self) -> Any:
+        """A plain ``nn.Linear`` that computes what this layer computes now, with a weight of its own.
+
+        A ``Conv1D`` where this layer was one.
+        """
         weight, bias = self.weight.data.clone(), None if self.bias is None else self.bias.data.clone()
         if self._active and not self._merged:
             weight, trained_bias = self._sum()
             bias = bias if trained_bias is None else trained_bias
-        linear.weight = nn.Parameter(weight)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias)
-        return linear.train(self.training)
+        bias = None if bias is None else nn.Parameter(bias)
+        return _made_of(nn.Parameter(weight), bias, like=self, kind=self.plain_class)
 
     def extra_repr(self) -> str:
         active = repr(self._active[0] if len(self._active) == 1 else list(self._active) or None)
         return f"{super().extra_repr()}, active_adapter={active}, impl={self.impl!r}" + (
             ", merged" if self._merged else ""
         )
+
+
+class FusedLoRAConv1D(FusedLoRALinear):
+    """A FusedLoRALinear made of a ``transformers.pytorch_utils.Conv1D``, GPT-2's linear layer: its weight stays (K, N).
+
+    ``apply_lora`` makes it, and ``FusedLoRALinear.from_linear``.
+    """
+
+    fan_in_fan_out = True
+
+    nx: int
+    nf: int
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        raise TypeError("FusedLoRAConv1D must be made of a Conv1D, by apply_lora or from_linear")
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        return self.nx
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        return self.nf
+
+    @property
+    def plain_class(self) -> type[nn.Module]:
+        from transformers.pytorch_utils import Conv1D
+
+        return Conv1D
+
+
+def _made_of(weight: Tensor, bias: Tensor | None, *, like: nn.Module, kind: type[Any]) -> Any:
+    """A layer of this class, of the sizes and in the mode of another, with these very Parameters."""
+    layer: Any = object.__new__(kind)
+    nn.Module.__init__(layer)
+    for size in ("in_features", "out_features", "nx", "nf"):
+        if size in vars(like):
+            setattr(layer, size, vars(like)[size])
+    layer.weight = weight
+    layer.register_parameter("bias", bias)
+    return layer.train(like.training)
 
 
 def _exchange(parameter: Tensor, value: Tensor) -> Tensor:
@@ -311,8 +372,3 @@ def _exchange(parameter: Tensor, value: Tensor) -> Tensor:
     else:
         had, parameter.data = parameter.data, value
     return had
-
-
-def whole(tensor: Any) -> Tensor:
-    """The tensor itself; of a DTensor, what the ranks of its mesh hold together: every one of them must come here."""
-    return tensor.full_tensor() if validation.is_dtensor(tensor) else tensor

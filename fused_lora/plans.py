@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .torch_internals import Guard, any_autocast, dispatch_modes, guard, in_forward_ad, in_functorch, is_tracing
+from .torch_internals import Guard, autocast_dtype, dispatch_modes, guard, in_forward_ad, in_functorch, is_tracing
 
 Value = TypeVar("Value")
 
@@ -64,14 +64,14 @@ class CallPlan:
         self._gradients: tuple[tuple[Guard, tuple[bool, ...], GradientPlans], ...] = ()
         self._precision = torch.get_float32_matmul_precision() if x.dtype == torch.float32 else None
         # whether autocast is on, the guard knows; to which dtype, it does not
-        self._autocast = torch.get_autocast_dtype(x.device.type) if any_autocast() else None
+        self._autocast = autocast_dtype(x.device)
         # whether a guard says all
         self.settled = self._precision is None and self._autocast is None
 
     def holds(self, x: Tensor) -> bool:
         """Of what no guard knows."""
         return (self._precision is None or self._precision == torch.get_float32_matmul_precision()) and (
-            self._autocast is None or self._autocast == torch.get_autocast_dtype(x.device.type)
+            self._autocast is None or self._autocast == autocast_dtype(x.device)
         )
 
     def gradients(self, wanted: tuple[bool, ...], operands: list[Tensor]) -> GradientPlans | None:
@@ -123,8 +123,6 @@ def find(
 
 def put(operands: tuple[Tensor, ...], dropout_p: float, training: bool, impl: str, chosen: str, drops: bool) -> None:
     """For a call that was checked, and computed by ``chosen``."""
-    if any_autocast() and not torch.is_autocast_enabled(operands[0].device.type):
-        return
     key = _key(operands, dropout_p, training, impl)
     CALLS.put(key, ((guard(*operands), CallPlan(operands[0], chosen, drops)), *CALLS.get(key, ())[: _MOST_ALIKE - 1]))
 

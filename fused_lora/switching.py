@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import validation
 from .renamed import renamed
@@ -80,7 +80,17 @@ class Adapted:
     def unmerge(self) -> None:
         raise NotImplementedError
 
+    def check_finite(self) -> None:
+        """ValueError where :meth:`unload` would leave a NaN or an infinity."""
+        raise NotImplementedError
+
+    def replaced(self) -> dict[str, Tensor]:
+        """The base's tensors, by name, that :meth:`unload` gives other values."""
+        raise NotImplementedError
+
     def unload(self) -> nn.Module:
+        """Turn this module itself into one of the class that it had, with what the active adapters make of it; adapters
+        are dropped."""
         raise NotImplementedError
 
     @property

@@ -35,6 +35,16 @@ def guard(*tensors: Tensor) -> Guard:
     return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes in on such a device now, or None where it is off.
+
+    Of the meta device PyTorch can't be asked; nothing is cast there.
+    """
+    if not any_autocast() or device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
 

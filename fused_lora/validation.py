@@ -149,6 +149,16 @@ def is_dtensor(value: Any) -> bool:
     return type(value) not in (Tensor, nn.Parameter) and any(kind.__name__ == "DTensor" for kind in type(value).__mro__)
 
 
+def whole(tensor: Any) -> Tensor:
+    """The tensor itself; of a DTensor, what the ranks of its mesh hold together: every one of them must come here."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    # a finite sum has finite terms, and needs no memory; one that is not may be of too many large ones
+    return tensor.is_meta or any(bool(whole(torch.isfinite(part).all())) for part in (tensor.sum(), tensor))
+
+
 def check_not_merged(merged: bool) -> None:
     if merged:
         raise ValueError("a layer must be unmerged before it is parallelized, got a merged one; call unmerge first")

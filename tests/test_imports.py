@@ -13,8 +13,9 @@ PACKAGE = ROOT / "fused_lora"
 
 # what a module may import, lowest first; a name stands for a module or a whole folder, the longest name counts
 LAYERS = [
-    {"validation", "renamed", "dropout", "torch_internals", "models.patterns"},
-    {"reference", "plans", "backends.environment"},
+    {"torch_internals", "renamed", "models.patterns"},
+    {"validation", "dropout", "backends.environment"},
+    {"reference", "plans"},
     {"backends"},
     {"ops"},
     {"parallel.sharding"},

@@ -209,3 +209,11 @@ def test_repr_says_what_is_active():
     assert "in_features=6, out_features=4, bias=True, active_adapter='default', impl='auto'" in repr(
         FusedLoRALinear(6, 4)
     )
+
+
+def test_a_batch_without_rows_has_gradients_under_dropout_too():
+    layer = trained(FusedLoRALinear(6, 4, rank=2, dropout=0.3))
+    x = torch.empty(0, 6, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == (0, 6)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.adapters.parameters())

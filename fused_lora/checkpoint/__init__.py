@@ -158,7 +158,7 @@ def _swap_pair(path: str, layer: FusedLoRALinear, name: str, new: LoRAAdapter | 
     with torch.no_grad():
         A[: new.rank] = new.lora_A
         B[:, : new.rank] = new.lora_B if new.scale == scale else new.lora_B * (new.scale / scale)
-    if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+    if not (validation.is_finite(A) and validation.is_finite(B)):
         raise ValueError(f"values of {path!r} must be finite in {A.dtype} with scale {scale:g}, got an infinity")
     return [(old.lora_A, A), (old.lora_B, B), *_pairs(old.bias, new.bias)]
 

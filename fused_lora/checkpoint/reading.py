@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import warnings
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import validation
-from ..adapter import PEFT_NAMES, LoRAAdapter
+from ..adapter import PEFT_NAMES, LoRAAdapter, features
 from ..models.apply import Installation
 from ..models.config import ALL_LINEAR, LoRAConfig, selector
 from ..models.modules_to_save import Part, copy_of
@@ -35,9 +34,9 @@ _PICKLE = "adapter_model.bin"
 # what PEFT may write and a plain LoRA ignores; any other field must be empty
 _NEUTRAL = {
     *PEFT_NAMES.values(),
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "peft_type", "peft_version",
-    "rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "bias",
-    "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "modules_to_save",
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "peft_type",
+    "peft_version", "rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type",
+    "bias", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "modules_to_save",
 }  # fmt: skip
 # the ones whose base weights are those on the hub
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -268,8 +267,8 @@ class _Reader:
                 self._refuse(key, f"is of a layer that {CONFIG_FILE} does not name in target_modules", self.ignored)
                 del self.rest[name]
                 continue
-            linear, rank = self.linears[path], self.config.lora.rank_of(self.in_file(path))
-            self._check_shape(key, (rank, linear.in_features) if side == "A" else (linear.out_features, rank))
+            (K, N), rank = features(self.linears[path]), self.config.lora.rank_of(self.in_file(path))
+            self._check_shape(key, (rank, K) if side == "A" else (N, rank))
             if side in pairs.setdefault(path, {}):
                 raise ValueError(f"{self.file}: {key!r} stands there twice")
             pairs[path][side] = self.rest.pop(name)
@@ -294,8 +293,7 @@ class _Reader:
             raise ValueError(f"{self.file}: {key!r} must be floating point of 16 bits or more, got {stored.dtype}")
         # the file's bytes may be mapped, and change: what is checked is a copy
         tensor = stored.to(device, dtype(stored.dtype), copy=True)
-        # a finite sum has finite terms, and is one pass; one that is not may be of too many large ones
-        if not math.isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
+        if not validation.is_finite(tensor):
             raise ValueError(f"{self.file}: {key!r} must be finite, got NaN or infinity")
         return tensor
 
@@ -372,11 +370,12 @@ class _Reader:
 
     def _forget_doubles(self, root: str) -> None:
         """PEFT writes a saved module's biases again under its own names for it where ``bias`` is "all"."""
-        double = re.compile(re.escape(root) + r"\.(?:modules_to_save\.[^.]+|original_module)\.(?P<rest>.+)")
         for name in list(self.rest):
-            match = double.fullmatch(name)
-            if match is not None and f"{root}.{match['rest']}" in self.rest:
-                del self.rest[name]
+            for place in ("modules_to_save", "original_module"):
+                inside = name.removeprefix(f"{root}.{place}.")
+                # the adapter's name may stand before it
+                if inside != name and any(f"{root}.{end}" in self.rest for end in (inside, inside.partition(".")[2])):
+                    del self.rest[name]
 
     def _check_complete(self, pairs: dict[str, Any]) -> None:
         if self.config.lora.target_modules == ALL_LINEAR:

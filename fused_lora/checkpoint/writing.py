@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import validation
 from ..adapter import PEFT_NAMES, LoRAAdapter
-from ..layer import FusedLoRALinear, whole
+from ..layer import FusedLoRAConv1D, FusedLoRALinear
 from ..models.config import ALL_LINEAR, ends_of
 from ..models.modules_to_save import Part, Trained
 from ..models.selection import linear_layers
@@ -63,7 +63,7 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
         elif isinstance(module, Trained):
             part = parts[path] = module.part(adapter)
             tensors |= {stem + key: tensor for key, tensor in part.of(module.adapters[adapter]).items()}
-    written = {key: whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()}
+    written = {key: validation.whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()}
     # a tensor under two names is written twice, as readers expect it
     seen: set[int] = set()
     for key, tensor in written.items():
@@ -99,7 +99,7 @@ def _config_of(model: nn.Module, modules: dict[str, LoRAAdapter], parts: dict[st
         "rank_pattern": {_exact(path): m.rank for path, m in modules.items() if m.rank != rank},
         "alpha_pattern": {_exact(path): _integral(m.alpha) for path, m in modules.items() if m.alpha != alpha},
         "bias": bias,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(isinstance(m, FusedLoRAConv1D) for path, m in adapted_modules(model) if path in modules),
         # of other values than these two, readers think that they tell how the base was changed
         "init_lora_weights": "gaussian" if inits == {"gaussian"} else True,
         "inference_mode": True,

@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends, validation
+from ..adapter import is_conv1d
 from ..functional import concatenate_adapters, lora_linear, plus_adapter
-from ..models.overview import LayerRow, Summary
+from ..models.overview import LayerRow, Summary, embeddings
+from ..torch_internals import autocast_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -182,7 +184,8 @@ def _call_of(layer: lora.Linear) -> _Call | str:
         return "hooks are registered for all modules"
     modules: Any = layer._modules
     base = modules["base_layer"]
-    if (why := _more_than(_LINEAR, base)) is not None:
+    transposed = is_conv1d(base)
+    if (why := _more_than((type(base),) if transposed else _LINEAR, base)) is not None:
         return f"its base_layer {why}"
     weight, bias = base.weight, base.bias
     if weight.dtype not in _DTYPES or (bias is not None and bias.dtype != weight.dtype):
@@ -218,7 +221,7 @@ def _call_of(layer: lora.Linear) -> _Call | str:
         return "none of its adapters is active"
     if len(adapters) > 1 and dropout_p > 0.0:
         return "several adapters are active, each with a dropout mask of its own"
-    return _Call(weight, bias, *concatenate_adapters(adapters), dropout_p)
+    return _Call(weight.t() if transposed else weight, bias, *concatenate_adapters(adapters), dropout_p)
 
 
 def _more_than(kinds: tuple[type[nn.Module], ...], module: nn.Module) -> str | None:
@@ -240,10 +243,9 @@ def _takes(call: _Call, x: Tensor) -> bool:
     """Whether ``lora_linear`` computes this call on ``x``, here and now."""
     if type(x) not in _PLAIN:
         return False
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    compute = autocast_dtype(x.device)
+    if compute is None:
         return x.dtype == call.weight.dtype
-    compute = torch.get_autocast_dtype(device_type)
     return torch.float64 not in (x.dtype, call.weight.dtype) and call.lora_A.dtype in (compute, torch.float32)
 
 
@@ -277,13 +279,14 @@ def summary(model: nn.Module) -> Summary:
         trained=tuple(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_adapters),
         not_adapted=tuple(
             path for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and id(module) not in in_layers
+            if (isinstance(module, nn.Linear) or is_conv1d(module)) and id(module) not in in_layers
         ),
         base=sum(p.numel() for p in base),
         adapters=sum(p.numel() for p in parameters if id(p) in in_adapters),
         trainable=sum(p.numel() for p in trainable),
         base_bytes=sum(p.nbytes for p in base),
         trainable_bytes=sum(p.nbytes for p in trainable),
+        embeddings=embeddings(model),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from ..layer import FusedLoRALinear
 from ..renamed import renamed
 from ..switching import adapted_modules, base_modules
 from .config import LoRAConfig
+from .encoder import settle_fast_paths
 from .modules_to_save import Part, adopt, copy_of
 from .selection import Plan, plan
 
@@ -102,6 +103,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> nn.Module:
     for _, module in adapted_modules(model):
         if adapter in module.adapters:
             module.delete_adapter(adapter)
+    settle_fast_paths(model)
     return model
 
 
@@ -269,9 +271,4 @@ def install(model: nn.Module, adapter: str, installation: Installation, impl: st
         layer.install(adapter, built)
     for path, (part, clone) in installation.copies.items():
         adopt(modules[path]).install(adapter, part, clone)
-    for path in (*installation.adapters, *installation.copies):
-        while path:
-            path = path.rpartition(".")[0]
-            if isinstance(modules[path], nn.TransformerEncoderLayer):
-                # its inference fast path reads the weights of its modules past their forward
-                modules[path].activation_relu_or_gelu = 0  # type: ignore[assignment]
+    settle_fast_paths(model)

@@ -24,8 +24,9 @@ class LoRAConfig(AdapterOptions):
 
     Args:
         rank, alpha, dropout, use_rslora, init: see :class:`fused_lora.adapter.AdapterOptions`.
-        target_modules: "all-linear" (every plain ``nn.Linear`` but a Transformers model's output head), a regular
-            expression that a module's whole path must match, or names: a whole path or its last parts ("q_proj").
+        target_modules: "all-linear" (every plain ``nn.Linear`` and Transformers' ``Conv1D``, but the output head of a
+            Transformers model), a regular expression that a module's whole path must match, or names: a whole path or
+            its last parts ("q_proj").
         exclude_modules: the same, for what is left out.
         rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the end of a path.
         adapter_dtype: dtype of A and B; None means the weight's, and float32 over a 16-bit weight, as PEFT does: small
@@ -48,22 +49,22 @@ class LoRAConfig(AdapterOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_selection("target_modules", self.target_modules)
+        _check_selection("target_modules", self.target_modules, self._budget)
         if self.exclude_modules is not None:
-            _check_selection("exclude_modules", self.exclude_modules)
+            _check_selection("exclude_modules", self.exclude_modules, self._budget)
         for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             if not isinstance(patterns, Mapping):
                 raise TypeError(f"{name} must be a mapping of regular expressions, got {patterns!r}")
         for pattern, rank in self.rank_pattern.items():
-            _check_regex("rank_pattern", pattern, ends=True)
+            _check_regex("rank_pattern", pattern, self._budget, ends=True)
             validation.check_rank(rank, f"rank_pattern[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():
-            _check_regex("alpha_pattern", pattern, ends=True)
+            _check_regex("alpha_pattern", pattern, self._budget, ends=True)
             validation.check_alpha(alpha, f"alpha_pattern[{pattern!r}]")
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
         if self.modules_to_save:
-            _check_selection("modules_to_save", self.modules_to_save)
+            _check_selection("modules_to_save", self.modules_to_save, self._budget)
         if self.bias not in ("none", "lora_only", "all"):
             raise ValueError(f"bias must be 'none', 'lora_only' or 'all', got {self.bias!r}")
         dtype = self.adapter_dtype
@@ -130,16 +131,16 @@ def ends_of(path: str) -> Iterator[str]:
         path = path.partition(".")[2]
 
 
-def _check_regex(name: str, pattern: Any, *, ends: bool) -> None:
+def _check_regex(name: str, pattern: Any, budget: Budget, *, ends: bool) -> None:
     try:
-        matcher(pattern, Budget(), ends=ends)
+        matcher(pattern, budget, ends=ends)
     except ValueError as error:
         raise ValueError(f"{name} {error}") from None
 
 
-def _check_selection(name: str, selection: Any) -> None:
+def _check_selection(name: str, selection: Any, budget: Budget) -> None:
     if isinstance(selection, str):
-        _check_regex(name, selection, ends=False)
+        _check_regex(name, selection, budget, ends=False)
     elif not isinstance(selection, Iterable) or not all(isinstance(item, str) and item for item in selection):
         raise TypeError(f"{name} must be a regular expression or a list of names, got {selection!r}")
     elif not list(selection):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import nn
 
 from ..layer import FusedLoRALinear
-from ..switching import adapted_modules
+from ..switching import Adapted, adapted_modules
+from .encoder import settle_fast_paths
 from .modules_to_save import Trained
 from .selection import tied
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def merge(model: nn.Module) -> nn.Module:
+
+def merge(model: Model) -> Model:
     """Fold every layer's active adapters into its weight; see :meth:`FusedLoRALinear.merge`. Returns ``model``.
 
     What an adapter trains beside A and B, ``modules_to_save`` for instance, is called as it is, merged or not.
@@ -22,13 +26,9 @@ def merge(model: nn.Module) -> nn.Module:
         ValueError: a sum has a NaN or an infinity, or a weight is another module's too, which would change with it;
             every layer is left as it was.
     """
-    names = tied(model)
     layers = [(path, module) for path, module in adapted_modules(model) if isinstance(module, FusedLoRALinear)]
-    layers = [(path, layer) for path, layer in layers if layer.active_adapters and not layer.merged]
-    for path, layer in layers:
-        for name, parameter in layer.merged_parameters():
-            if id(parameter) in names:
-                raise ValueError(_not_its_own(f"{path}.{name}" if path else name, names[id(parameter)]))
+    layers = [(path, layer) for path, layer in layers if not layer.merged]
+    _check_ties(model, layers)
     merged: list[FusedLoRALinear] = []
     try:
         for path, layer in layers:
@@ -41,34 +41,42 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def unmerge(model: nn.Module) -> nn.Module:
+def unmerge(model: Model) -> Model:
     """Restore every weight bit for bit; returns ``model``."""
     for _, module in adapted_modules(model):
         module.unmerge()
     return model
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: Model) -> Model:
     """Merge, then turn every layer back into a plain ``nn.Linear`` without adapters; returns ``model``.
 
-    Modules that the active adapter trained whole become what it made of them.
+    Modules that the active adapter trained whole become what it made of them. Layer by layer: the sums are made once
+    to be looked at and once to stay, so that no more memory is needed than for one of them.
 
     Raises:
         ValueError: as :func:`merge`; nothing is changed.
     """
-    names, modules = tied(model), adapted_modules(model)
-    trained = [(path, module) for path, module in modules if isinstance(module, Trained) and module.active_adapters]
-    # a tensor of two modules may change where the adapter trains one copy of it for both
-    holders = Counter(id(tensor) for _, module in trained for tensor in module.replaced().values())
-    for path, module in trained:
-        for name, tensor in module.replaced().items():
-            if holders[id(tensor)] < len(names.get(id(tensor), ())):
-                raise ValueError(_not_its_own(f"{path}.{name}", names[id(tensor)]))
+    modules = adapted_modules(model)
+    _check_ties(model, modules)
+    for path, module in modules:
         _named(path, module.check_finite)
-    merge(model)
-    for _, each in modules:
-        each.unload()
+    for _, module in modules:
+        module.unload()
+    settle_fast_paths(model)
     return model
+
+
+def _check_ties(model: nn.Module, modules: Sequence[tuple[str, Adapted]]) -> None:
+    """ValueError where a tensor that merging replaces is another module's too."""
+    names = tied(model)
+    replaced = [(path, module, module.replaced()) for path, module in modules]
+    # it may be one that the adapter trains one copy of for all of them
+    copies = Counter(id(t) for _, module, found in replaced if isinstance(module, Trained) for t in found.values())
+    for path, _, found in replaced:
+        for name, tensor in found.items():
+            if copies[id(tensor)] < len(names.get(id(tensor), ())):
+                raise ValueError(_not_its_own(f"{path}.{name}" if path else name, names[id(tensor)]))
 
 
 def _not_its_own(name: str, names: list[str]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import validation
 from ..switching import Adapted
 
 
@@ -79,19 +80,16 @@ class Trained(Adapted):
         del self._parts[name]
 
     def check_finite(self) -> None:
-        """ValueError where the active adapter has a NaN or an infinity."""
         for name in self._active:
             for key, tensor in self._parts[name].of(self.adapters[name]).items():
-                if not bool(torch.isfinite(tensor).all()):
+                if not validation.is_finite(tensor):
                     raise ValueError(f"adapter {name!r} must be finite, got NaN or infinity in {key!r}")
 
     def replaced(self) -> dict[str, Tensor]:
-        """The base's tensors, by name, that :meth:`unload` gives other values."""
         return self._parts[self._active[0]].of(self) if self._active else {}  # type: ignore[arg-type]
 
     @torch.no_grad()
     def unload(self) -> nn.Module:
-        """Turn this module itself into what it was, with the active adapter's values; adapters are dropped."""
         for key, base in self.replaced().items():
             base.data = self._parts[self._active[0]].of(self.adapters[self._active[0]])[key].data
         _undo(self)
@@ -112,22 +110,19 @@ def copy_of(module: nn.Module, part: Part, shared: dict[int, nn.Parameter]) -> n
 
     shared: base Parameter's id -> its copy; parameters that are one in the base are one in all copies of an adapter.
     """
+    # deepcopy takes what the memo holds for an object as its copy
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
     for parameter in part.of(module).values():
-        if not isinstance(parameter, nn.Parameter):
-            continue
-        if id(parameter) not in shared:
-            shared[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        memo[id(parameter)] = shared[id(parameter)]
+        if isinstance(parameter, nn.Parameter):
+            if id(parameter) not in shared:
+                shared[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            memo[id(parameter)] = shared[id(parameter)]
     if part.names is not None and all("." not in key for key in part.names):
         # a bias of the module itself: what is below it stays the very same modules
         memo.update({id(child): child for child in module.children()})
     if isinstance(module, Trained):
-        # its adapters are no part of the copy, which is of the class that it had
-        memo.update({id(module.adapters): None, id(module._switch): None, id(module._parts): None})
-        if module._computing:
-            # the empty tuple is one object everywhere
-            memo[id(module._computing)] = None
+        # the copy is of the module without its adapters
+        memo.update({id(adapter): adapter for adapter in module.adapters.children()})
     clone = copy.deepcopy(module, memo)
     if isinstance(clone, Trained):
         _undo(clone)

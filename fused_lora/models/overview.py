@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import backends
 from ..layer import FusedLoRALinear
-from ..switching import adapted_modules
+from ..switching import adapted_modules, base_modules
 from .modules_to_save import Trained
 from .selection import linear_layers
 
@@ -37,6 +37,7 @@ class Summary:
     """Counts are of parameters, bytes of their storage; ``str()`` is the table.
 
     trained: names of what the active adapters train beside A and B: ``modules_to_save`` and biases.
+    embeddings: paths of the model's ``nn.Embedding``, of which only PEFT makes adapters.
     """
 
     layers: tuple[LayerRow, ...]
@@ -47,6 +48,7 @@ class Summary:
     trainable: int
     base_bytes: int
     trainable_bytes: int
+    embeddings: tuple[str, ...] = ()
 
     @property
     def added_percent(self) -> float:
@@ -70,6 +72,8 @@ class Summary:
             lines.append(f"trained beside A and B: {_listed(self.trained)}")
         if self.not_adapted:
             lines.append(f"linear layers without an adapter: {_listed(self.not_adapted)}")
+        if self.embeddings:
+            lines.append(f"embeddings, whose adapters are left to PEFT: {_listed(self.embeddings)}")
         lines.append(
             f"base {self.base:,} parameters ({_size(self.base_bytes)}), adapters {self.adapters:,} "
             f"({self.added_percent:.3f} %), trainable {self.trainable:,} ({_size(self.trainable_bytes)})"
@@ -95,7 +99,12 @@ def summary(model: nn.Module) -> Summary:
         trainable=sum(p.numel() for p in trainable),
         base_bytes=sum(p.nbytes for p in base),
         trainable_bytes=sum(p.nbytes for p in trainable),
+        embeddings=embeddings(model),
     )
+
+
+def embeddings(model: nn.Module) -> tuple[str, ...]:
+    return tuple(path or "(model)" for path, module in base_modules(model) if isinstance(module, nn.Embedding))
 
 
 def _row(path: str, layer: FusedLoRALinear) -> LayerRow:

@@ -6,10 +6,12 @@ import difflib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from .. import validation
+from ..adapter import is_conv1d
 from ..layer import FusedLoRALinear
 from ..switching import Adapted, base_modules
 from .config import ALL_LINEAR, LoRAConfig, ends_of, selector
@@ -25,15 +27,16 @@ class Plan:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """path -> layer that can take A and B: exactly ``nn.Linear``, or fused already.
+    """path -> layer that can take A and B: exactly ``nn.Linear`` or Transformers' ``Conv1D``, or fused already.
 
     Subclasses are left alone: their weight is not what ``F.linear`` expects (quantized), or is read past their forward
     (``nn.MultiheadAttention``'s out_proj), and an adapter would silently not be trained.
     """
+    modules: Iterable[tuple[str, Any]] = base_modules(model)
     return {
         path: module
-        for path, module in base_modules(model)
-        if type(module) is nn.Linear or isinstance(module, FusedLoRALinear)
+        for path, module in modules
+        if type(module) is nn.Linear or is_conv1d(module) or isinstance(module, FusedLoRALinear)
     }
 
 

@@ -65,6 +65,8 @@ class _LoRAStyle(ParallelStyle):
         if not isinstance(module, FusedLoRALinear):
             self.style.src_data_rank = self.src_data_rank
             return self.style._apply(module, device_mesh)
+        if module.fan_in_fan_out:
+            raise ValueError("plan must name layers of nn.Linear, got a Conv1D, which PyTorch's styles don't shard")
         validation.check_not_merged(module.merged)
         wanted, layouts = _COLWISE if isinstance(self.style, ColwiseParallel) else _ROWWISE
         given, result = self.style.input_layouts[0], self.style.output_layouts[0]

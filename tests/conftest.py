@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import pytest
 from native_build import build
 
+from fused_lora import plans
 from fused_lora.backends import environment
 from fused_lora.backends import native as native_backend
 
@@ -51,6 +52,8 @@ INSTALLED = native_backend.available()
 def _extension_hidden(monkeypatch):
     """Whether it is built where the tests run changes none of them: those about it ask for it."""
     monkeypatch.setattr(environment, "EXTENSION_PROBLEM", "hidden by the tests")
+    # another test's calls may have chosen it
+    plans.CALLS.clear()
 
 
 @pytest.fixture(scope="session")

@@ -43,11 +43,9 @@ def found(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
-    """No calls before, and afterwards float32 products as they were."""
+def _precision_restored():
     before = torch.get_float32_matmul_precision()
-    with as_the_first_call():
-        yield
+    yield
     torch.set_float32_matmul_precision(before)
 
 

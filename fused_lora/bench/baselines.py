@@ -158,12 +158,13 @@ class _InPlaceAddmm(torch.autograd.Function):
 class ScheduleLoRA(nn.Module):
     """Our kernels with one schedule imposed, in the rule's tile, small M too; ours-triton chooses."""
 
-    def __init__(self, form: str, weights: Weights) -> None:
+    def __init__(self, schedule: str, weights: Weights) -> None:
         super().__init__()
         # here, not at the top: Triton may be missing, and must be told to interpret before it is imported
-        from ..backends.triton.configs import Form, Schedule
+        from ..backends.triton.configs import Schedule, ScheduleConfig
 
-        self.weights, self.schedule = weights, Schedule(Form[form], PRODUCERS if form == "PRODUCE" else 1)
+        self.weights, kind = weights, Schedule[schedule]
+        self.schedule = ScheduleConfig(kind, PRODUCERS if kind == Schedule.PRODUCE else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weights

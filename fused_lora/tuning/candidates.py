@@ -10,11 +10,11 @@ from ..backends.triton.configs import (
     MIN_DOT,
     DecodeConfig,
     Device,
-    Form,
     Problem,
     ReductionConfig,
     ReductionProblem,
     Schedule,
+    ScheduleConfig,
     TileConfig,
     candidate_decodes,
     candidate_tiles,
@@ -57,8 +57,8 @@ def neighbours(problem: Problem | ReductionProblem, device: Device, best: Choice
 def schedules(problem: Problem | ReductionProblem, device: Device, best: Choice) -> Iterator[Choice]:
     """Every other way to share h and to load, in the best tile."""
     if isinstance(best, Tiled):
-        found = [Schedule(form) for form in (Form.PUBLISH, Form.RECOMPUTE)]
-        found += [Schedule(Form.PRODUCE, split) for split in (1, 2, 4, 8)]
+        found = [ScheduleConfig(kind) for kind in (Schedule.PUBLISH, Schedule.RECOMPUTE)]
+        found += [ScheduleConfig(Schedule.PRODUCE, split) for split in (1, 2, 4, 8)]
         for schedule in found:
             yield from (Tiled(best.tile, replace(schedule, descriptors=loads)) for loads in (False, True))
 

@@ -189,7 +189,7 @@ bool both(Arithmetic arithmetic) {
 
 bool run(uint64_t seed) {
   draw.seed(seed);
-  shim::Machine::here().schedule = {seed, static_cast<int>(1 + upto(9)), static_cast<int>(upto(3))};
+  shim::Machine::here().turns = {seed, static_cast<int>(1 + upto(9)), static_cast<int>(upto(3))};
   const auto arithmetic = static_cast<Arithmetic>(upto(3));
   if (arithmetic == Arithmetic::kBFloat16) return both<BFloat16>(arithmetic);
   if (arithmetic == Arithmetic::kHalf) return both<Half>(arithmetic);

@@ -64,7 +64,7 @@ class AdapterGradArguments(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Turns:
     """As in fibers.h. multiprocessors: what the plan takes the GPU to have."""
 
     seed: int = 1
@@ -73,7 +73,7 @@ class Schedule:
     multiprocessors: int = 2
 
 
-DEFAULT = Schedule()
+DEFAULT = Turns()
 
 
 def compile(source: Path, output: Path, *options: str) -> None:
@@ -86,7 +86,7 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        self.library.set_schedule.argtypes = (c_uint64, c_int32, c_int32)
+        self.library.set_turns.argtypes = (c_uint64, c_int32, c_int32)
         self.library.plan_matmul.argtypes = self.library.plan_grad.argtypes = (
             c_int32, c_int64, c_int64, c_int64, c_int64, c_int32, ctypes.POINTER(Plan),
         )  # fmt: skip
@@ -95,13 +95,13 @@ class Kernels:
             assert self.library.sizes(which) == ctypes.sizeof(structure)
 
     def lora_matmul(
-        self, a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, schedule=DEFAULT, arithmetic=None
+        self, a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, turns=DEFAULT, arithmetic=None
     ):  # fmt: skip
         a2 = _rows(a)
         (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
         arithmetic = ARITHMETIC[a.dtype] if arithmetic is None else arithmetic
         out, thin = a.new_empty((*a.shape[:-1], P)), a.new_empty((M, R))
-        plan = self.plan("plan_matmul", arithmetic, M, P, Q, R, schedule)
+        plan = self.plan("plan_matmul", arithmetic, M, P, Q, R, turns)
         slots, counters = _scratch(plan)
         arguments = LoraMatmulArguments(
             M, P, Q, R, *(Matrix.of(operand, a.dtype) for operand in (a2, w, u, v)),
@@ -114,7 +114,7 @@ class Kernels:
         return out, thin
 
     def adapter_grad(
-        self, x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B, schedule=DEFAULT, arithmetic=None
+        self, x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B, turns=DEFAULT, arithmetic=None
     ):  # fmt: skip
         pairs = [(None if wide is None else _rows(wide), thin) for wide, thin in ((x, g), (dy, h))]
         thin = next(thin for _, thin in pairs if thin is not None)
@@ -123,7 +123,7 @@ class Kernels:
         K, N = (0 if wide is None else wide.shape[1] for wide, _ in pairs)
         dA = None if x is None else thin.new_empty((R, K), dtype=dtype_A)
         dB = None if dy is None else thin.new_empty((N, R), dtype=dtype_B)
-        plan = self.plan("plan_grad", arithmetic, M, K, N, R, schedule)
+        plan = self.plan("plan_grad", arithmetic, M, K, N, R, turns)
         slots, counters = _scratch(plan)
         reductions = [
             Reduction()
@@ -142,11 +142,11 @@ class Kernels:
             _finished(self.library.launch_grad(arithmetic, ctypes.byref(arguments)), counters)
         return dA, dB
 
-    def plan(self, function, arithmetic, *sizes_and_schedule):
-        *sizes, schedule = sizes_and_schedule
-        self.library.set_schedule(schedule.seed, schedule.resident, schedule.delayed)
+    def plan(self, function, arithmetic, *sizes_and_turns):
+        *sizes, turns = sizes_and_turns
+        self.library.set_turns(turns.seed, turns.resident, turns.delayed)
         plan = Plan()
-        getattr(self.library, function)(arithmetic, *sizes, schedule.multiprocessors, ctypes.byref(plan))
+        getattr(self.library, function)(arithmetic, *sizes, turns.multiprocessors, ctypes.byref(plan))
         return plan
 
 

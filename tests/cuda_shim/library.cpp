@@ -6,8 +6,8 @@ using namespace fused_lora::cuda;
 
 extern "C" {
 
-void set_schedule(uint64_t seed, int resident, int delayed) {
-  shim::Machine::here().schedule = {seed, resident, delayed};
+void set_turns(uint64_t seed, int resident, int delayed) {
+  shim::Machine::here().turns = {seed, resident, delayed};
 }
 
 int64_t sizes(int which) {

@@ -9,8 +9,8 @@ from fused_lora.backends.triton.configs import (
     PROGRAMS,
     DecodeConfig,
     Device,
-    Form,
     Problem,
+    Schedule,
     block_r,
     decode_programs,
     default_config,
@@ -44,7 +44,7 @@ def test_default_config_fits_every_device(device):
         config = default_config(problem, device)
         assert fits(config, problem, device), (problem, config)
         schedule = default_schedule(problem, config, device)
-        assert schedule.split == 1 or schedule.form == Form.PRODUCE
+        assert schedule.split == 1 or schedule.kind == Schedule.PRODUCE
         for block in (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R):
             assert block >= 16
             assert block & (block - 1) == 0

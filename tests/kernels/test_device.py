@@ -14,12 +14,12 @@ import torch
 from fused_lora import lora_linear
 from fused_lora.backends import native
 from fused_lora.backends.triton import launch, lora_matmul
-from fused_lora.backends.triton.configs import Form, Schedule, TileConfig
+from fused_lora.backends.triton.configs import Schedule, ScheduleConfig, TileConfig
 
 ON_GPU = torch.cuda.is_available()
 # of the kernels: the rule's choice, then each way to share h, in the rule's tile
-PRODUCE = Schedule(Form.PRODUCE, 4 if ON_GPU else 2)
-FORMS = [None, Schedule(Form.PUBLISH), PRODUCE, Schedule(Form.RECOMPUTE)]
+PRODUCE = ScheduleConfig(Schedule.PRODUCE, 4 if ON_GPU else 2)
+SCHEDULES = [None, ScheduleConfig(Schedule.PUBLISH), PRODUCE, ScheduleConfig(Schedule.RECOMPUTE)]
 # tokens that take the few-token kernel, producers, and publishers
 TOKENS = [4, 300, 5000] if ON_GPU else [4, 40]
 K, N, R = (1024, 1536, 16) if ON_GPU else (64, 64, 16)
@@ -29,7 +29,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 IMPLS = ["triton"]
 if native.why_not(torch.device(DEVICE), torch.bfloat16) is None:
     IMPLS.append("native")
-by_form = pytest.mark.parametrize("schedule", FORMS, ids=lambda s: "rule" if s is None else s.form.name)
+by_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "rule" if s is None else s.kind.name)
 by_tokens = pytest.mark.parametrize("tokens", TOKENS)
 
 
@@ -101,7 +101,7 @@ def assert_same_bits(work, times):
     assert wrong.item() == 0
 
 
-@by_form
+@by_schedule
 @by_tokens
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 def test_a_thousand_forwards_give_the_same_bits(tokens, schedule, dropout):
@@ -109,7 +109,7 @@ def test_a_thousand_forwards_give_the_same_bits(tokens, schedule, dropout):
     assert_same_bits(lambda: forward(inputs, schedule, dropout), LAUNCHES)
 
 
-@by_form
+@by_schedule
 @by_tokens
 def test_a_thousand_input_gradients_give_the_same_bits(tokens, schedule):
     inputs = draw(tokens)
@@ -130,7 +130,7 @@ def test_hundreds_of_steps_give_the_same_bits(tokens, impl):
     assert_same_bits(lambda: step(inputs, impl), STEPS)
 
 
-@by_form
+@by_schedule
 def test_more_tiles_than_run_at_once_hand_over_in_a_small_tile(schedule):
     """Tiles of 16 x 16: thousands of programs, of which most wait."""
     inputs = draw(TOKENS[-1])
@@ -143,7 +143,7 @@ def test_more_tiles_than_run_at_once_hand_over_in_a_small_tile(schedule):
 # by name: the implementation that it takes, and the work
 WORKS = {
     "forward": ("triton", forward),
-    "PUBLISH": ("triton", lambda inputs: forward(inputs, Schedule(Form.PUBLISH))),
+    "PUBLISH": ("triton", lambda inputs: forward(inputs, ScheduleConfig(Schedule.PUBLISH))),
     "PRODUCE": ("triton", lambda inputs: forward(inputs, PRODUCE)),
     "adapter gradients": ("triton", lambda inputs: adapter_gradients(inputs, 4)),
     **{f"{impl} step": (impl, functools.partial(step, impl=impl)) for impl in IMPLS},
@@ -194,10 +194,10 @@ def test_a_captured_graph_replays_with_changed_inputs(tokens, impl, work, warm):
 def test_scale_and_tokens_recompile_nothing():
     inputs = draw(600)
     kernel = lora_matmul._lora_matmul_kernel
-    forward(inputs, Schedule(Form.PUBLISH))
+    forward(inputs, ScheduleConfig(Schedule.PUBLISH))
     compiled = len(kernel.device_caches[torch.cuda.current_device()][0])
     for scale, tokens in ((0.3, 600), (2.0, 599), (1.0, 512), (1.5, 601)):
         inputs = draw(tokens)
         inputs.scale = scale
-        forward(inputs, Schedule(Form.PUBLISH))
+        forward(inputs, ScheduleConfig(Schedule.PUBLISH))
     assert len(kernel.device_caches[torch.cuda.current_device()][0]) == compiled

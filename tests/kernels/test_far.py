@@ -8,7 +8,7 @@ import torch
 
 from fused_lora.backends import eager as eager_backend
 from fused_lora.backends.triton import launch
-from fused_lora.backends.triton.configs import DecodeConfig, Form, Schedule
+from fused_lora.backends.triton.configs import DecodeConfig, Schedule, ScheduleConfig
 
 # the last row begins beyond 2**31 elements, and so does a step of 32 rows
 ROWS, APART = 33, 2**26 + 64
@@ -37,12 +37,12 @@ def check(near, far, **options):
             oracle.within(name, *values)
 
 
-@pytest.mark.parametrize("form", [Form.RECOMPUTE, Form.PUBLISH, Form.PRODUCE])
+@pytest.mark.parametrize("kind", [Schedule.RECOMPUTE, Schedule.PUBLISH, Schedule.PRODUCE])
 @pytest.mark.parametrize("name", ["x", "weight"])
-def test_rows_of_tokens_and_of_the_weight(name, form, far, device):
+def test_rows_of_tokens_and_of_the_weight(name, kind, far, device):
     near = oracle.draw(ROWS, 32, ROWS, 2, dtype=torch.float16, device=device)
     setattr(near, name, far.contiguous())
-    check(near, dataclasses.replace(near, **{name: far}), schedule=Schedule(form))
+    check(near, dataclasses.replace(near, **{name: far}), schedule=ScheduleConfig(kind))
 
 
 @pytest.mark.parametrize("parts", [1, 2])

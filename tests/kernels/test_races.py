@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fused_lora.backends.environment import interpreting
 from fused_lora.backends.triton import launch
-from fused_lora.backends.triton.configs import DecodeConfig, Form, ReductionConfig, Schedule, TileConfig
+from fused_lora.backends.triton.configs import DecodeConfig, ReductionConfig, Schedule, ScheduleConfig, TileConfig
 from fused_lora.backends.triton.workspace import counters
 
 if not interpreting():
@@ -45,11 +45,11 @@ def adapter_grad():
 
 
 CALLS = {
-    "recompute": lambda: matmul(Schedule(Form.RECOMPUTE), dropout=True),
-    "publish": lambda: matmul(Schedule(Form.PUBLISH)),
-    "publish, many ranks": lambda: matmul(Schedule(Form.PUBLISH), rank=20),
-    "produce": lambda: matmul(Schedule(Form.PRODUCE, 3), dropout=True),
-    "produce, many ranks": lambda: matmul(Schedule(Form.PRODUCE, 2), rank=20),
+    "recompute": lambda: matmul(ScheduleConfig(Schedule.RECOMPUTE), dropout=True),
+    "publish": lambda: matmul(ScheduleConfig(Schedule.PUBLISH)),
+    "publish, many ranks": lambda: matmul(ScheduleConfig(Schedule.PUBLISH), rank=20),
+    "produce": lambda: matmul(ScheduleConfig(Schedule.PRODUCE, 3), dropout=True),
+    "produce, many ranks": lambda: matmul(ScheduleConfig(Schedule.PRODUCE, 2), rank=20),
     "decode": decode,
     "decode, many ranks": lambda: decode(20),
     "adapter gradients": adapter_grad,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 
-class Form(IntEnum):
+class Schedule(IntEnum):
     """Who computes the thin product of a row of tiles: see ``lora_matmul.py``."""
 
     PLAIN = 0
@@ -79,13 +79,13 @@ class TileConfig:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ScheduleConfig:
     """split: programs that share the thin product of a row of tiles, for PRODUCE; 1 otherwise.
 
     descriptors: tensor descriptors load a and w (``Problem.aligned``), not pointers.
     """
 
-    form: Form
+    kind: Schedule
     split: int = 1
     descriptors: bool = False
 
@@ -238,7 +238,7 @@ def takes_descriptors(problem: Problem, tiles: int, device: Device) -> bool:
 MAX_PRODUCERS = 8
 
 
-def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Schedule:
+def default_schedule(problem: Problem, config: TileConfig, device: Device) -> ScheduleConfig:
     """RECOMPUTE for one or two columns of tiles, PRODUCE while processors are idle anyway, else PUBLISH.
 
     A model of the launch (unit: a plain tile; u adds a tenth at rank 16, a quarter at rank 64; 132 processors) gives,
@@ -256,11 +256,11 @@ def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Sc
     rows, tiles = -(-problem.M // config.BLOCK_M), _tiles(problem, config.BLOCK_M, config.BLOCK_P)
     descriptors = takes_descriptors(problem, tiles, device)
     if tiles <= 2 * rows:
-        return Schedule(Form.RECOMPUTE, descriptors=descriptors)
+        return ScheduleConfig(Schedule.RECOMPUTE, descriptors=descriptors)
     idle = (device.multiprocessors - tiles) // rows
     if idle >= 1:
-        return Schedule(Form.PRODUCE, min(idle, MAX_PRODUCERS, -(-problem.Q // config.BLOCK_Q)))
-    return Schedule(Form.PUBLISH, descriptors=descriptors)
+        return ScheduleConfig(Schedule.PRODUCE, min(idle, MAX_PRODUCERS, -(-problem.Q // config.BLOCK_Q)))
+    return ScheduleConfig(Schedule.PUBLISH, descriptors=descriptors)
 
 
 def default_reduction(rank: int, itemsize: int, device: Device) -> ReductionConfig:

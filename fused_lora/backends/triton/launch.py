@@ -17,7 +17,7 @@ from torch import Tensor
 from ...plans import CALLS, Cache
 from ...torch_internals import raw_stream
 from . import choice
-from .configs import DecodeConfig, Form, Problem, ReductionConfig, ReductionProblem, Schedule, TileConfig
+from .configs import DecodeConfig, Problem, ReductionConfig, ReductionProblem, Schedule, ScheduleConfig, TileConfig
 from .entries import Tiled
 from .prepare import (
     adapter_grad_launch,
@@ -49,7 +49,7 @@ def lora_matmul(
     dropout_p: float,
     dropout_on_output: bool,
     config: TileConfig | DecodeConfig | None = None,
-    schedule: Schedule | None = None,
+    schedule: ScheduleConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One launch, ``decode.py``'s for small M. config, schedule: the kernel, tiles and schedule to take instead."""
     if config is None and schedule is None:
@@ -153,7 +153,7 @@ class MatmulPlan:
     def __init__(
         self, a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None,
         seed: Tensor | None, dropout_p: float, dropout_on_output: bool,
-        config: TileConfig | DecodeConfig | None = None, schedule: Schedule | None = None,
+        config: TileConfig | DecodeConfig | None = None, schedule: ScheduleConfig | None = None,
     ) -> None:  # fmt: skip
         self._device, self._on_gpu, self._dropout = a.device, a.device.type == "cuda", (dropout_p, dropout_on_output)
         rows, (Q, P), R = math.prod(a.shape[:-1]), w.shape, u.shape[1]
@@ -177,13 +177,15 @@ class MatmulPlan:
         self._descriptors = isinstance(chosen, Tiled) and chosen.schedule.descriptors
         produces, hands_over = True, True
         if isinstance(chosen, Tiled):
-            produces, hands_over = chosen.schedule.form == Form.PRODUCE, chosen.schedule.form > Form.RECOMPUTE
+            produces, hands_over = chosen.schedule.kind == Schedule.PRODUCE, chosen.schedule.kind > Schedule.RECOMPUTE
         if hands_over:
             self._counters = counters_of(self._problem, chosen)
         if produces:
             self._scratch = math.prod(scratch_of(self._problem, chosen))
 
-    def _choose(self, config: TileConfig | DecodeConfig | None, schedule: Schedule | None) -> Tiled | DecodeConfig:
+    def _choose(
+        self, config: TileConfig | DecodeConfig | None, schedule: ScheduleConfig | None
+    ) -> Tiled | DecodeConfig:
         chosen: Tiled | DecodeConfig
         if config is None and schedule is None:
             chosen = choice.choice(self._problem, self._device)
@@ -256,7 +258,7 @@ class MatmulPlan:
             a, w, u, v, bias, _, seed = operands
             a, w, u, v = self._views(a, w, u, v)
             tile = choice.tiled_rule(self._problem, self._device).tile
-            self._alone = MatmulPlan(a, w, u, v, bias, seed, *self._dropout, tile, Schedule(Form.RECOMPUTE))
+            self._alone = MatmulPlan(a, w, u, v, bias, seed, *self._dropout, tile, ScheduleConfig(Schedule.RECOMPUTE))
         return self._alone(*operands)  # type: ignore[return-value]
 
     def _views(self, a: Tensor, w: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:

@@ -47,12 +47,12 @@ inline void check_matmul_operands(const at::Tensor& a2, const at::Tensor& w, con
   }
 }
 
-// thin: (M, R), of wide's rows and dtype; wide: (M, C).
-inline void check_thin(const char* thin_name, const at::Tensor& thin, const char* wide_name, const at::Tensor& wide) {
+// low: (M, R), of wide's rows and dtype; wide: (M, C).
+inline void check_low_rank(const char* low_name, const at::Tensor& low, const char* wide_name, const at::Tensor& wide) {
   check_floating(wide_name, wide.scalar_type());
-  check_dtype(thin_name, thin, wide.scalar_type());
-  TORCH_CHECK_VALUE(thin.dim() == 2, thin_name, " must be of shape (M, R), got ", thin.sizes());
-  check_shape(thin_name, thin, {wide.size(0), thin.size(1)});
+  check_dtype(low_name, low, wide.scalar_type());
+  TORCH_CHECK_VALUE(low.dim() == 2, low_name, " must be of shape (M, R), got ", low.sizes());
+  check_shape(low_name, low, {wide.size(0), low.size(1)});
 }
 
 // tensor *= factor, a tensor itself: mul_(Scalar) rounds its argument to a 16-bit tensor's dtype before it multiplies.

@@ -29,7 +29,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     Several adapters may be active: their products are summed, in one kernel too, their ranks put together. In training
     with dropout, adapters of the same dropout share one mask, as one adapter of all their ranks would; for each further
-    dropout rate two thin products are added by plain PyTorch. Adapters that are not active cost nothing.
+    dropout rate two low-rank products are added by plain PyTorch. Adapters that are not active cost nothing.
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.

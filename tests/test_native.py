@@ -137,7 +137,7 @@ def test_few_rows_are_as_exact_as_the_reference_both_ways(native, M, dtype):
 def test_a_row_of_few_has_the_same_bits_in_any_company_and_on_any_threads(native, dtype):
     M = FEW[dtype]
     i = oracle.draw(M, 1000, 700, 3, dtype)
-    # the thin product is a library's, and its bits may depend on the company
+    # the low-rank product is a library's, and its bits may depend on the company
     i.lora_A.zero_()
     i.lora_B.zero_()
     forward = (i.weight.t(), i.lora_A.t(), i.lora_B.t(), i.bias, 1.5, None, 0.0, False)
@@ -241,8 +241,8 @@ def test_dropout_bits_are_those_of_the_reference(native, seed, dtype):
         # each of the others by a product with the identity, of whichever side is the shorter
         if cols < rows:
             eye = torch.eye(cols, dtype=dtype)
-            _, thin = native.lora_matmul(ones, eye, eye, eye, None, 1.0, seed, p, False)
-            assert torch.equal(thin != 0, keep)
+            _, h = native.lora_matmul(ones, eye, eye, eye, None, 1.0, seed, p, False)
+            assert torch.equal(h != 0, keep)
         else:
             eye = torch.eye(rows, dtype=dtype)
             dA, _ = native.adapter_grad(ones, eye, None, None, 1.0, seed, p, dtype, dtype)

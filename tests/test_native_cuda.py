@@ -218,8 +218,8 @@ def test_dropout_bits_are_those_of_the_reference(kernels, seed):
         out, _ = kernels.lora_matmul(ones[:, :1], 0 * ones[:1], ones[:1, :1], ones[:1], None, 1.0, seed, p, True)
         assert torch.equal(out != 0, keep)
         eye = torch.eye(cols)
-        _, thin = kernels.lora_matmul(ones, eye, eye, eye, None, 1.0, seed, p, False)
-        assert torch.equal(thin != 0, keep)
+        _, h = kernels.lora_matmul(ones, eye, eye, eye, None, 1.0, seed, p, False)
+        assert torch.equal(h != 0, keep)
         dA, _ = kernels.adapter_grad(ones, torch.eye(rows), None, None, 1.0, seed, p, torch.float32, torch.float32)
         assert torch.equal(dA != 0, keep)
 
@@ -229,20 +229,18 @@ ORDERS = [Turns(0, 1), Turns(0, 9), Turns(1, 9), Turns(2, 5)]
 ORDERS += [Turns(seed, 9, delayed) for seed, delayed in ((3, 1), (4, 2), (5, 4))]
 
 
-@pytest.mark.parametrize(
-    ("arithmetic", "multiprocessors"), [*((arithmetic, 24) for arithmetic in ARITHMETICS), ("bfloat16", 1)]
-)
-def test_any_order_of_blocks_gives_the_same_bits(kernels, arithmetic, multiprocessors):
+@pytest.mark.parametrize(("arithmetic", "sms"), [*((arithmetic, 24) for arithmetic in ARITHMETICS), ("bfloat16", 1)])
+def test_any_order_of_blocks_gives_the_same_bits(kernels, arithmetic, sms):
     dtype = dtype_of(arithmetic)
     told = kernel_arithmetic(arithmetic)
     tokens = (3, 140)
     works = [("lora_matmul", (*draw_matmul(arithmetic, M, 300, 150, 70, False), 1.5, SEED, 0.3, False)) for M in tokens]
-    wide_and_thin = tuple(torch.randn(300, columns).to(dtype) for columns in (150, 5, 99, 5))
-    works.append(("adapter_grad", (*wide_and_thin, 1.5, SEED, 0.3, dtype, dtype)))
+    wide_and_low = tuple(torch.randn(300, columns).to(dtype) for columns in (150, 5, 99, 5))
+    works.append(("adapter_grad", (*wide_and_low, 1.5, SEED, 0.3, dtype, dtype)))
     for operator, arguments in works:
         bits = None
         for turns in ORDERS:
-            turns = replace(turns, multiprocessors=multiprocessors)
+            turns = replace(turns, sms=sms)
             got = getattr(kernels, operator)(*arguments, turns=turns, arithmetic=told)
             assert not any(result.isnan().any() for result in got)
             bits = bits or got
@@ -253,14 +251,14 @@ def test_any_order_of_blocks_gives_the_same_bits(kernels, arithmetic, multiproce
 def test_contractions_are_cut_into_parts_where_tiles_are_few(on_host, arithmetic):
     """What the test above relies on to have split sums, in both operators and both tiles."""
     few, many, gradients = (
-        on_host.plan(function, arithmetic, *sizes, Turns(multiprocessors=24))
+        on_host.plan(function, arithmetic, *sizes, Turns(sms=24))
         for function, sizes in (
             ("plan_matmul", (3, 150, 300, 70)), ("plan_matmul", (140, 150, 300, 70)), ("plan_grad", (300, 150, 99, 5)),
         )
     )  # fmt: skip
     assert (few.few, many.few) == (1, 0)
     assert min(few.split, many.split, gradients.split) > 1
-    assert on_host.plan("plan_matmul", arithmetic, 140, 150, 300, 70, Turns(multiprocessors=1)).split == 1
+    assert on_host.plan("plan_matmul", arithmetic, 140, 150, 300, 70, Turns(sms=1)).split == 1
 
 
 sizes = st.integers(1, 150)
@@ -270,13 +268,11 @@ sizes = st.integers(1, 150)
 @given(
     M=st.integers(0, 150), K=sizes, N=sizes, R=st.integers(1, 80), bias=st.booleans(),
     arithmetic=st.sampled_from(ARITHMETICS), backward=st.booleans(), dropout=st.sampled_from([None, "input", "output"]),
-    multiprocessors=st.integers(1, 40), resident=st.integers(1, 12), delayed=st.integers(0, 4), seed=st.integers(0, 99),
+    sms=st.integers(1, 40), resident=st.integers(1, 12), delayed=st.integers(0, 4), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_whatever_the_sizes(
-    kernels, M, K, N, R, bias, arithmetic, backward, dropout, multiprocessors, resident, delayed, seed
-):
+def test_whatever_the_sizes(kernels, M, K, N, R, bias, arithmetic, backward, dropout, sms, resident, delayed, seed):
     torch.manual_seed(seed)
-    turns = Turns(seed, resident, delayed, multiprocessors)
+    turns = Turns(seed, resident, delayed, sms)
     rest = (1.5, SEED if dropout else None, 0.3 if dropout else 0.0, dropout == "output")
     draws = [
         draw_matmul(arithmetic, M, K, N, R, backward, bias)

@@ -164,12 +164,12 @@ def test_a_wrong_candidate_is_not_timed_however_fast(tmp_path, monkeypatch, caps
     real = subjects.MatmulSubject.call
 
     def call(subject, choice):
-        out, thin = real(subject, choice)
+        out, h = real(subject, choice)
         if is_middle_tile(choice):
             if fault == "raises":
                 raise RuntimeError("out of shared memory\nand more")
             out[-1, -1] = out[-1, -1] * 1.01 + 0.01 if fault == "wrong" else float("nan")
-        return out, thin
+        return out, h
 
     monkeypatch.setattr(subjects.MatmulSubject, "call", call)
     assert tuning.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile)) == 0

@@ -78,7 +78,7 @@ def test_entries_come_back_from_disk(tmp_path):
     assert list(table.entries.values()) == ENTRIES
 
 
-OLD_NAMES = {"schedule": "form"}
+OLD_NAMES = {"schedule": "form", "SPLIT_H": "SPLIT_THIN"}
 
 
 def renamed(config):
@@ -218,7 +218,7 @@ def test_info_names_the_file_and_whom_its_entries_are_for(tmp_path, monkeypatch,
         ("heuristic_ms", -1, "heuristic_ms must be a time in milliseconds, got -1"),
         ("kernel", "gemm", "kernel must be one of lora_matmul, decode, adapter_grad, got 'gemm'"),
         ("kernel", ["decode"], "kernel must be one of"),
-        ("kernel", "decode", "config must have the fields .* and lacks SPLIT, SPLIT_THIN"),
+        ("kernel", "decode", "config must have the fields .* and lacks SPLIT, SPLIT_H"),
         ("problem", None, "problem must be an object, got None"),
         ("problem.M", 8000, "M and R must be powers of two, R from 16, got 8000 and 16"),
         ("problem.R", 8, "M and R must be powers of two"),

@@ -89,7 +89,7 @@ def grid_of(pass_: str, layer: Layer, gpu: Gpu, known: Sequence[Row] = ()) -> Gr
     major, minor = gpu.device.capability
     found = compiled.find(known, 10 * major + minor, pass_, tile, schedule.name, layer.R)
     tiles = -(-layer.M // tile.BLOCK_M) * -(-P // tile.BLOCK_P)
-    return Grid(tile, schedule, tiles, gpu.device.multiprocessors, found)
+    return Grid(tile, schedule, tiles, gpu.device.sms, found)
 
 
 def forward_ms(way: str, layer: Layer, gpu: Gpu, known: Sequence[Row] = ()) -> float:

@@ -11,11 +11,11 @@ namespace fused_lora::cpu {
 // few_rows.cpp.
 bool is_for_few_rows(const at::Tensor& a, const at::Tensor& w);
 
-// out = a w + scale · thin v + bias, summed in float32 and rounded once. Each element is summed in an order of its own,
+// out = a w + scale · h v + bias, summed in float32 and rounded once. Each element is summed in an order of its own,
 // which neither threads nor the other rows change.
-// a: (M, Q).  w: (Q, P), its rows or its columns contiguous.  thin: (M, R).  v: (R, P).  bias: (P,).
+// a: (M, Q).  w: (Q, P), its rows or its columns contiguous.  h: (M, R).  v: (R, P).  bias: (P,).
 // out: (M, P), contiguous.  All of one dtype, float32 or bfloat16.
-void few_rows(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w, const at::Tensor& thin,
-              const at::Tensor& v, const std::optional<at::Tensor>& bias, double scale);
+void few_rows(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w, const at::Tensor& h, const at::Tensor& v,
+              const std::optional<at::Tensor>& bias, double scale);
 
 }  // namespace fused_lora::cpu

@@ -42,7 +42,7 @@ void check_device(const char* name, const at::Tensor& tensor, at::Device device)
   TORCH_CHECK_VALUE(tensor.device() == device, name, " must be on ", device, ", got ", tensor.device());
 }
 
-// Kernels convert float32 to 16 bits as they read it; any other adapter's dtype is converted here: it is thin.
+// Kernels convert float32 to 16 bits as they read it; any other adapter's dtype is converted here: it is small.
 at::Tensor readable(const at::Tensor& adapter, at::ScalarType dtype) {
   return adapter.scalar_type() == dtype || adapter.scalar_type() == at::kFloat ? adapter : adapter.to(dtype);
 }
@@ -62,7 +62,7 @@ DropoutArguments dropout_for(const std::optional<at::Tensor>& seed, double p, at
   return {seed->const_data_ptr<int64_t>(), threshold, static_cast<float>(kLanes) / (kLanes - threshold)};
 }
 
-int32_t multiprocessors(at::Device device) {
+int32_t sm_count(at::Device device) {
   int count = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index()));
   return count;
@@ -137,10 +137,10 @@ std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Te
 
   auto shape = a.sizes().vec();
   shape.back() = P;
-  at::Tensor out = at::empty(shape, a.options()), thin = at::empty({M, R}, a.options());
-  if (out.numel() == 0 && thin.numel() == 0) return {out, thin};
+  at::Tensor out = at::empty(shape, a.options()), h = at::empty({M, R}, a.options());
+  if (out.numel() == 0 && h.numel() == 0) return {out, h};
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Plan plan = plan_lora_matmul(arithmetic, M, P, Q, R, multiprocessors(a.device()));
+  const Plan plan = plan_lora_matmul(arithmetic, M, P, Q, R, sm_count(a.device()));
   const Scratch scratch(plan, a.device(), stream);
   const at::Tensor u2 = readable(u, dtype), v2 = readable(v, dtype);
   const at::Tensor bias2 = bias ? bias->contiguous() : at::Tensor();
@@ -157,12 +157,12 @@ std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Te
                                       dropout_on_output,
                                       dropout,
                                       out.mutable_data_ptr(),
-                                      thin.mutable_data_ptr(),
+                                      h.mutable_data_ptr(),
                                       scratch.slots.mutable_data_ptr<float>(),
                                       scratch.zeros.mutable_data_ptr<int32_t>(),
                                       plan.split};
   C10_CUDA_CHECK(static_cast<cudaError_t>(launch_lora_matmul(arithmetic, plan, arguments, stream)));
-  return {out, thin};
+  return {out, h};
 }
 
 // A gradient as its kernel stores it: float32 unless it is of the operands' dtype.
@@ -188,7 +188,7 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
   const c10::cuda::CUDAGuard on_device(like.device());
   if (wants_A) {
     x2 = rows("x", *x);
-    check_thin("g", *g, "x", *x2);
+    check_low_rank("g", *g, "x", *x2);
     check_device("g", *g, like.device());
     dA = gradient({g->size(1), x2->size(1)}, dtype_A, like);
     arguments.M = g->size(0), arguments.R = g->size(1);
@@ -197,7 +197,7 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
   }
   if (wants_B) {
     dy2 = rows("dy", *dy);
-    check_thin("h", *h, "dy", *dy2);
+    check_low_rank("h", *h, "dy", *dy2);
     check_dtype("dy", *dy2, dtype);
     check_device("dy", *dy2, like.device());
     check_device("h", *h, like.device());
@@ -211,7 +211,7 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
   if (elements > 0) {
     const auto stream = c10::cuda::getCurrentCUDAStream();
     const Plan plan = plan_adapter_grad(arithmetic, arguments.M, arguments.dA.columns, arguments.dB.columns,
-                                        arguments.R, multiprocessors(like.device()));
+                                        arguments.R, sm_count(like.device()));
     const Scratch scratch(plan, like.device(), stream);
     arguments.scale = static_cast<float>(scale);
     arguments.dropout = dropout;

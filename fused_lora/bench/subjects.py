@@ -162,7 +162,7 @@ def in_one_line(choice: Choice | None) -> str:
         blocks = f"{t.BLOCK_M}×{t.BLOCK_P}×{t.BLOCK_Q}, group {t.GROUP_M}"
         return f"{blocks}, {t.num_warps} warps, {t.num_stages} stages, {how}"
     if isinstance(choice, DecodeConfig):
-        parts = f"{choice.SPLIT} and {choice.SPLIT_THIN} parts"
+        parts = f"{choice.SPLIT} and {choice.SPLIT_H} parts"
         return (
             f"decode {choice.BLOCK_P}×{choice.BLOCK_Q}, {choice.num_warps} warps, {choice.num_stages} stages, {parts}"
         )

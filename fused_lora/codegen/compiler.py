@@ -27,7 +27,7 @@ from ..backends.triton.straight import Launch
 from . import sass
 
 # shared memory that one program may use, from the CUDA programming guide's table of compute capabilities;
-# multiprocessors of the A100, RTX 3090 Ti, L40S, H100, B200 and RTX PRO 6000
+# SMs of the A100, RTX 3090 Ti, L40S, H100, B200 and RTX PRO 6000
 DEVICES = {
     80: Device((8, 0), 163 * 1024, 108),
     86: Device((8, 6), 99 * 1024, 84),

@@ -51,7 +51,7 @@ def neighbours(problem: Problem | ReductionProblem, device: Device, best: Choice
             yield Reduced(config, best.parts)
         yield from (replace(best, parts=parts) for parts in _halved_and_doubled(best.parts))
     else:
-        yield from _around(best, "num_stages", "num_warps", "BLOCK_Q", "BLOCK_P", "SPLIT", "SPLIT_THIN")
+        yield from _around(best, "num_stages", "num_warps", "BLOCK_Q", "BLOCK_P", "SPLIT", "SPLIT_H")
 
 
 def schedules(problem: Problem | ReductionProblem, device: Device, best: Choice) -> Iterator[Choice]:

@@ -45,13 +45,13 @@ class LoraMatmulArguments(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in "MPQR"), *((name, Matrix) for name in "awuv"),
         ("bias", c_void_p), ("scale", c_float), ("dropout_on_output", c_int32), ("dropout", DropoutArguments),
-        ("out", c_void_p), ("thin", c_void_p), ("slots", c_void_p), ("counters", c_void_p), ("split", c_int32),
+        ("out", c_void_p), ("h", c_void_p), ("slots", c_void_p), ("counters", c_void_p), ("split", c_int32),
     )  # fmt: skip
 
 
 class Reduction(ctypes.Structure):
     _fields_ = (
-        ("wide", Matrix), ("thin", Matrix), ("columns", c_int64), ("has_dropout", c_int32),
+        ("wide", Matrix), ("low", Matrix), ("columns", c_int64), ("has_dropout", c_int32),
         ("out", c_void_p), ("stride_r", c_int64), ("stride_column", c_int64), ("out_is_float32", c_int32),
     )  # fmt: skip
 
@@ -65,12 +65,12 @@ class AdapterGradArguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Turns:
-    """As in fibers.h. multiprocessors: what the plan takes the GPU to have."""
+    """As in fibers.h. sms: what the plan takes the GPU to have."""
 
     seed: int = 1
     resident: int = 4
     delayed: int = 0
-    multiprocessors: int = 2
+    sms: int = 2
 
 
 DEFAULT = Turns()
@@ -100,39 +100,39 @@ class Kernels:
         a2 = _rows(a)
         (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
         arithmetic = ARITHMETIC[a.dtype] if arithmetic is None else arithmetic
-        out, thin = a.new_empty((*a.shape[:-1], P)), a.new_empty((M, R))
+        out, h = a.new_empty((*a.shape[:-1], P)), a.new_empty((M, R))
         plan = self.plan("plan_matmul", arithmetic, M, P, Q, R, turns)
         slots, counters = _scratch(plan)
         arguments = LoraMatmulArguments(
             M, P, Q, R, *(Matrix.of(operand, a.dtype) for operand in (a2, w, u, v)),
             None if bias is None else bias.data_ptr(), scale, dropout_on_output, DropoutArguments.of(seed, dropout_p),
-            out.data_ptr(), thin.data_ptr(), slots.data_ptr(), counters.data_ptr(), plan.split,
+            out.data_ptr(), h.data_ptr(), slots.data_ptr(), counters.data_ptr(), plan.split,
         )  # fmt: skip
         if math.prod(out.shape) > 0:
             failed = self.library.launch_matmul(arithmetic, ctypes.byref(plan), ctypes.byref(arguments))
             _finished(failed, counters)
-        return out, thin
+        return out, h
 
     def adapter_grad(
         self, x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B, turns=DEFAULT, arithmetic=None
     ):  # fmt: skip
-        pairs = [(None if wide is None else _rows(wide), thin) for wide, thin in ((x, g), (dy, h))]
-        thin = next(thin for _, thin in pairs if thin is not None)
-        (M, R), base = thin.shape, thin.dtype
+        pairs = [(None if wide is None else _rows(wide), low) for wide, low in ((x, g), (dy, h))]
+        low = next(low for _, low in pairs if low is not None)
+        (M, R), base = low.shape, low.dtype
         arithmetic = ARITHMETIC[base] if arithmetic is None else arithmetic
         K, N = (0 if wide is None else wide.shape[1] for wide, _ in pairs)
-        dA = None if x is None else thin.new_empty((R, K), dtype=dtype_A)
-        dB = None if dy is None else thin.new_empty((N, R), dtype=dtype_B)
+        dA = None if x is None else low.new_empty((R, K), dtype=dtype_A)
+        dB = None if dy is None else low.new_empty((N, R), dtype=dtype_B)
         plan = self.plan("plan_grad", arithmetic, M, K, N, R, turns)
         slots, counters = _scratch(plan)
         reductions = [
             Reduction()
             if wide is None
             else Reduction(
-                Matrix.of(wide, base), Matrix.of(thin, base), wide.shape[1], out is dA,
+                Matrix.of(wide, base), Matrix.of(low, base), wide.shape[1], out is dA,
                 out.data_ptr(), *(out.stride() if out is dA else out.stride()[::-1]), out.dtype == torch.float32,
             )
-            for (wide, thin), out in zip(pairs, (dA, dB), strict=True)
+            for (wide, low), out in zip(pairs, (dA, dB), strict=True)
         ]  # fmt: skip
         arguments = AdapterGradArguments(
             M, R, *reductions, scale, DropoutArguments.of(seed, dropout_p),
@@ -146,7 +146,7 @@ class Kernels:
         *sizes, turns = sizes_and_turns
         self.library.set_turns(turns.seed, turns.resident, turns.delayed)
         plan = Plan()
-        getattr(self.library, function)(arithmetic, *sizes, turns.multiprocessors, ctypes.byref(plan))
+        getattr(self.library, function)(arithmetic, *sizes, turns.sms, ctypes.byref(plan))
         return plan
 
 

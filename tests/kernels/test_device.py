@@ -62,14 +62,14 @@ class Stage:
 
 
 def draw(tokens):
-    """With the thin products that the adapter gradients read, which are not under test here."""
+    """With the low-rank products that the adapter gradients read, which are not under test here."""
     inputs = oracle.draw(tokens, K, N, R, dtype=torch.bfloat16, device=DEVICE)
     inputs.g, inputs.h = inputs.dy @ inputs.lora_B, inputs.x @ inputs.lora_A.t()
     return inputs
 
 
 def forward(inputs, schedule=None, dropout=False):
-    """out and thin of one launch."""
+    """out and h of one launch."""
     operands = (inputs.x, inputs.weight.t(), inputs.lora_A.t(), inputs.lora_B.t(), inputs.bias, inputs.scale)
     seed = torch.tensor([7], device=DEVICE) if dropout else None
     return launch.lora_matmul(*operands, seed, 0.3 if dropout else 0.0, False, schedule=schedule)
@@ -81,9 +81,9 @@ def input_gradient(inputs, schedule=None):
 
 
 def adapter_gradients(inputs, parts=None):
-    wide_and_thin = inputs.x, inputs.g, inputs.dy, inputs.h
+    wide_and_low = inputs.x, inputs.g, inputs.dy, inputs.h
     dtypes = inputs.lora_A.dtype, inputs.lora_B.dtype
-    return launch.adapter_grad(*wide_and_thin, inputs.scale, None, 0.0, *dtypes, parts=parts)
+    return launch.adapter_grad(*wide_and_low, inputs.scale, None, 0.0, *dtypes, parts=parts)
 
 
 def step(inputs, impl="triton"):

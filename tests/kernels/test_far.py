@@ -33,7 +33,7 @@ def check(near, far, **options):
     for plain, exact, args in zip(both_ways(near), both_ways(near.to(torch.float64)), both_ways(far), strict=True):
         eager, truth = (eager_backend.lora_matmul(*operands, *NO_DROPOUT) for operands in (plain, exact))
         got = launch.lora_matmul(*args, *NO_DROPOUT, **options)
-        for name, *values in zip(("out", "thin"), got, eager, truth, strict=True):
+        for name, *values in zip(("out", "h"), got, eager, truth, strict=True):
             oracle.within(name, *values)
 
 
@@ -56,8 +56,8 @@ def test_rows_of_tokens_in_the_adapter_gradients(far, device):
     g = torch.randn(ROWS, 3, device=device).half()
     near, rest = far.contiguous(), (1.0, None, 0.0)
     eager = eager_backend.adapter_grad(near, g, near, g, *rest, torch.float32, torch.float32)
-    wide, thin = near.double(), g.double()
-    truth = eager_backend.adapter_grad(wide, thin, wide, thin, *rest, torch.float64, torch.float64)
+    wide, low = near.double(), g.double()
+    truth = eager_backend.adapter_grad(wide, low, wide, low, *rest, torch.float64, torch.float64)
     for x in (far, far.t().contiguous().t()):
         got = launch.adapter_grad(x, g, x, g, 1.0, None, 0.0, torch.float32, torch.float32, parts=1)
         for name, *values in zip(("dA", "dB"), got, eager, truth, strict=True):

@@ -20,7 +20,7 @@ if not interpreting():
 from interleaving import StuckError, interleaved
 
 TILE = TileConfig(BLOCK_M=16, BLOCK_P=16, BLOCK_Q=16, BLOCK_R=16, GROUP_M=2, num_warps=4, num_stages=1)
-DECODE = DecodeConfig(BLOCK_P=16, BLOCK_Q=16, BLOCK_R=16, SPLIT=3, SPLIT_THIN=2, num_warps=4, num_stages=1)
+DECODE = DecodeConfig(BLOCK_P=16, BLOCK_Q=16, BLOCK_R=16, SPLIT=3, SPLIT_H=2, num_warps=4, num_stages=1)
 REDUCTION = ReductionConfig(BLOCK_M=16, BLOCK_C=16, BLOCK_R=16, num_warps=4, num_stages=1)
 
 

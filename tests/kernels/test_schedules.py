@@ -55,7 +55,7 @@ def check(schedule, case, dtype, device):
         with oracle.in_one_chain():
             eager = eager_backend.lora_matmul(*args, *rest, on_output)
         exact = eager_backend.lora_matmul(*exact_args, *rest, on_output)
-        for name, *values in zip(("out", "thin"), got, eager, exact, strict=True):
+        for name, *values in zip(("out", "h"), got, eager, exact, strict=True):
             oracle.within(name, *values)
     assert not counters(torch.device(inputs.x.device), 1).any()
 

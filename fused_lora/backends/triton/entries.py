@@ -51,7 +51,7 @@ def class_of(problem: AnyProblem) -> AnyProblem:
 _ITEMSIZES = (2, 4)
 _WARPS = (1, 2, 4, 8, 16)
 _MOST_STAGES, _LARGEST_BLOCK, _MOST_PARTS, _LARGEST_SIZE = 8, 512, 128, 1 << 40
-_SPLITS = ("SPLIT", "SPLIT_THIN")
+_SPLITS = ("SPLIT", "SPLIT_H")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Entry:
 
 
 # what older files call a field -> its name
-_RENAMED = {"form": "schedule"}
+_RENAMED = {"form": "schedule", "SPLIT_THIN": "SPLIT_H"}
 _KERNELS: dict[type, str] = {Tiled: "lora_matmul", DecodeConfig: "decode", Reduced: "adapter_grad"}
 Record = TypeVar("Record")
 

@@ -88,7 +88,7 @@ def decode_launch(
         varying=10,
         variant=decode.Variant(
             bias is not None, Q % config.BLOCK_Q == 0, precision(a.dtype),
-            config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R, config.SPLIT, config.SPLIT_THIN,
+            config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R, config.SPLIT, config.SPLIT_H,
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -142,13 +142,13 @@ def counters_of(problem: Problem, chosen: Tiled | DecodeConfig) -> int:
 def whole_parts(config: DecodeConfig, Q: int) -> DecodeConfig:
     """config with so few parts that none is empty."""
     steps = cdiv(Q, config.BLOCK_Q)
-    if steps >= max(config.SPLIT, config.SPLIT_THIN):
+    if steps >= max(config.SPLIT, config.SPLIT_H):
         return config
-    return dataclasses.replace(config, SPLIT=min(config.SPLIT, steps), SPLIT_THIN=min(config.SPLIT_THIN, steps))
+    return dataclasses.replace(config, SPLIT=min(config.SPLIT, steps), SPLIT_H=min(config.SPLIT_H, steps))
 
 
 def _decode_parts(P: int, R: int, config: DecodeConfig) -> tuple[int, int]:
-    return cdiv(P, config.BLOCK_P) * config.SPLIT, cdiv(R, config.BLOCK_R) * config.SPLIT_THIN
+    return cdiv(P, config.BLOCK_P) * config.SPLIT, cdiv(R, config.BLOCK_R) * config.SPLIT_H
 
 
 def reduction_tiles(K: int, N: int, R: int, config: ReductionConfig) -> int:

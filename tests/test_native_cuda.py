@@ -19,7 +19,7 @@ from fused_lora.dropout import dropout_mask
 
 SEED = torch.tensor([-7_000_000_000_000_000_001])
 ARITHMETICS = ("bfloat16", "float16", "float32", "tf32")
-# few tokens, several tiles of rows; ranks with a tail, of several tiles
+# small M, several tiles of rows; ranks with a tail, of several tiles
 SHAPES = ((1, 16), (5, 100), (16, 3), (17, 1), (129, 64))
 TURNS = Turns()
 by_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS)
@@ -250,14 +250,14 @@ def test_any_order_of_blocks_gives_the_same_bits(kernels, arithmetic, sms):
 @pytest.mark.parametrize("arithmetic", [BFLOAT16, EXACT])
 def test_contractions_are_cut_into_parts_where_tiles_are_few(on_host, arithmetic):
     """What the test above relies on to have split sums, in both operators and both tiles."""
-    few, many, gradients = (
+    small, large, gradients = (
         on_host.plan(function, arithmetic, *sizes, Turns(sms=24))
         for function, sizes in (
             ("plan_matmul", (3, 150, 300, 70)), ("plan_matmul", (140, 150, 300, 70)), ("plan_grad", (300, 150, 99, 5)),
         )
     )  # fmt: skip
-    assert (few.few, many.few) == (1, 0)
-    assert min(few.split, many.split, gradients.split) > 1
+    assert (small.small_m, large.small_m) == (1, 0)
+    assert min(small.split, large.split, gradients.split) > 1
     assert on_host.plan("plan_matmul", arithmetic, 140, 150, 300, 70, Turns(sms=1)).split == 1
 
 

@@ -102,8 +102,8 @@ def test_every_schedule_and_both_kernels_for_small_m_are_among_them():
     best = rule(problem, device)
     kinds = {choice.schedule.kind for choice in fitting(ROUNDS[2], problem, device, best, set())}
     assert kinds == {Schedule.PUBLISH, Schedule.RECOMPUTE, Schedule.PRODUCE}
-    few = Problem(4, 4096, 4096, 16, 2, 2)
-    kinds = {type(choice) for choice in fitting(ROUNDS[0], few, device, rule(few, device), set())}
+    decode = Problem(4, 4096, 4096, 16, 2, 2)
+    kinds = {type(choice) for choice in fitting(ROUNDS[0], decode, device, rule(decode, device), set())}
     assert kinds == {Tiled, DecodeConfig}
 
 

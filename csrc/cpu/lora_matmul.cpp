@@ -8,8 +8,8 @@
 
 #include "../tensors.h"
 #include "dropout.h"
-#include "few_rows.h"
 #include "operators.h"
+#include "small_m.h"
 
 namespace fused_lora::cpu {
 namespace {
@@ -89,9 +89,9 @@ std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Te
   if (dropout && dropout_on_output) {
     out = base_product(a2, w, bias, dropout_on_output);
     add_dropped_product(out, h, v2, scale, *dropout);
-  } else if (is_for_few_rows(a2, w)) {
+  } else if (is_for_small_m(a2, w)) {
     out = at::empty({a2.size(0), w.size(1)}, a2.options());
-    few_rows(out, a2, w, h, v2, bias, scale);
+    small_m_product(out, a2, w, h, v2, bias, scale);
   } else {
     out = base_product(a2, w, bias, dropout_on_output);
     out.addmm_(h, v2, /*beta=*/1, /*alpha=*/scale);

@@ -138,8 +138,8 @@ def _compile_matmul(case: Case, pass_: str, operands: tuple[Any, ...], h: Tensor
     if takes_decode(problem):
         decode = prepare.whole_parts(_staged(default_decode(problem, device), case), problem.Q)
         slots = _scratch(case, prepare.scratch_of(problem, decode))
-        few: tuple[Any, ...] = (*operands, 1.5, out, h, slots, _counters(case), decode)
-        call = prepare.decode_launch(*few)
+        given: tuple[Any, ...] = (*operands, 1.5, out, h, slots, _counters(case), decode)
+        call = prepare.decode_launch(*given)
         tile = (decode.BLOCK_P, decode.BLOCK_Q, decode.BLOCK_R, decode.num_warps, decode.num_stages)
         return Found(case, pass_, tile, "decode", "pointers", compile_launch(call, case.arch), None)
     config = _staged(default_config(problem, device), case)
@@ -149,7 +149,7 @@ def _compile_matmul(case: Case, pass_: str, operands: tuple[Any, ...], h: Tensor
     parts = None
     if schedule.kind == Schedule.PRODUCE:
         parts = _scratch(case, prepare.scratch_of(problem, Tiled(config, schedule)))
-    given: tuple[Any, ...] = (*operands, 1.5, *dropout, out, h, config, schedule, parts, sync)
+    given = (*operands, 1.5, *dropout, out, h, config, schedule, parts, sync)
     call = prepare.lora_matmul_launch(*given)
     tile = (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.num_warps, config.num_stages)
     loads = "descriptors" if schedule.descriptors else "pointers"

@@ -21,7 +21,7 @@ ARITHMETIC = {torch.bfloat16: BFLOAT16, torch.float16: HALF, torch.float32: EXAC
 
 
 class Plan(ctypes.Structure):
-    _fields_ = (("few", c_int32), ("split", c_int32), ("counters", c_int32), ("slot_floats", c_int64))
+    _fields_ = (("small_m", c_int32), ("split", c_int32), ("counters", c_int32), ("slot_floats", c_int64))
 
 
 class Matrix(ctypes.Structure):

@@ -50,7 +50,7 @@ def test_default_config_fits_every_device(device):
             assert block & (block - 1) == 0
 
 
-def test_few_tokens_get_a_low_tile():
+def test_small_m_gets_a_low_tile():
     tall = default_config(Problem(4096, 4096, 4096, 16, 2, 2), DEVICES["sm_90"])
     low = default_config(Problem(3, 4096, 4096, 16, 2, 2), DEVICES["sm_90"])
     assert (tall.BLOCK_M, tall.BLOCK_P, low.BLOCK_M) == (128, 256, 16)

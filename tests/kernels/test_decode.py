@@ -1,4 +1,4 @@
-"""Few tokens: their own kernel, through the same contract, and the counters by which its programs meet."""
+"""Decode: its own kernel, through the same contract, and the counters by which its programs meet."""
 
 import dataclasses
 
@@ -130,7 +130,7 @@ def test_leading_dimensions_are_kept(device):
     assert torch.equal(deep.view(6, 20), flat)
 
 
-def test_a_step_of_few_tokens_is_one_launch_forward_and_two_backward(device, launches):
+def test_a_step_of_small_m_is_one_launch_forward_and_two_backward(device, launches):
     inputs = oracle.draw(3, 40, 30, 4, device=device)
     leaves = inputs.leaves()
     y = triton(leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, 1.0)
@@ -141,7 +141,7 @@ def test_a_step_of_few_tokens_is_one_launch_forward_and_two_backward(device, lau
 
 @pytest.mark.parametrize("tokens", [16, 17])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_only_few_tokens_without_dropout_take_this_kernel(tokens, dropout_p, device, launches):
+def test_only_small_m_without_dropout_takes_this_kernel(tokens, dropout_p, device, launches):
     inputs = oracle.draw(tokens, 40, 30, 4, device=device)
     triton(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, 1.0, dropout_p=dropout_p)
     assert names(launches) == ["_decode_kernel" if (tokens, dropout_p) == (16, 0.0) else "_lora_matmul_kernel"]

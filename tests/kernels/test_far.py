@@ -46,7 +46,7 @@ def test_rows_of_tokens_and_of_the_weight(name, kind, far, device):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_rows_of_the_weight_where_tokens_are_few(parts, far, device):
+def test_rows_of_the_weight_in_decode(parts, far, device):
     near = oracle.draw(3, 32, ROWS, 2, dtype=torch.float16, device=device)
     near.weight = far.contiguous()
     check(near, dataclasses.replace(near, weight=far), config=DecodeConfig(32, 32, 16, parts, parts, 4, 1))

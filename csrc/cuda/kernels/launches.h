@@ -30,7 +30,7 @@ struct DropoutArguments {
 
 // How M, P and Q are cut. Nothing of it depends on values, so a result has the same bits every time.
 struct Plan {
-  int32_t few;          // tiles for at most 16 tokens
+  int32_t small_m;      // tiles for at most 16 tokens
   int32_t split;        // parts of the contraction, each in a program of its own
   int32_t counters;     // int32 zeros that the launch needs, and leaves zero
   int64_t slot_floats;  // float32 scratch, in which the parts are kept until the last has come

@@ -2,7 +2,7 @@
 //
 // The columns of [u | w] are tiles. Those of u give h = a u, and have the lowest tickets; those of w give a w, wait
 // in their epilogue for the h of their rows, and add scale · h v. So no tile recomputes h, whatever the rank;
-// what it costs is one column of tiles more. For few tokens the tiles are flat and Q is cut into parts, so that all of
+// what it costs is one column of tiles more. For small M the tiles are flat and Q is cut into parts, so that all of
 // the GPU streams a share of w.
 #include "launches.h"
 #include "parts.cuh"
@@ -11,9 +11,9 @@
 namespace fused_lora::cuda {
 namespace {
 
-using FewTokens = Tile<1, 4, 1, 2, 256>;
-using ManyTokens = Tile<2, 4, 4, 4, 64>;
-constexpr int64_t MOST_FEW = FewTokens::OUTER_A;
+using SmallM = Tile<1, 4, 1, 2, 256>;
+using LargeM = Tile<2, 4, 4, 4, 64>;
+constexpr int64_t MOST_SMALL_M = SmallM::OUTER_A;
 
 // Tile `index` of rows × columns, 8 rows at a time: neighbours in time share operands in L2.
 __device__ void place_of(int index, int rows, int columns, int& row, int& column) {
@@ -106,25 +106,25 @@ template <typename Arithmetic>
 int launch_in(const Plan& plan, const LoraMatmulArguments& arguments, void* stream) {
   // vectors go along the contiguous dimension of w, which is u's and v's too: Wᵀ, Aᵀ and Bᵀ, or W, B and A
   if (arguments.w.stride_0 == 1) {
-    return plan.few ? launch_with<Arithmetic, FewTokens, true>(arguments, stream)
-                    : launch_with<Arithmetic, ManyTokens, true>(arguments, stream);
+    return plan.small_m ? launch_with<Arithmetic, SmallM, true>(arguments, stream)
+                        : launch_with<Arithmetic, LargeM, true>(arguments, stream);
   }
-  return plan.few ? launch_with<Arithmetic, FewTokens, false>(arguments, stream)
-                  : launch_with<Arithmetic, ManyTokens, false>(arguments, stream);
+  return plan.small_m ? launch_with<Arithmetic, SmallM, false>(arguments, stream)
+                      : launch_with<Arithmetic, LargeM, false>(arguments, stream);
 }
 
 }  // namespace
 
 Plan plan_lora_matmul(Arithmetic arithmetic, int64_t M, int64_t P, int64_t Q, int64_t R, int32_t sms) {
   Plan plan{};
-  plan.few = M <= MOST_FEW;
-  const int64_t outer_a = plan.few ? FewTokens::OUTER_A : ManyTokens::OUTER_A;
-  const int64_t outer_b = plan.few ? FewTokens::OUTER_B : ManyTokens::OUTER_B;
-  const int64_t block_k = (plan.few ? FewTokens::K_BYTES : ManyTokens::K_BYTES) / element_bytes(arithmetic);
+  plan.small_m = M <= MOST_SMALL_M;
+  const int64_t outer_a = plan.small_m ? SmallM::OUTER_A : LargeM::OUTER_A;
+  const int64_t outer_b = plan.small_m ? SmallM::OUTER_B : LargeM::OUTER_B;
+  const int64_t block_k = (plan.small_m ? SmallM::K_BYTES : LargeM::K_BYTES) / element_bytes(arithmetic);
   const int64_t rows = ceil_div(M, outer_a), tiles = rows * (ceil_div(R, outer_b) + ceil_div(P, outer_b));
-  // few tokens: three blocks on every SM keep enough loads on their way; many: each has its own work to do
-  plan.split =
-      plan.few ? parts_for(tiles, ceil_div(Q, block_k), sms, 3, 1) : parts_for(tiles, ceil_div(Q, block_k), sms, 1, 4);
+  // small M: three blocks on every SM keep enough loads on their way; large M: every block has enough to do
+  plan.split = plan.small_m ? parts_for(tiles, ceil_div(Q, block_k), sms, 3, 1)
+                            : parts_for(tiles, ceil_div(Q, block_k), sms, 1, 4);
   plan.counters = static_cast<int32_t>(HEADER + rows + (plan.split > 1 ? tiles : 0));
   plan.slot_floats = plan.split > 1 ? tiles * plan.split * outer_a * outer_b : 0;
   return plan;

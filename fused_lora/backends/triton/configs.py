@@ -308,7 +308,7 @@ def reduction_parts(config: ReductionConfig, rows: int, tiles: int, itemsize: in
 
 
 def takes_decode(problem: Problem) -> bool:
-    """Whether ``decode.py`` computes this problem: few tokens, so that reading w is all the work, and no dropout, which
+    """Whether ``decode.py`` computes this problem: M so small that reading w takes all the time, and no dropout, which
     only training has."""
     return problem.M <= DECODE_ROWS and not problem.dropout
 

@@ -1,4 +1,4 @@
-#include "few_rows.h"
+#include "small_m.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -316,8 +316,8 @@ Lines<T> lines_of(const at::Tensor& lines) {
 }
 
 template <typename T>
-void few_rows_of(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w, const at::Tensor& h,
-                 const at::Tensor& v, const std::optional<at::Tensor>& bias, double scale) {
+void small_m_product_of(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w, const at::Tensor& h,
+                        const at::Tensor& v, const std::optional<at::Tensor>& bias, double scale) {
   const bool columns = w.stride(0) == 1;
   const auto unpacked = columns ? in_chunks<T> : in_order<T>;
   const at::Tensor v_lines = (columns ? v.t() : v).contiguous();
@@ -341,7 +341,7 @@ void few_rows_of(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w
 
 }  // namespace
 
-bool is_for_few_rows(const at::Tensor& a, const at::Tensor& w) {
+bool is_for_small_m(const at::Tensor& a, const at::Tensor& w) {
   // measured on AVX-512 (benchmarks/native.py): up to 16 rows in float32 it is faster than MKL's products on AMD; in
   // bfloat16 oneDNN's, of bfloat16 instructions, overtake it
   const int64_t most_rows = a.scalar_type() == at::kFloat ? 16 : a.scalar_type() == at::kBFloat16 ? 4 : 0;
@@ -349,12 +349,12 @@ bool is_for_few_rows(const at::Tensor& a, const at::Tensor& w) {
          (w.stride(0) == 1 || w.stride(1) == 1);
 }
 
-void few_rows(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w, const at::Tensor& h, const at::Tensor& v,
-              const std::optional<at::Tensor>& bias, double scale) {
+void small_m_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w, const at::Tensor& h,
+                     const at::Tensor& v, const std::optional<at::Tensor>& bias, double scale) {
   if (a.scalar_type() == at::kFloat) {
-    few_rows_of<float>(out, a, w, h, v, bias, scale);
+    small_m_product_of<float>(out, a, w, h, v, bias, scale);
   } else {
-    few_rows_of<BFloat16>(out, a, w, h, v, bias, scale);
+    small_m_product_of<BFloat16>(out, a, w, h, v, bias, scale);
   }
 }
 

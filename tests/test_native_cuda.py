@@ -234,10 +234,10 @@ def test_any_order_of_blocks_gives_the_same_bits(kernels, arithmetic, sms):
     dtype = dtype_of(arithmetic)
     told = kernel_arithmetic(arithmetic)
     tokens = (3, 140)
-    works = [("lora_matmul", (*draw_matmul(arithmetic, M, 300, 150, 70, False), 1.5, SEED, 0.3, False)) for M in tokens]
+    calls = [("lora_matmul", (*draw_matmul(arithmetic, M, 300, 150, 70, False), 1.5, SEED, 0.3, False)) for M in tokens]
     wide_and_low = tuple(torch.randn(300, columns).to(dtype) for columns in (150, 5, 99, 5))
-    works.append(("adapter_grad", (*wide_and_low, 1.5, SEED, 0.3, dtype, dtype)))
-    for operator, arguments in works:
+    calls.append(("adapter_grad", (*wide_and_low, 1.5, SEED, 0.3, dtype, dtype)))
+    for operator, arguments in calls:
         bits = None
         for turns in ORDERS:
             turns = replace(turns, sms=sms)

@@ -98,7 +98,7 @@ def test_the_offline_compile_gives_the_pace_of_our_loop():
     assert {row.extra["arch"] for row in known} == {80, 86, 89, 90, 100, 120} == set(compiled.SMS)
     assert all(resident(row) >= 1 for row in known)
     for gpu in predict.GPUS:
-        grids = [predict.grid_of(work, HEADLINE, gpu, known) for work in (predict.FORWARD, predict.INPUT_GRADIENT)]
+        grids = [predict.grid_of(pass_, HEADLINE, gpu, known) for pass_ in (predict.FORWARD, predict.INPUT_GRADIENT)]
         assert all(1 <= grid.pace <= 1.05 and record.sizes(grid.found)["R"] == HEADLINE.R for grid in grids)
     slower = [
         dataclasses.replace(row, extra=row.extra | {"loop": 2 * (row.extra["plain"] or 0)}) for row in known

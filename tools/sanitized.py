@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     M, K, N = SIZES[device.type]
     jobs = [Job(FORWARD, 3, K, N, 8, dtype) for dtype in DTYPES]
     jobs += [
-        Job(work, M, K, N, 20, dtype, dropout)
+        Job(pass_, M, K, N, 20, dtype, dropout)
         for dtype in DTYPES
         for dropout in (False, True)
-        for work in (FORWARD, INPUT_GRADIENT, ADAPTER_GRADIENTS)
+        for pass_ in (FORWARD, INPUT_GRADIENT, ADAPTER_GRADIENTS)
     ]
     launches = wrong = 0
     for job in jobs:

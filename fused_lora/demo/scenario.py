@@ -275,5 +275,5 @@ def _spread(times: list[float]) -> Spread:
     return Spread(statistics.median(times), fifths[0], fifths[3])
 
 
-def _progress(work: Iterable[_T], label: str) -> tqdm[_T]:
-    return tqdm(work, desc=label, unit="batch", leave=False, ncols=90)
+def _progress(batches: Iterable[_T], label: str) -> tqdm[_T]:
+    return tqdm(batches, desc=label, unit="batch", leave=False, ncols=90)

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, timer: Timer | None = None) -> int:
     path = args.out or (tuned.default_path() if device.type == "cuda" else None)
     table = tuned.Table() if path is None else tuned.read(path, must_exist=False)
     if table.complaints:
-        return _refuse(f"{path} would be overwritten: {table.complaints[0]}; mend it, remove it or name another --out")
+        return _refuse(f"{path} would be overwritten: {table.complaints[0]}; fix it, remove it or name another --out")
     plan = measure.Plan(0.1, 5, 20, 0.0) if args.quick else measure.Plan(0.3, 10, 50, 0.0)
     timed = partial(measure.interleave, timer=timer or measure.timer_for(device), plan=plan)
     code = _tune(_jobs(args), device, table, timed, args.quick)

@@ -36,10 +36,10 @@ class Recorder:
 
         launcher.__call__, straight.Launch.through_jit = record, count
 
-    def of(self, work):
-        """The launches of ``work``, each as comparable values, and how many went through the JIT."""
+    def of(self, call):
+        """The launches of ``call``, each as comparable values, and how many went through the JIT."""
         self.launches, self.jit = [], 0
-        results = work()
+        results = call()
         return [plain(args) for args in self.launches], self.jit, results
 
 
@@ -123,15 +123,15 @@ def main():
     planned = compared = 0
     for _ in range(int(sys.argv[3])):
         operands = draw(rng)
-        for work in (forward, step):
+        for call in (forward, step):
             for _ in range(4):
                 for _ in range(2):
                     # the launch of a plan has the JIT's compiled kernel
-                    recorder.of(lambda work=work, operands=operands: work(operands))
-                got, jit, kept = recorder.of(lambda work=work, operands=operands: work(operands))
+                    recorder.of(lambda call=call, operands=operands: call(operands))
+                got, jit, kept = recorder.of(lambda call=call, operands=operands: call(operands))
                 planned += len(got) - jit
                 launch.forget_plans()
-                expected, jit, others = recorder.of(lambda work=work, operands=operands: work(operands))
+                expected, jit, others = recorder.of(lambda call=call, operands=operands: call(operands))
                 assert jit == len(expected) > 0
                 assert got == expected, (got, expected)
                 compared += len(got)

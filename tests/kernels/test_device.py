@@ -50,14 +50,14 @@ class Stage:
         return torch.cuda.stream(stream) if ON_GPU else contextlib.nullcontext()
 
     @staticmethod
-    def capture(work, stream):
-        """What ``work`` returns, and a function that makes it anew in the same tensors."""
+    def capture(call, stream):
+        """What ``call`` returns, and a function that makes it anew in the same tensors."""
         if not ON_GPU:
-            results = work()
-            return results, lambda: [old.copy_(new) for old, new in zip(results, work(), strict=True)]
+            results = call()
+            return results, lambda: [old.copy_(new) for old, new in zip(results, call(), strict=True)]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            results = work()
+            results = call()
         return results, graph.replay
 
 
@@ -91,13 +91,13 @@ def step(inputs, impl="triton"):
     return list(oracle.results(inputs, lora_linear, impl=impl).values())
 
 
-def assert_same_bits(work, times):
-    first = [result.clone() for result in work()]
+def assert_same_bits(call, times):
+    first = [result.clone() for result in call()]
     assert not any(result.isnan().any() for result in first)
     wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(times):
         # on the device, so that launches follow each other closely
-        wrong += sum((one != two).sum() for one, two in zip(first, work(), strict=True))
+        wrong += sum((one != two).sum() for one, two in zip(first, call(), strict=True))
     assert wrong.item() == 0
 
 
@@ -140,53 +140,53 @@ def test_more_tiles_than_run_at_once_hand_over_in_a_small_tile(schedule):
     assert_same_bits(lambda: launch.lora_matmul(*args, config=tile, schedule=schedule), 20 if ON_GPU else 1)
 
 
-# by name: the implementation that it takes, and the work
-WORKS = {
+# by name: the implementation that it takes, and what is called
+CALLS = {
     "forward": ("triton", forward),
     "PUBLISH": ("triton", lambda inputs: forward(inputs, ScheduleConfig(Schedule.PUBLISH))),
     "PRODUCE": ("triton", lambda inputs: forward(inputs, PRODUCE)),
     "adapter gradients": ("triton", lambda inputs: adapter_gradients(inputs, 4)),
     **{f"{impl} step": (impl, functools.partial(step, impl=impl)) for impl in IMPLS},
 }
-by_work = pytest.mark.parametrize(("impl", "work"), WORKS.values(), ids=WORKS.keys(), indirect=["impl"])
+by_call = pytest.mark.parametrize(("impl", "call"), CALLS.values(), ids=CALLS.keys(), indirect=["impl"])
 
 
-@by_work
+@by_call
 @pytest.mark.parametrize("tokens", [(TOKENS[0], TOKENS[1]), (TOKENS[1], TOKENS[-1])], ids=str)
-def test_two_streams_at_once_do_not_meet_in_the_counters(impl, work, tokens):
+def test_two_streams_at_once_do_not_meet_in_the_counters(impl, call, tokens):
     streams = [Stage.stream(), Stage.stream()]
     inputs = [draw(count) for count in tokens]
-    expected = [[result.clone() for result in work(one)] for one in inputs]
+    expected = [[result.clone() for result in call(one)] for one in inputs]
     wrong = [torch.zeros((), dtype=torch.int64, device=DEVICE) for _ in streams]
     Stage.synchronize()
     for _ in range(ROUNDS):
         for index, stream in enumerate(streams):
             with Stage.on(stream):
-                got = work(inputs[index])
+                got = call(inputs[index])
                 wrong[index] += sum((one != two).sum() for one, two in zip(got, expected[index], strict=True))
     Stage.synchronize()
     assert [count.item() for count in wrong] == [0, 0]
 
 
-@by_work
+@by_call
 @by_tokens
 @pytest.mark.parametrize("warm", [True, False] if ON_GPU else [True], ids=lambda warm: "warmed up" if warm else "cold")
-def test_a_captured_graph_replays_with_changed_inputs(tokens, impl, work, warm):
+def test_a_captured_graph_replays_with_changed_inputs(tokens, impl, call, warm):
     inputs, stream = draw(tokens), Stage.stream()
     # compiled before the capture
-    work(inputs)
+    call(inputs)
     if warm:
         with Stage.on(stream):
-            work(inputs)
+            call(inputs)
     Stage.synchronize()
-    results, replay = Stage.capture(lambda: work(inputs), stream)
+    results, replay = Stage.capture(lambda: call(inputs), stream)
     for _ in range(3 if ON_GPU else 1):
         for name in ("x", "dy", "lora_A", "lora_B"):
             operand = getattr(inputs, name)
             operand.copy_(torch.randn_like(operand) * operand.std())
         replay()
         Stage.synchronize()
-        for got, expected in zip(results, work(inputs), strict=True):
+        for got, expected in zip(results, call(inputs), strict=True):
             assert torch.equal(got, expected)
 
 

@@ -14,7 +14,7 @@ from fused_lora.codegen.shipped import Case, compile_case
 found = []
 for sizes, base, adapters, dropout, transposed, stages in json.loads(sys.argv[1]):
     case = Case(90, *sizes, getattr(torch, base), getattr(torch, adapters), dropout, transposed, stages)
-    found += [[f"{case}, {row.work}", row.resources.miscompiled] for row in compile_case(case, compare=False)]
+    found += [[f"{case}, {row.pass_}", row.resources.miscompiled] for row in compile_case(case, compare=False)]
 print(json.dumps(found))
 """
 B, H, F = "bfloat16", "float16", "float32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from ..models import overview
 from .groups import Group, pace, standing
 from .results import Row, Spread
 
@@ -57,13 +58,7 @@ def milliseconds(row: Row) -> str:
 
 def size(count: float | None) -> str:
     """Of bytes."""
-    if count is None:
-        return ""
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
+    return "" if count is None else overview.size(count)
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (

@@ -75,6 +75,14 @@ def copies_of(device: torch.device, nbytes: int) -> int:
     return 1 if device.type == "cuda" else min(max(-(-ROTATED_BYTES // nbytes), 1), MOST_COPIES)
 
 
+def _taken(leaves: dict[str, Tensor]) -> Computed:
+    """Their gradients, which they no longer have."""
+    gradients = {key: leaf.grad for key, leaf in leaves.items()}
+    for leaf in leaves.values():
+        leaf.grad = None
+    return gradients
+
+
 class LayerWorkload:
     """A layer over x (M, K) whose result's gradient is dy (M, N)."""
 
@@ -117,11 +125,7 @@ class LayerWorkload:
 
         def backward(x: Tensor, dy: Tensor, y: Tensor) -> Computed:
             y.backward(dy)
-            leaves = {"dx": x, **adapter}
-            gradients = {key: leaf.grad for key, leaf in leaves.items()}
-            for leaf in leaves.values():
-                leaf.grad = None
-            return gradients
+            return _taken({"dx": x, **adapter})
 
         def step() -> Computed:
             x, dy = next(inputs)
@@ -201,10 +205,7 @@ class NetWorkload:
 
         def step() -> Computed:
             trainer.step(next(images), self.labels)
-            gradients = {key: leaf.grad for key, leaf in leaves.items()}
-            for leaf in leaves.values():
-                leaf.grad = None
-            return gradients
+            return _taken(leaves)
 
         return Candidate(step, parameters)
 

@@ -18,7 +18,7 @@ using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Operators, by way of the dispatcher: what it does for tensors that are not quite plain, it does for ours.
+// Operators, called through the dispatcher, which handles tensors that are not plain.
 
 std::tuple<Tensor, Tensor> lora_matmul(const Tensor& a, const Tensor& w, const Tensor& u, const Tensor& v,
                                        const OptionalTensor& bias, double scale, const OptionalTensor& seed,

@@ -51,7 +51,7 @@ START_US = 2.0
 
 
 def gpu_called(device: str) -> Gpu | None:
-    """The one that the driver calls so, whose short name is in the driver's."""
+    """The GPU whose short name is part of the driver's name for it."""
     return next((gpu for gpu in GPUS if (gpu.name.removesuffix(" SXM").removesuffix(" 80 GB")) in device), None)
 
 
@@ -79,7 +79,7 @@ FORWARD, INPUT_GRADIENT = "forward", "input gradient"
 
 
 def grid_of(pass_: str, layer: Layer, gpu: Gpu, known: Sequence[Row] = ()) -> Grid | None:
-    """By the rules that choose a tile and a schedule; None for decode, where memory decides."""
+    """The tiles, by the rules that choose a tile and a schedule; None for decode, where memory decides."""
     if layer.M <= DECODE_ROWS:
         return None
     P, Q = (layer.N, layer.K) if pass_ == FORWARD else (layer.K, layer.N)
@@ -118,7 +118,7 @@ def _ms(pass_: str, way: str, launches: list[Launch], layer: Layer, gpu: Gpu, kn
 
 
 def _fused_flops(pass_: str, layer: Layer, grid: Grid | None) -> int:
-    """Of our one kernel, padding and repetition included."""
+    """Floating-point operations of our one kernel, padding and repetition included."""
     P, Q = (layer.N, layer.K) if pass_ == FORWARD else (layer.K, layer.N)
     width = block_r(layer.R)
     padded = -(-layer.R // width) * width

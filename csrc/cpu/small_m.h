@@ -7,8 +7,8 @@
 
 namespace fused_lora::cpu {
 
-// Whether small_m_product is right and faster than PyTorch's products for a (M, Q) and w (Q, P): by measurement, see
-// small_m.cpp.
+// Whether small_m_product is right and faster than PyTorch's products for a (M, Q) and w (Q, P): as
+// measured, see small_m.cpp.
 bool is_for_small_m(const at::Tensor& a, const at::Tensor& w);
 
 // out = a w + scale · h v + bias, summed in float32 and rounded once. Each element is summed in an order of its own,

@@ -27,11 +27,11 @@ def lora_matmul(
 ) -> tuple[Tensor, Tensor]:
     """See ``Backend``. seed: also a :func:`fused_lora.dropout.whole_mask`, made once for several calls."""
     a2 = _rows(a)
-    # whoever watches operators may keep their results (selective checkpointing does): those are not changed in place
+    # a mode that watches operators may keep their results, as selective checkpointing does: do not change them in place
     if a.dim() == 2 and dispatch_modes() == 0:
         out = out2 = _base_product(a, w, bias, dropout_on_output)
     else:
-        # a view of a fresh tensor would not do: autograd minds who changes its outputs in place
+        # autograd refuses an output that is a view and is changed in place, so out is a tensor of its own
         out = a.new_empty((*a.shape[:-1], w.shape[1]))
         out2 = out.view(a2.shape[0], w.shape[1])
         if bias is None:

@@ -208,7 +208,7 @@ def _parametrize(weights: Weights) -> nn.Module:
 
 
 def _compiled(weights: Weights) -> nn.Module:
-    """``torch.compile`` of the eager form, for these sizes alone."""
+    """``torch.compile`` of the eager baseline, for these sizes alone."""
     # or the ninth shape would run eagerly
     torch.compiler.reset()
     return cast(nn.Module, torch.compile(EagerLoRA(weights), dynamic=False))
@@ -248,7 +248,7 @@ def _ours(impl: str, weights: Weights) -> nn.Module:
 
 
 # --------------------------------------------------------------------------------------------------
-# Who is there, and who can't run
+# Which candidates are installed and can run
 # --------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +279,7 @@ def _why_no_peft(weights: Weights) -> str | None:
 
 
 def _why_no_lorafusion(weights: Weights) -> str | None:
-    """What its kernels take; the rest it says itself."""
+    """Why its kernels can't take these weights; other reasons come from the library itself."""
     device, dtype, rank = weights.weight.device, weights.weight.dtype, weights.rank
     if device.type != "cuda":
         return "LoRAFusion's kernels run on CUDA devices alone"

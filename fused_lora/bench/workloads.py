@@ -71,12 +71,12 @@ def parse_dtype(label: str) -> tuple[torch.dtype, torch.dtype]:
 
 
 def copies_of(device: torch.device, nbytes: int) -> int:
-    """Of inputs of so many bytes. On a GPU one: its cache is flushed before every call."""
+    """How many copies of inputs of so many bytes. One on a GPU, whose cache is flushed before every call."""
     return 1 if device.type == "cuda" else min(max(-(-ROTATED_BYTES // nbytes), 1), MOST_COPIES)
 
 
 def _taken(leaves: dict[str, Tensor]) -> Computed:
-    """Their gradients, which they no longer have."""
+    """The leaves' gradients, which are taken off them."""
     gradients = {key: leaf.grad for key, leaf in leaves.items()}
     for leaf in leaves.values():
         leaf.grad = None

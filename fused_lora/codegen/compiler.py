@@ -110,7 +110,7 @@ def assembler(arch: int) -> str:
 def _compile(source: ASTSource, arch: int, num_warps: int, num_stages: int) -> tuple[Any, str]:
     """The compiled kernel, and what ptxas said of it."""
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
-        # of a kernel in the cache nothing would be said
+        # without the cache: of a cached kernel ptxas says nothing
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
         options = {"num_warps": num_warps, "num_stages": num_stages}

@@ -86,7 +86,7 @@ class Found:
         return self.plain.loops[0] if self.plain is not None and self.plain.loops else None
 
     def faults(self) -> list[str]:
-        """What must not be, in words: spills, warnings, code that ``sass.py`` finds wrong, another matrix instruction,
+        """What is wrong, in words: spills, warnings, code that ``sass.py`` finds wrong, another matrix instruction,
         a main loop longer than allowed.
 
         A tile that recomputes has more to do in its main loop than a bare GEMM, so that one's length is free.

@@ -18,8 +18,8 @@ from .selection import linear_layers
 class LayerRow:
     """One adapted layer. why: the reason it does not run the fused kernel, or None where it does.
 
-    adapter, rank and alpha are the active adapter's; of several, the names joined, the sum of the ranks and no alpha. A
-    strength other than 1 stands before its name.
+    adapter, rank and alpha are the active adapter's. Where several are active: their names joined, the sum of their
+    ranks, and no alpha. A strength other than 1 stands before its name.
     """
 
     path: str

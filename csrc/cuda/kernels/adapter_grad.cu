@@ -64,7 +64,7 @@ Plan plan_adapter_grad(Arithmetic arithmetic, int64_t M, int64_t K, int64_t N, i
   Plan plan{};
   const int64_t steps = ceil_div(M, Columns::K_BYTES / element_bytes(arithmetic));
   const int64_t tiles = ceil_div(R, Columns::OUTER_B) * (ceil_div(K, Columns::OUTER_A) + ceil_div(N, Columns::OUTER_A));
-  // reading x and dy is all the time there is: four blocks on every SM keep enough loads on their way
+  // reading x and dy takes all the time: four blocks on every SM keep enough loads on their way
   plan.split = parts_for(tiles, steps, sms, 4, 2);
   plan.counters = static_cast<int32_t>(plan.split > 1 ? tiles : 0);
   plan.slot_floats = plan.split > 1 ? tiles * plan.split * SLOT<Columns> : 0;

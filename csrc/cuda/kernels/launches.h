@@ -21,7 +21,7 @@ struct Matrix {
   int32_t is_float32;
 };
 
-// seed: on the device, null for no dropout.  threshold, keep_scale: reference.dropout_threshold and keep_scale.
+// seed: on the device, null for no dropout.  threshold, keep_scale: dropout.dropout_threshold and keep_scale.
 struct DropoutArguments {
   const int64_t* seed;
   int32_t threshold;

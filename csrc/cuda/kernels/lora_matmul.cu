@@ -1,8 +1,8 @@
 // Forward and input gradient, which differ only in operands and strides (reference.py), in one launch.
 //
 // The columns of [u | w] are tiles. Those of u give h = a u, and have the lowest tickets; those of w give a w, wait
-// in their epilogue for the h of their rows, and add scale · h v. So no tile recomputes h, whatever the rank;
-// what it costs is one column of tiles more. For small M the tiles are flat and Q is cut into parts, so that all of
+// in their epilogue for the h of their rows, and add scale · h v. So no tile recomputes h, whatever the rank:
+// it costs one more column of tiles. For small M the tiles are flat and Q is cut into parts, so that all of
 // the GPU streams a share of w.
 #include "launches.h"
 #include "parts.cuh"

@@ -57,7 +57,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class ReductionProblem:
-    """Rows M and columns, K for dA and N for dB together, of what the adapter gradients reduce. Else as Problem."""
+    """What the adapter gradients reduce: M rows, and columns, K for dA and N for dB together.
+
+    The other fields are as in Problem.
+    """
 
     M: int
     columns: int
@@ -267,8 +270,8 @@ def default_reduction(rank: int, itemsize: int, device: Device) -> ReductionConf
     """Steps of 8 KB: 64 columns, so that every row gives whole cache lines and a thread holds few accumulators.
 
     Three steps are on their way at once where matrix instructions read their operands from shared memory, else two.
-    As many ranks share one reading of the columns as never spill; for 128, compiling showed, Blackwell needs eight
-    warps.
+    One reading of the columns serves as many ranks as never spill. For 128 ranks Blackwell needs eight warps, as
+    compiling showed.
     """
     from_shared_memory = device.capability[0] in (9, 10)
     ranks = block_r(rank, 128 if itemsize == 2 else 64)

@@ -1,4 +1,4 @@
-"""Decode, M at most 16 (``configs.takes_decode``): the time is that of reading w once, and all of the GPU reads.
+"""Decode, M at most 16 (``configs.takes_decode``): reading w once takes all the time, so the whole GPU reads it.
 
 One launch. All tokens are one tile of ROWS rows; w's columns are tiles, and Q is cut into parts, so that there are more
 programs than SMs. A program takes a ticket: the lowest make the parts of ``h = a u``, the others parts of ``a w``, each

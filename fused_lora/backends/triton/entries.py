@@ -126,7 +126,7 @@ Record = TypeVar("Record")
 
 
 def _renamed(config: dict[str, Any]) -> dict[str, Any]:
-    """An older name stays where the new one is there too, and is refused."""
+    """config with the new names. An older name stays where the new one is there too: it is refused as unknown."""
     return {name if _RENAMED.get(name, name) in config else _RENAMED[name]: value for name, value in config.items()}
 
 

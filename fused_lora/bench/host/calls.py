@@ -1,4 +1,4 @@
-"""What is timed: a call of a layer, what it is made of, and what the like costs in plain PyTorch."""
+"""What is timed: a call of a layer, its parts, and the same in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a layer at work, symbols as in ``reference.py``."""
+    """The tensors of a layer's call; symbols as in ``reference.py``."""
 
     M: int
     K: int

@@ -44,12 +44,12 @@ def _padded(column: Sequence[str]) -> list[str]:
     return [cell.ljust(width) if column[0] == CANDIDATE else cell.rjust(width) for cell in column]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
 
 
-def _range(spread: Spread | None, form: str) -> str:
-    return "" if spread is None else f"{spread.p20:{form}}–{spread.p80:{form}}"
+def _range(spread: Spread | None, spec: str) -> str:
+    return "" if spread is None else f"{spread.p20:{spec}}–{spread.p80:{spec}}"
 
 
 def milliseconds(row: Row) -> str:

@@ -130,7 +130,8 @@ def test_a_layer_keeps_its_identity_weight_and_place(cpu_impl):
     assert net[0] is layer
     assert (type(layer), layer.weight) == (FusedLoRAConv1D, weight)
     assert (layer.in_features, layer.out_features, layer.lora_A.shape, layer.lora_B.shape) == (6, 4, (2, 6), (4, 2))
-    assert torch.equal(net(torch.ones(3, 6)), expected)
+    # the extension sums few rows in an order of its own
+    torch.testing.assert_close(net(torch.ones(3, 6)), expected, rtol=1e-6, atol=1e-6)
     shaken(net)
     tuned = net(torch.ones(3, 6))
     with disable_adapters(net):

@@ -103,7 +103,7 @@ types: $(INSTALLED)
 test-triton36: pyproject.toml
 	@test -x $(VENV_TRITON36)/bin/python || $(PYTHON) -m venv $(VENV_TRITON36)
 	@$(VENV_TRITON36)/bin/python $(PIP_INSTALL) torch==2.13.0 triton==3.6.0 'numpy<2.4' regex safetensors pytest pytest-xdist
-	$(VENV_TRITON36)/bin/python $(PYTEST) tests/kernels $(ARGS)
+	$(VENV_TRITON36)/bin/python $(PYTEST) tests/kernels tests/test_plans_triton.py $(ARGS)
 
 # the oldest PyTorch that is supported, unless another is named
 TORCH ?= 2.8.0

@@ -300,7 +300,8 @@ def _backward(
     """(dx, dW, dA, dB, dbias): at most one launch for dx and one for dA and dB together."""
     needs_x, needs_W, needs_A, needs_B, needs_bias = needs
     dx = dW = g = dA = dB = dbias = None
-    if dy.is_neg():
+    # what a compiler traces has no such bit, and it refuses the question
+    if not torch.compiler.is_compiling() and dy.is_neg():
         dy = dy.resolve_neg()
     dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
     if seed is not None and impl == "eager" and (torch.compiler.is_compiling() or (needs_x and needs_A)):

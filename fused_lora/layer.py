@@ -188,15 +188,18 @@ class FusedLoRALinear(Adapted, nn.Linear):
         if len(computing) > 1:
             return self._forward_several(x)
         (adapter,) = computing
-        # past nn.Module's own search for each of them, which costs the host as much as a launch
-        own: dict[str, Any] = self._parameters
-        trained, weight = adapter._parameters, own.get("weight")
-        if weight is None:
-            # torch.nn.utils.parametrize makes it a property
-            weight = self.weight
-        bias = trained["bias"] if adapter.trains_bias else own.get("bias")
+        try:
+            # past nn.Module's own search for each of them, which costs the host as much as a launch
+            own: dict[str, Any] = self._parameters
+            trained = adapter._parameters
+            weight, A, B = own["weight"], trained["lora_A"], trained["lora_B"]
+            bias = trained["bias"] if adapter.trains_bias else own["bias"]
+        except KeyError:
+            # torch.nn.utils.parametrize makes properties of them
+            weight, A, B = self.weight, adapter.lora_A, adapter.lora_B
+            bias = adapter.bias if adapter.trains_bias else self.bias
         return lora_linear(
-            x, self._nk(weight), trained["lora_A"], trained["lora_B"], adapter.scale, bias,
+            x, self._nk(weight), A, B, adapter.scale, bias,
             dropout_p=adapter.dropout, training=self.training, impl=self.impl,
         )  # fmt: skip
 

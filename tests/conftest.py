@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import pytest
 from native_build import build
 
+from fused_lora import plans
 from fused_lora.backends import environment
 from fused_lora.backends import native as native_backend
 
@@ -37,6 +38,8 @@ INSTALLED = native_backend.available()
 def _extension_hidden(monkeypatch):
     """Whether it is built where the tests run changes none of them: those about it ask for it."""
     monkeypatch.setattr(environment, "EXTENSION_PROBLEM", "hidden by the tests")
+    # calls that were planned with another choice of backends
+    plans.CALLS.clear()
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +63,7 @@ def extension_library(tmp_path_factory):
 def native(extension_library, _extension_hidden, monkeypatch):
     """``fused_lora.backends.native``, and it is there: ``impl="auto"`` takes it on the CPU."""
     monkeypatch.setattr(environment, "EXTENSION_PROBLEM", None)
+    plans.CALLS.clear()
     return native_backend
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fused_lora import FusedLoRALinear, reference
 
@@ -217,3 +218,32 @@ def test_a_batch_without_rows_has_gradients_under_dropout_too():
     layer(x).sum().backward()
     assert x.grad.shape == (0, 6)
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.adapters.parameters())
+
+
+class Doubled(nn.Module):
+    def forward(self, tensor):
+        return 2 * tensor
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "adapters.default.lora_A", "adapters.default.lora_B"])
+def test_any_tensor_of_a_layer_may_be_parametrized(name):
+    layer, x = trained(FusedLoRALinear(8, 6, rank=2)), torch.randn(3, 8)
+    layer(x)
+    place, _, last = name.rpartition(".")
+    module = layer.get_submodule(place)
+    parametrize.register_parametrization(module, last, Doubled())
+    doubled = layer(x)
+    parametrize.remove_parametrizations(module, last)
+    # the values are doubled for good
+    torch.testing.assert_close(doubled, layer(x))
+    operands = (layer.weight, layer.lora_A, layer.lora_B, layer.scale, layer.bias)
+    torch.testing.assert_close(doubled, reference.eager_lora_linear(x, *operands))
+
+
+def test_parameters_may_be_held_as_plain_attributes():
+    layer, x = trained(FusedLoRALinear(8, 6, rank=2)), torch.randn(3, 8)
+    expected = layer(x)
+    for module, names in ((layer, ("weight", "bias")), (layer.adapters["default"], ("lora_A", "lora_B"))):
+        for name in names:
+            vars(module)[name] = module._parameters.pop(name)
+    torch.testing.assert_close(layer(x), expected)

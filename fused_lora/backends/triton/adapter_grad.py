@@ -74,6 +74,7 @@ def _reduce(
     BLOCK_M: tl.constexpr = V.BLOCK_M
     BLOCK_C: tl.constexpr = V.BLOCK_C
     BLOCK_R: tl.constexpr = V.BLOCK_R
+    PRECISION: tl.constexpr = V.PRECISION
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     if V.SPLIT:
         # whole blocks of rows, as evenly as they go; a part may be empty
@@ -96,7 +97,7 @@ def _reduce(
         h = tl.load(h_ptrs, mask=mask_m[:, None] & (offs_r < R)[None, :], other=0.0)
         if DROPOUT:
             x = tl.where(tl.trans(keep_mask(seed, offs_m + m, offs_c, C, threshold)), x, 0.0)
-        acc = dot(x, h, acc, V.PRECISION)
+        acc = dot(x, h, acc, PRECISION)
         x_ptrs += step * stride_xm
         h_ptrs += step * stride_hm
     return acc

@@ -65,7 +65,10 @@ class Kept:
         self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
         self._grid, self._fixed = launch.grid, (*launch.args[launch.varying :], launch.variant)
         self.kernel, self._device = launch.kernel, device.index
-        self._templates = [arg for arg in launch.args if isinstance(arg, TensorDescriptor)]
+        # not the descriptors themselves, which hold the first launch's operands
+        self._templates = [
+            (arg.shape, arg.strides, arg.block_shape) for arg in launch.args if isinstance(arg, TensorDescriptor)
+        ]
         self._described: dict[tuple[int, int], list[Any]] = {}
         if self._templates:
             # Triton's launcher encodes descriptors anew in every launch: the one within it is told the kept ones
@@ -105,9 +108,7 @@ class Kept:
     def _encode(self, index: int, tensor: Tensor) -> list[Any]:
         from triton.backends.nvidia.driver import make_tensordesc_arg
 
-        like = self._templates[index]
-        descriptor = TensorDescriptor(tensor, like.shape, like.strides, like.block_shape)
-        return make_tensordesc_arg(descriptor, self._encodings[index])
+        return make_tensordesc_arg(TensorDescriptor(tensor, *self._templates[index]), self._encodings[index])
 
 
 def keep(launch: Launch, compiled: Any, device: torch.device) -> Kept | None:

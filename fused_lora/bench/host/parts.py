@@ -22,7 +22,7 @@ PATH = (
     "`nn.Module` and the layer",
     "look-up of the call's plan",
     "preparation of the launch",
-    "allocator: two tensors",
+    "allocator: the output",
     "launch",
 )
 

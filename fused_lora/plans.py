@@ -70,16 +70,18 @@ class CallPlan:
 
     def holds(self, x: Tensor) -> bool:
         """Of what no guard knows."""
-        return (self._precision is None or self._precision == torch.get_float32_matmul_precision()) and (
-            self._autocast is None or self._autocast == autocast_dtype(x.device)
-        )
+        return self._precision_holds() and (self._autocast is None or self._autocast == autocast_dtype(x.device))
+
+    def _precision_holds(self) -> bool:
+        return self._precision is None or self._precision == torch.get_float32_matmul_precision()
 
     def gradients(self, wanted: tuple[bool, ...], operands: list[Tensor]) -> GradientPlans | None:
-        """The plans of a backward with operands like these, empty the first time; None where forward has none.
+        """The plans of a backward with operands like these, empty the first time; None where forward has none, or
+        where the precision is another by now.
 
         operands: all that the backward reads.  wanted: which gradients.
         """
-        if self.forward is None or in_forward_ad():
+        if self.forward is None or in_forward_ad() or not self._precision_holds():
             return None
         for fits, known, plans in self._gradients:
             if known == wanted and fits(*operands):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 import torch
 
@@ -29,6 +30,19 @@ def _seeded_and_nan_filled():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def libcuda(tmp_path_factory):
+    """A folder with the stub of libcuda, for ``stub_process.run``."""
+    pytest.importorskip("triton")
+    if sys.platform != "linux" or shutil.which("gcc") is None:
+        pytest.skip("the stub of libcuda is compiled by gcc, for Linux")
+    from fused_lora.bench.host import stub
+
+    folder = tmp_path_factory.mktemp("libcuda")
+    stub.compile_library(folder)
+    return folder
 
 
 INSTALLED = native_backend.available()

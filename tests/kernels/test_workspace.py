@@ -1,73 +1,21 @@
-"""Where counters are allocated, and when none are, on a simulated GPU.
+"""Where a stream's counters and scratch are allocated, and when none are, on a simulated GPU."""
 
-Simulated: ``torch.cuda``'s current stream, whether it captures, and an allocator that knows one thing: a pool is
-current on the thread that made it current, and on no other. The counters themselves are tensors on the CPU. That
-PyTorch's own allocator does the same is not tested here: ``test_compiled.py`` does, where there is a GPU.
-"""
-
-import contextlib
 import threading
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
+from simulated_gpu import GPU, OTHER_GPU, SimulatedGPU
 
-from fused_lora.backends.triton import workspace
-from fused_lora.backends.triton.workspace import LEAST, SPARES, counters
-
-GPU, OTHER_GPU = torch.device("cuda", 0), torch.device("cuda", 1)
-ZEROS = torch.zeros
-
-
-class SimulatedGPU:
-    def __init__(self):
-        self.stream, self.capturing, self.full = 7, False, False
-        self.here = threading.local()
-        self.made = []
-        self.pooled = []
-        # tensors whose zeros nobody has waited for, by thread
-        self.unfinished = defaultdict(list)
-
-    def current_stream(self, device):
-        thread = threading.get_ident()
-        return SimpleNamespace(cuda_stream=self.stream, synchronize=self.unfinished[thread].clear)
-
-    def zeros(self, count, *, dtype, device):
-        assert not self.capturing, "an allocation while a graph is captured"
-        if self.full:
-            raise torch.OutOfMemoryError("the simulated GPU is full")
-        made = ZEROS(count, dtype=dtype)
-        self.made.append(made)
-        if getattr(self.here, "pool", False):
-            self.pooled.append(made)
-        self.unfinished[threading.get_ident()].append(made)
-        return made
-
-    @contextlib.contextmanager
-    def pool(self):
-        """A pool is current on this thread, as in the warm-up of ``mode="reduce-overhead"``."""
-        self.here.pool = True
-        yield
-        self.here.pool = False
-
-    @contextlib.contextmanager
-    def capture(self, stream=None):
-        before, self.stream, self.capturing = self.stream, stream or self.stream, True
-        yield
-        self.stream, self.capturing = before, False
+from fused_lora.backends.triton import launch, workspace
+from fused_lora.backends.triton.workspace import LEAST, SPARES, counters, scratch
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     gpu = SimulatedGPU()
-    monkeypatch.setattr(torch.cuda, "current_stream", gpu.current_stream)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
-    monkeypatch.setattr(torch, "zeros", gpu.zeros)
-    for name, empty in (("_counters", {}), ("_spares", defaultdict(list)), ("_outgrown", [])):
-        monkeypatch.setattr(workspace, name, empty)
+    for patch in gpu.patches():
+        monkeypatch.setattr(*patch)
     return gpu
 
 
@@ -173,3 +121,67 @@ def test_what_cannot_be_allocated_is_said_and_nothing_is_lost(gpu):
     assert counters(GPU, 1) is first
     gpu.full = False
     assert counters(GPU, LEAST + 1).numel() > LEAST
+
+
+# ---------------------------------------------------------------- scratch
+
+
+def test_scratch_of_a_warm_up_is_outside_its_pool_and_serves_the_capture(gpu):
+    with gpu.pool():
+        warm = scratch(GPU, 100_000, gpu.stream)
+    assert gpu.made
+    assert not gpu.pooled
+    assert not any(gpu.unfinished.values())
+    with gpu.pool(), gpu.capture():
+        assert scratch(GPU, 100_000, gpu.stream) is warm
+        assert scratch(GPU, 1, gpu.stream) is warm
+
+
+def test_a_capture_gets_no_scratch_on_a_new_stream_nor_more_than_there_is(gpu):
+    had = scratch(GPU, LEAST, 7)
+    with gpu.capture():
+        assert scratch(GPU, LEAST, 8) is None
+        assert scratch(GPU, LEAST + 1, 7) is None
+        assert scratch(GPU, LEAST, 7) is had
+    assert gpu.made == [had]
+
+
+def test_streams_and_devices_have_scratch_of_their_own(gpu):
+    every = [scratch(device, 1, stream) for device in (GPU, OTHER_GPU) for stream in (7, 8)]
+    assert len({tensor.data_ptr() for tensor in every}) == 4
+    assert scratch(GPU, 1, 7) is every[0]
+
+
+def test_outgrown_scratch_stays_for_the_graphs_that_hold_it_and_is_less_than_what_replaced_it(gpu):
+    first = scratch(GPU, 1, 7)
+    for size in range(1000, 300_000, 1000):
+        last = scratch(GPU, size, 7)
+    assert any(tensor is first for tensor in workspace._outgrown)
+    assert sum(tensor.nbytes for tensor in workspace._outgrown) < last.nbytes
+    # a graph outlives the plans that it was captured by
+    launch.forget_plans()
+    assert any(tensor is first for tensor in workspace._outgrown)
+    assert scratch(GPU, 1, 7) is last
+
+
+def test_threads_on_one_stream_find_one_scratch(gpu):
+    start = threading.Barrier(4)
+
+    def ask(_):
+        start.wait()
+        return scratch(GPU, 1, 7)
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(ask, range(4)))
+    assert len({tensor.data_ptr() for tensor in found}) == 1
+
+
+def test_scratch_that_cannot_be_allocated_is_said_and_nothing_is_lost(gpu):
+    first = scratch(GPU, 1, 7)
+    gpu.full = True
+    with pytest.raises(torch.OutOfMemoryError):
+        scratch(GPU, LEAST + 1, 7)
+    assert scratch(GPU, 1, 7) is first
+    assert not workspace._outgrown
+    gpu.full = False
+    assert scratch(GPU, LEAST + 1, 7).nbytes > LEAST

@@ -71,9 +71,10 @@ def scratch(device: torch.device, size: int, stream: int) -> Tensor | None:
             return known
         if device.type == "cuda" and _capturing(device):
             return None
+        made = _apart(device, lambda: torch.empty(size, dtype=torch.uint8, device=device))
         if known is not None:
             _outgrown.append(known)
-        made = _scratch[key] = _apart(device, lambda: torch.empty(size, dtype=torch.uint8, device=device))
+        _scratch[key] = made
         return made
 
 

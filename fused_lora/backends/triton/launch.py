@@ -155,7 +155,8 @@ class MatmulPlan:
         seed: Tensor | None, dropout_p: float, dropout_on_output: bool,
         config: TileConfig | DecodeConfig | None = None, schedule: ScheduleConfig | None = None,
     ) -> None:  # fmt: skip
-        self._device, self._on_gpu, self._dropout = a.device, a.device.type == "cuda", (dropout_p, dropout_on_output)
+        self._device, self._dropout = a.device, (dropout_p, dropout_on_output)
+        self._index, self._on_gpu = a.device.index, a.device.type == "cuda"
         rows, (Q, P), R = math.prod(a.shape[:-1]), w.shape, u.shape[1]
         self._out_shape, self._h_shape = (*a.shape[:-1], P), (rows, R)
         self._layouts = [(tensor.shape, tensor.stride()) for tensor in (w, u, v)]
@@ -202,7 +203,7 @@ class MatmulPlan:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """keeps_h: whether h is wanted; without it (out, None) is returned."""
         kept = self._kept
-        memory = self._memory.get(raw_stream(self._device.index) if self._on_gpu else get_ident())
+        memory = self._memory.get(raw_stream(self._index) if self._on_gpu else get_ident())
         if kept is None or memory is None:
             return self._through_jit(a, w, u, v, bias, scale, seed)
         pa, pw, pu, pv = a.data_ptr(), w.data_ptr(), u.data_ptr(), v.data_ptr()
@@ -283,7 +284,8 @@ class AdapterGradPlan:
             return
         wide, low = pairs[0]
         M, R = low.shape
-        self._device, self._on_gpu, itemsize = wide.device, wide.device.type == "cuda", wide.dtype.itemsize
+        self._device, itemsize = wide.device, wide.dtype.itemsize
+        self._index, self._on_gpu = wide.device.index, wide.device.type == "cuda"
         self._A = (R, wide.shape[1]) if x is not None and g is not None else None
         self._B = (pairs[-1][0].shape[1], R) if dy is not None and h is not None else None
         K, N = 0 if self._A is None else self._A[1], 0 if self._B is None else self._B[0]
@@ -311,7 +313,7 @@ class AdapterGradPlan:
         self, x: Tensor, g: Tensor, dy: Tensor, h: Tensor, scale: float, seed: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         kept = self._kept
-        memory = self._memory.get(raw_stream(self._device.index) if self._on_gpu else get_ident())
+        memory = self._memory.get(raw_stream(self._index) if self._on_gpu else get_ident())
         if kept is None or memory is None:
             return self._through_jit(x, g, dy, h, scale, seed)
         px, pg, pdy, ph = x.data_ptr(), g.data_ptr(), dy.data_ptr(), h.data_ptr()

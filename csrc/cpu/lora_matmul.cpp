@@ -82,7 +82,7 @@ std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Te
   const at::Tensor a2 = rows("a", a);
   check_matmul_operands(a2, w, u, v, bias);
   const std::optional<Dropout> dropout = seed ? std::make_optional<Dropout>(*seed, dropout_p) : std::nullopt;
-  const at::Tensor u2 = u.to(a.scalar_type()), v2 = v.to(a.scalar_type());
+  const at::Tensor u2 = in_dtype(u, a.scalar_type()), v2 = in_dtype(v, a.scalar_type());
 
   const at::Tensor h = dropout && !dropout_on_output ? dropped_product(a2, u2, *dropout) : at::mm(a2, u2);
   at::Tensor out;
@@ -96,10 +96,12 @@ std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Te
     out = base_product(a2, w, bias, dropout_on_output);
     out.addmm_(h, v2, /*beta=*/1, /*alpha=*/scale);
   }
-  auto shape = a.sizes().vec();
-  shape.back() = w.size(1);
-  // a tensor of its own, not a view: autograd is not watching here
-  out = out.view(shape);
+  if (a.dim() != 2) {
+    auto shape = a.sizes().vec();
+    shape.back() = w.size(1);
+    // a tensor of its own, not a view: autograd is not watching here
+    out = out.view(shape);
+  }
   return {out, h};
 }
 

@@ -28,7 +28,7 @@ help:
 	@echo 'make models         a training step of whole models, into benchmarks/results/models/'
 	@echo 'make native         build the optional compiled extension'
 	@echo 'make sanitize       the compiled extension under ASan and UBSan, over fuzzed operands; its CUDA kernels on the host'
-	@echo 'make lint types     ruff, clang-format; mypy.  make format mends what lint finds'
+	@echo 'make lint types     ruff, clang-format; mypy.  make format fixes what lint finds'
 	@echo 'make test-triton36  the kernel tests on Triton 3.6'
 	@echo 'make test-torch     the compile tests on another PyTorch; TORCH=2.8.0'
 	@echo "make test-peft      PEFT's own LoRA tests, unfused and fused, and gradients compared (half an hour on two cores)"
@@ -103,7 +103,7 @@ types: $(INSTALLED)
 test-triton36: pyproject.toml
 	@test -x $(VENV_TRITON36)/bin/python || $(PYTHON) -m venv $(VENV_TRITON36)
 	@$(VENV_TRITON36)/bin/python $(PIP_INSTALL) torch==2.13.0 triton==3.6.0 'numpy<2.4' regex safetensors pytest pytest-xdist
-	$(VENV_TRITON36)/bin/python $(PYTEST) tests/kernels $(ARGS)
+	$(VENV_TRITON36)/bin/python $(PYTEST) tests/kernels tests/test_plans_triton.py $(ARGS)
 
 # the oldest PyTorch that is supported, unless another is named
 TORCH ?= 2.8.0

@@ -1,13 +1,13 @@
 // The operators' schemas, and the Python module whose import loads this library and so registers them. Each device's
-// folder registers its implementations. fused_lora/reference.py says what they mean; fused_lora/backends/native.py calls
-// them.
+// folder registers its implementations. fused_lora/reference.py says what they mean; fused_lora/backends/native.py
+// calls them.
 #include <Python.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY(fused_lora_native, m) {
   m.def(
       "lora_matmul(Tensor a, Tensor w, Tensor u, Tensor v, Tensor? bias, float scale, "
-      "Tensor? seed, float dropout_p, bool dropout_on_output) -> (Tensor out, Tensor thin)");
+      "Tensor? seed, float dropout_p, bool dropout_on_output) -> (Tensor out, Tensor h)");
   m.def(
       "adapter_grad(Tensor? x, Tensor? g, Tensor? dy, Tensor? h, float scale, "
       "Tensor? seed, float dropout_p, ScalarType dtype_A, ScalarType dtype_B) -> (Tensor? dA, Tensor? dB)");

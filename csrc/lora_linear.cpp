@@ -18,7 +18,7 @@ using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Operators, by way of the dispatcher: what it does for tensors that are not quite plain, it does for ours.
+// Operators, called through the dispatcher, which handles tensors that are not plain.
 
 std::tuple<Tensor, Tensor> lora_matmul(const Tensor& a, const Tensor& w, const Tensor& u, const Tensor& v,
                                        const OptionalTensor& bias, double scale, const OptionalTensor& seed,
@@ -73,7 +73,7 @@ Gradients gradients(const Tensor& dy, const Saved& saved, const Call& call) {
     std::tie(grads.dx, g) = lora_matmul(dy, saved.weight, saved.lora_B, saved.lora_A, std::nullopt, call.scale, seed,
                                         call.dropout_p, /*dropout_on_output=*/true);
   } else if (call.needs_A) {
-    g = at::mm(dy2, saved.lora_B.to(dy.scalar_type()));
+    g = at::mm(dy2, in_dtype(saved.lora_B, dy.scalar_type()));
   }
   if (call.needs_A || call.needs_B) {
     auto [dA, dB] = adapter_grad(call.needs_A ? given(saved.x) : std::nullopt, given(g),
@@ -139,12 +139,14 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
                                const Tensor& lora_B, const OptionalTensor& bias, double scale,
                                const OptionalTensor& seed, double dropout_p) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, h] = lora_matmul(x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, false);
+    auto [y, h] =
+        lora_matmul(x, transposed(weight), transposed(lora_A), transposed(lora_B), bias, scale, seed, dropout_p, false);
     ctx->set_materialize_grads(false);
     // what the wanted gradients need, and nothing else; the parameters are alive anyway
     const bool keeps_x = lora_A.requires_grad() || weight.requires_grad(), keeps_h = lora_B.requires_grad();
     ctx->save_for_backward(
         {keeps_x ? x : Tensor(), weight, lora_A, lora_B, keeps_h ? h : Tensor(), seed.value_or(Tensor())});
+    ctx->saved_data.reserve(4);
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["dropout_p"] = dropout_p;
     ctx->saved_data["x_shape"] = x.sizes();
@@ -189,7 +191,8 @@ bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->requ
 Tensor lora_linear_without_grad(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                 const OptionalTensor& bias, double scale, const OptionalTensor& seed,
                                 double dropout_p) {
-  return std::get<0>(lora_matmul(x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, false));
+  return std::get<0>(
+      lora_matmul(x, transposed(weight), transposed(lora_A), transposed(lora_B), bias, scale, seed, dropout_p, false));
 }
 
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,

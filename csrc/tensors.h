@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/util/Exception.h>
 #include <c10/util/accumulate.h>
@@ -23,10 +24,24 @@ inline void check_floating(const char* name, at::ScalarType dtype) {
                    " must be float32, float64, bfloat16 or float16, got ", dtype);
 }
 
-// (..., C) as (M, C): a view wherever the strides allow it.
+// (..., C) as (M, C): a view wherever the strides allow it, and a matrix itself.
 inline at::Tensor rows(const char* name, const at::Tensor& tensor) {
+  if (tensor.dim() == 2) return tensor;
   TORCH_CHECK_VALUE(tensor.dim() >= 1, name, " must have at least one dimension, got none");
   return tensor.reshape({c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)), tensor.size(-1)});
+}
+
+// The tensor itself where it has this dtype: the dispatcher takes as long to say so as a small product.
+inline at::Tensor in_dtype(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+
+// A matrix's transpose, past the dispatcher where strides describe it. For what runs below autograd.
+inline at::Tensor transposed(const at::Tensor& matrix) {
+  const bool is_plain = matrix.dim() == 2 && matrix.layout() == at::kStrided && (matrix.is_cpu() || matrix.is_cuda());
+  if (!is_plain) return matrix.t();
+  return at::native::as_strided_tensorimpl(matrix, {matrix.size(1), matrix.size(0)},
+                                           {matrix.stride(1), matrix.stride(0)});
 }
 
 // lora_matmul's, a as (M, Q).
@@ -47,12 +62,12 @@ inline void check_matmul_operands(const at::Tensor& a2, const at::Tensor& w, con
   }
 }
 
-// thin: (M, R), of wide's rows and dtype; wide: (M, C).
-inline void check_thin(const char* thin_name, const at::Tensor& thin, const char* wide_name, const at::Tensor& wide) {
+// low: (M, R), of wide's rows and dtype; wide: (M, C).
+inline void check_low_rank(const char* low_name, const at::Tensor& low, const char* wide_name, const at::Tensor& wide) {
   check_floating(wide_name, wide.scalar_type());
-  check_dtype(thin_name, thin, wide.scalar_type());
-  TORCH_CHECK_VALUE(thin.dim() == 2, thin_name, " must be of shape (M, R), got ", thin.sizes());
-  check_shape(thin_name, thin, {wide.size(0), thin.size(1)});
+  check_dtype(low_name, low, wide.scalar_type());
+  TORCH_CHECK_VALUE(low.dim() == 2, low_name, " must be of shape (M, R), got ", low.sizes());
+  check_shape(low_name, low, {wide.size(0), low.size(1)});
 }
 
 // tensor *= factor, a tensor itself: mul_(Scalar) rounds its argument to a 16-bit tensor's dtype before it multiplies.

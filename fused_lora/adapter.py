@@ -1,4 +1,4 @@
-"""``LoRAAdapter``: the two thin matrices beside a linear layer, and ``AdapterOptions``: what they are made by."""
+"""``LoRAAdapter``: the two low-rank matrices beside a linear layer, and ``AdapterOptions``: what they are made by."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def features(linear: Any) -> tuple[int, int]:
 
 
 class LoRAAdapter(nn.Module):
-    """A pair of thin matrices and how much they count: ``lora_A (R, K)``, ``lora_B (N, R)``, ``scale``.
+    """A pair of low-rank matrices and how much they count: ``lora_A (R, K)``, ``lora_B (N, R)``, ``scale``.
 
     The options are its attributes, of the names that they have in :class:`AdapterOptions`; ``alpha`` may be set, and
     ``strength``, by which ``scale`` is multiplied.

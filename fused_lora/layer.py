@@ -15,7 +15,7 @@ from .functional import concatenate_adapters, lora_linear, plus_adapter
 from .renamed import renamed
 from .switching import Adapted
 
-# what a plain nn.Linear has not
+# attributes that a plain nn.Linear does not have
 _STATE = (
     "adapters", "impl", "_active", "_computing", "_switch", "_merged", "_unmerged_weight", "_unmerged_bias",
 )  # fmt: skip
@@ -29,7 +29,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     Several adapters may be active: their products are summed, in one kernel too, their ranks put together. In training
     with dropout, adapters of the same dropout share one mask, as one adapter of all their ranks would; for each further
-    dropout rate two thin products are added by plain PyTorch. Adapters that are not active cost nothing.
+    dropout rate two low-rank products are added by plain PyTorch. Adapters that are not active cost nothing.
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
@@ -172,7 +172,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     @property
     def scale(self) -> float:
-        """Of the one active adapter; 0.0 without one."""
+        """The scale of the one active adapter; 0.0 without one."""
         adapter = self._the_active()
         return 0.0 if adapter is None else adapter.scale
 
@@ -224,7 +224,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
         return list(self._computing)  # type: ignore[arg-type]
 
     def _nk(self, weight: Tensor) -> Tensor:
-        """(N, K), of the weight or of what has its shape."""
+        """The weight, or a tensor of its shape, as (N, K)."""
         return weight.t() if self.fan_in_fan_out else weight
 
     def _base(self) -> tuple[Tensor, Tensor | None]:

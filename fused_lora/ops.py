@@ -15,7 +15,7 @@ LIBRARY = torch.library.Library("fused_lora", "DEF")
 
 LIBRARY.define(
     "lora_matmul(Tensor a, Tensor w, Tensor u, Tensor v, Tensor? bias, float scale, "
-    "Tensor? seed, float dropout_p, bool dropout_on_output, str impl) -> (Tensor out, Tensor thin)"
+    "Tensor? seed, float dropout_p, bool dropout_on_output, str impl) -> (Tensor out, Tensor h)"
 )
 LIBRARY.define(
     "adapter_grad(Tensor? x, Tensor? g, Tensor? dy, Tensor? h, float scale, "

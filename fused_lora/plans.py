@@ -114,7 +114,9 @@ def find(
     if type(scale) is not float or scale - scale != 0.0 or type(dropout_p) is not float or in_forward_ad():
         return None
     try:
-        for fits, plan in CALLS.get(_key(operands, dropout_p, training, impl), ()):
+        # the key of put
+        key = operands[0].shape, operands[1].shape, len(operands), dropout_p, training, impl
+        for fits, plan in CALLS.get(key, ()):
             if fits(*operands) and (plan.settled or plan.holds(operands[0])):
                 return plan
     except (AttributeError, RuntimeError, TypeError):
@@ -125,12 +127,8 @@ def find(
 
 def put(operands: tuple[Tensor, ...], dropout_p: float, training: bool, impl: str, chosen: str, drops: bool) -> None:
     """For a call that was checked, and computed by ``chosen``."""
-    key = _key(operands, dropout_p, training, impl)
+    key = operands[0].shape, operands[1].shape, len(operands), dropout_p, training, impl
     CALLS.put(key, ((guard(*operands), CallPlan(operands[0], chosen, drops)), *CALLS.get(key, ())[: _MOST_ALIKE - 1]))
-
-
-def _key(operands: tuple[Tensor, ...], dropout_p: float, training: bool, impl: str) -> Hashable:
-    return operands[0].shape, operands[1].shape, len(operands), dropout_p, training, impl
 
 
 def watched() -> bool:

@@ -49,6 +49,11 @@ def in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
 
 
+def function_of(operator: Any) -> Callable[..., Any]:
+    """The C++ function that an operator of ``torch.ops``, of one overload, hands its arguments to."""
+    return operator._op
+
+
 def has_kernel(operator: str, key: str) -> bool:
     """Whether an operator ("library::name") is implemented for a dispatch key ("CUDA")."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)

@@ -84,7 +84,7 @@ def check_flag(value: Any, name: str) -> bool:
 
 
 def check_field_names(kind: str, names: Iterable[str], known: Sequence[str], elsewhere: Mapping[str, str]) -> None:
-    """elsewhere: what the known names are called by others."""
+    """elsewhere: other libraries' names for the known ones."""
     for name in names:
         if name not in known:
             near = [elsewhere[name]] if name in elsewhere else difflib.get_close_matches(name, known, n=1)

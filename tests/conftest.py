@@ -52,7 +52,7 @@ INSTALLED = native_backend.available()
 def _extension_hidden(monkeypatch):
     """Whether it is built where the tests run changes none of them: those about it ask for it."""
     monkeypatch.setattr(environment, "EXTENSION_PROBLEM", "hidden by the tests")
-    # another test's calls may have chosen it
+    # calls that were planned with another choice of backends
     plans.CALLS.clear()
 
 
@@ -77,6 +77,7 @@ def extension_library(tmp_path_factory):
 def native(extension_library, _extension_hidden, monkeypatch):
     """``fused_lora.backends.native``, and it is there: ``impl="auto"`` takes it on the CPU."""
     monkeypatch.setattr(environment, "EXTENSION_PROBLEM", None)
+    plans.CALLS.clear()
     return native_backend
 
 

@@ -57,9 +57,9 @@ def uncompiled(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", bench.KNOWN_DTYPES)
-@pytest.mark.parametrize("work", [FORWARD, BACKWARD, STEP])
-def test_every_candidate_is_right(work, dtype):
-    group = runner.run_group(LayerWorkload(work, SMALL, dtype, CPU), HASTY)
+@pytest.mark.parametrize("pass_", [FORWARD, BACKWARD, STEP])
+def test_every_candidate_is_right(pass_, dtype):
+    group = runner.run_group(LayerWorkload(pass_, SMALL, dtype, CPU), HASTY)
     assert group.failed == {}
     assert {row.candidate for row in group.rows} | set(group.absent) == set(baselines.CANDIDATES)
     assert next(row for row in group.rows if row.candidate == "frozen").ratio.median == 1.0
@@ -351,8 +351,8 @@ def test_the_compiled_baseline_is_right_and_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     monkeypatch.setitem(baselines.CANDIDATES, "compiled", baselines.Recipe(baselines._compiled, first=True))
     # a compiled backward may free its inputs, so it can run but once
-    for work in (STEP, BACKWARD):
-        group = runner.run_group(LayerWorkload(work, SMALL, "float32", CPU), HASTY)
+    for pass_ in (STEP, BACKWARD):
+        group = runner.run_group(LayerWorkload(pass_, SMALL, "float32", CPU), HASTY)
         assert group.failed == {}
         assert "compiled" in {row.candidate for row in group.rows}
 
@@ -367,7 +367,7 @@ def test_the_compiled_baseline_competes_in_the_first_shapes_of_a_gpu_and_where_a
     assert "first shapes alone" in runner._why_absent(later, "compiled", dry=False)
 
 
-def test_the_share_of_the_roofline_is_the_larger_floor_over_the_time():
+def test_the_share_of_the_roofline_is_the_larger_least_time_over_the_time():
     peak = roofline.Peak(tflops=1000.0, gb_per_s=2000.0)
     assert peak.share(flops=2 * 10**12, moved_bytes=10**9, ms=4.0) == pytest.approx(0.5)
     assert peak.share(flops=10**9, moved_bytes=4 * 10**9, ms=4.0) == pytest.approx(0.5)
@@ -381,8 +381,8 @@ def test_the_share_of_the_roofline_is_the_larger_floor_over_the_time():
 
 def test_on_a_gpu_the_targets_come_first_in_every_dtype_and_llama_covers_tokens_and_ranks(monkeypatch):
     monkeypatch.setattr(runner, "LayerWorkload", lambda *args: args)
-    works = [FORWARD, STEP, DECODE]
-    made = [make() for make in runner.agenda(CPU, ["bfloat16", "float16"], works, quick=False, place="gpu")]
+    passes = [FORWARD, STEP, DECODE]
+    made = [make() for make in runner.agenda(CPU, ["bfloat16", "float16"], passes, quick=False, place="gpu")]
     first = [(shape.name, dtype) for _, shape, dtype, _ in made[:10]]
     assert first[0] == ("headline", "bfloat16")
     assert {name for name, _ in first} == {f"decode-4096-m{m}" for m in (1, 4, 16)} | {"headline"}

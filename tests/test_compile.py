@@ -278,7 +278,7 @@ def test_inductor_trains_a_fused_peft_model_as_peft_would():
 
 
 def examples(seed, p):
-    """Name of an operator -> argument lists, one for each form in which it is called."""
+    """Name of an operator -> argument lists, one for each way in which it is called."""
     i, (h, g) = oracle.draw(6, 10, 8, 3), (torch.randn(6, 3), torch.randn(6, 3))
     half = (torch.float32, torch.bfloat16)
     return {

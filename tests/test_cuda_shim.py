@@ -119,11 +119,11 @@ def test_a_barrier_that_not_all_come_to_is_an_error(checks):
     assert run(checks, "barrier", flag=1) == 1
 
 
-def publish(checks, flag, **schedule):
+def publish(checks, flag, **turns):
     blocks = 12
     published, out = torch.full((64,), torch.nan), torch.full((blocks, 64), torch.nan)
     counters = torch.zeros(3, dtype=torch.int32)
-    failed = run(checks, "publish", published, counters, out, flag, blocks, **schedule)
+    failed = run(checks, "publish", published, counters, out, flag, blocks, **turns)
     return failed, torch.equal(out[1:], torch.arange(63.0, -1, -1).expand(blocks - 1, 64)) and not counters.any()
 
 

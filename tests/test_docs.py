@@ -5,6 +5,7 @@ import shlex
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -186,8 +187,8 @@ def test_pictures_are_what_the_script_draws():
 
 
 @triton.jit
-def _tiles_by_ticket(out_ptr, tiles_m, tiles_p, GROUP_M: tl.constexpr):
-    pid_m, pid_p = _tile(tl.program_id(0), tiles_m, tiles_p, True, GROUP_M)
+def _tiles_by_ticket(out_ptr, tiles_m, tiles_p, V: tl.constexpr):
+    pid_m, pid_p = _tile(tl.program_id(0), tiles_m, tiles_p, V)
     tl.store(out_ptr + 2 * tl.program_id(0), pid_m)
     tl.store(out_ptr + 2 * tl.program_id(0) + 1, pid_p)
 
@@ -196,5 +197,5 @@ def _tiles_by_ticket(out_ptr, tiles_m, tiles_p, GROUP_M: tl.constexpr):
 def test_the_order_of_tiles_in_the_picture_is_the_kernels_own(tiles_m, tiles_p, group):
     tickets = range(tiles_m * tiles_p)
     out = torch.zeros(len(tickets), 2, dtype=torch.int32, device="cuda" if torch.cuda.is_available() else "cpu")
-    _tiles_by_ticket[(len(tickets),)](out, tiles_m, tiles_p, GROUP_M=group)
+    _tiles_by_ticket[(len(tickets),)](out, tiles_m, tiles_p, SimpleNamespace(PUBLISH=True, GROUP_M=group))
     assert out.tolist() == [list(draw.tile_of(ticket, tiles_m, tiles_p, group)) for ticket in tickets]

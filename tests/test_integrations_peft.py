@@ -137,7 +137,7 @@ STATES = {
     "DoRA": (lambda: fused_model(use_dora=True), 0),
     "DoRA beside plain": (lambda: after(lambda m: m.add_adapter("dora", config(use_dora=True))), 2),
     "lora_bias": (lambda: fused_model(lora_bias=True), 0),
-    "Conv1D base": (conv1d_base, 1),
+    "Conv1D base": (conv1d_base, 2),
     "parametrized base": (parametrized, 1),
     "dropout, eval": (lambda: fused_model(lora_dropout=0.5).eval(), 2),
     "dropout of several, eval": (lambda: several("default", "other", lora_dropout=0.5).eval(), 2),

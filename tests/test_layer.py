@@ -41,7 +41,7 @@ def test_is_a_linear_with_linears_signature():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [3, 17])
-def test_fresh_layer_equals_its_base_exactly_or_to_rounding_in_the_pass_for_few_rows(cpu_impl, rows, dtype):
+def test_fresh_layer_equals_its_base_exactly_or_to_rounding_at_small_m(cpu_impl, rows, dtype):
     linear = nn.Linear(300, 200).to(dtype)
     x = torch.randn(rows, 300).to(dtype)
     expected = linear(x)

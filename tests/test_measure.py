@@ -134,11 +134,11 @@ def test_the_gpu_is_kept_busy_for_as_long_as_the_slowest_host_needs(gpu):
 
 
 def test_a_host_that_cannot_be_hidden_is_said_to_show_and_costs_the_others_nothing(gpu):
-    work = gpu.issues("waits", 1.0, 0.2)
+    call = gpu.issues("waits", 1.0, 0.2)
 
     def waits():
         gpu.synchronize()
-        work()
+        call()
 
     timer = measure.CudaTimer(CPU, 2.0, gpu)
     assert timer(waits, 1) > 0.9
@@ -235,8 +235,8 @@ def test_the_peak_is_the_most_that_was_out_at_once():
 def test_the_peak_of_a_step_is_what_the_formulas_make():
     tokens, h = SMALL.M * 4, SMALL.M * SMALL.R * 4
 
-    def peak(name, work):
-        return measure.peak_bytes(LayerWorkload(work, SMALL, "float32", CPU).candidate(name).call, CPU)
+    def peak(name, pass_):
+        return measure.peak_bytes(LayerWorkload(pass_, SMALL, "float32", CPU).candidate(name).call, CPU)
 
     # y, then dx beside it
     assert peak("frozen", FORWARD) == tokens * SMALL.N
@@ -247,8 +247,8 @@ def test_the_peak_of_a_step_is_what_the_formulas_make():
     assert peak("eager", FORWARD) >= 3 * tokens * SMALL.N
 
 
-@pytest.mark.parametrize("work", [FORWARD, BACKWARD, STEP, DECODE])
-def test_calls_take_the_copies_of_their_inputs_in_turn(monkeypatch, work):
+@pytest.mark.parametrize("pass_", [FORWARD, BACKWARD, STEP, DECODE])
+def test_calls_take_the_copies_of_their_inputs_in_turn(monkeypatch, pass_):
     seen = []
 
     class Watching(baselines.EagerLoRA):
@@ -257,7 +257,7 @@ def test_calls_take_the_copies_of_their_inputs_in_turn(monkeypatch, work):
             return super().forward(x)
 
     monkeypatch.setitem(baselines.CANDIDATES, "addmm", baselines.Recipe(Watching))
-    workload = LayerWorkload(work, SMALL, "float32", CPU)
+    workload = LayerWorkload(pass_, SMALL, "float32", CPU)
     call = workload.candidate("addmm").call
     results = [call() for _ in range(workload.copies + 1)]
     assert len(set(seen)) == workload.copies == 16

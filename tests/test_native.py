@@ -22,8 +22,8 @@ from fused_lora.dropout import dropout_mask
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # the last has more rows than a block of dropout
 SHAPES = [*itertools.product((0, 1, 17, 129), (1, 3, 16, 64)), (1100, 3)]
-# the most rows that take the pass for few
-FEW = {torch.float32: 16, torch.bfloat16: 4}
+# the largest M that takes the product for small M
+SMALL_M = {torch.float32: 16, torch.bfloat16: 4}
 SEED = torch.tensor([-7_000_000_000_000_000_001])
 
 
@@ -115,7 +115,7 @@ def test_matmul_is_as_exact_as_the_reference(native, dropout, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("M", [1, 3, 4, 10, 16])
-def test_few_rows_are_as_exact_as_the_reference_both_ways(native, M, dtype):
+def test_small_m_is_as_exact_as_the_reference_both_ways(native, M, dtype):
     for (K, N), R, bias in itertools.product(((1, 1), (123, 77), (300, 515)), (1, 5, 64), (True, False)):
         found = []
         # so many draws that the smallest result has 64 values to err in
@@ -134,10 +134,10 @@ def test_few_rows_are_as_exact_as_the_reference_both_ways(native, M, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_of_few_has_the_same_bits_in_any_company_and_on_any_threads(native, dtype):
-    M = FEW[dtype]
+def test_at_small_m_a_row_has_the_same_bits_in_any_company_and_on_any_threads(native, dtype):
+    M = SMALL_M[dtype]
     i = oracle.draw(M, 1000, 700, 3, dtype)
-    # the thin product is a library's, and its bits may depend on the company
+    # the low-rank product is a library's, and its bits may depend on the company
     i.lora_A.zero_()
     i.lora_B.zero_()
     forward = (i.weight.t(), i.lora_A.t(), i.lora_B.t(), i.bias, 1.5, None, 0.0, False)
@@ -154,9 +154,9 @@ def test_a_row_of_few_has_the_same_bits_in_any_company_and_on_any_threads(native
 
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_few_rows_on_older_processors(extension_library, capability):
+def test_small_m_on_older_cpus(extension_library, capability):
     """The same tests in a process where PyTorch, and so the extension, uses fewer instructions."""
-    here = f"{Path(__file__)}::test_few_rows_are_as_exact_as_the_reference_both_ways"
+    here = f"{Path(__file__)}::test_small_m_is_as_exact_as_the_reference_both_ways"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", here]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     if extension_library is not None:
@@ -241,8 +241,8 @@ def test_dropout_bits_are_those_of_the_reference(native, seed, dtype):
         # each of the others by a product with the identity, of whichever side is the shorter
         if cols < rows:
             eye = torch.eye(cols, dtype=dtype)
-            _, thin = native.lora_matmul(ones, eye, eye, eye, None, 1.0, seed, p, False)
-            assert torch.equal(thin != 0, keep)
+            _, h = native.lora_matmul(ones, eye, eye, eye, None, 1.0, seed, p, False)
+            assert torch.equal(h != 0, keep)
         else:
             eye = torch.eye(rows, dtype=dtype)
             dA, _ = native.adapter_grad(ones, eye, None, None, 1.0, seed, p, dtype, dtype)

@@ -95,6 +95,32 @@ def test_nothing_of_the_size_of_input_or_output_is_allocated_but_the_results(dty
     assert y.nbytes + dx.nbytes <= allocated < y.nbytes + dx.nbytes + leaves.x.nbytes / 4
 
 
+def test_a_small_layer_costs_its_products_and_results_and_nothing_else():
+    leaves = oracle.draw(32, 64, 48, 4).leaves()
+    leaves.bias.requires_grad_(False)
+
+    def done_by(work):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            results = work()
+        events = profile.profiler.kineto_results.events()
+        names = {event.name() for event in events}
+        return names, sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events), results
+
+    def forward():
+        with torch.no_grad():
+            return call(leaves)
+
+    def step():
+        return torch.autograd.grad(call(leaves), (leaves.x, leaves.lora_A, leaves.lora_B), leaves.dy)
+
+    # y and h; these, dx, g, dA and dB
+    for work, most in ((forward, 2), (step, 6)):
+        work()
+        names, allocations, _ = done_by(work)
+        assert allocations <= most
+        assert not names & {"aten::t", "aten::view", "aten::reshape", "aten::to", "aten::clone", "aten::mul_"}
+
+
 def test_second_derivatives_through_a_backward_that_dropped_rounded_values():
     """Dropout, float32 adapters over bfloat16 and create_graph together: each dtype comes out as it went in."""
     leaves = oracle.draw(20, 12, 7, 2, dtype=torch.bfloat16, adapter_dtype=torch.float32).leaves()

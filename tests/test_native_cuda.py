@@ -9,7 +9,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from cuda_shim.host import BFLOAT16, EXACT, SHIM, TF32, Kernels, Schedule, compile
+from cuda_shim.host import BFLOAT16, EXACT, SHIM, TF32, Kernels, Turns, compile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,9 +19,9 @@ from fused_lora.dropout import dropout_mask
 
 SEED = torch.tensor([-7_000_000_000_000_000_001])
 ARITHMETICS = ("bfloat16", "float16", "float32", "tf32")
-# few tokens, several tiles of rows; ranks with a tail, of several tiles
+# small M, several tiles of rows; ranks with a tail, of several tiles
 SHAPES = ((1, 16), (5, 100), (16, 3), (17, 1), (129, 64))
-SCHEDULE = Schedule()
+TURNS = Turns()
 by_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS)
 by_direction = pytest.mark.parametrize("backward", [False, True], ids=["forward", "input gradient"])
 by_dropout = pytest.mark.parametrize("dropout", [None, "input", "output"])
@@ -37,12 +37,12 @@ def on_host(tmp_path_factory):
 
 
 class OnDevice:
-    """The operators of the extension on CPU tensors' copies, with their strides; a GPU has schedules of its own."""
+    """The operators of the extension on CPU tensors' copies, with their strides; on a GPU nobody chooses the turns."""
 
-    def lora_matmul(self, *arguments, schedule=None, arithmetic=None):
+    def lora_matmul(self, *arguments, turns=None, arithmetic=None):
         return self._call(native.lora_matmul, arguments, arithmetic)
 
-    def adapter_grad(self, *arguments, schedule=None, arithmetic=None):
+    def adapter_grad(self, *arguments, turns=None, arithmetic=None):
         return self._call(native.adapter_grad, arguments, arithmetic)
 
     def _call(self, operator, arguments, arithmetic):
@@ -104,12 +104,12 @@ def exactly(operator, tensors, rest, prepare=torch.Tensor.double):
     )
 
 
-def check(kernels, operator, arithmetic, draws, terms, *rest, schedule=SCHEDULE):
+def check(kernels, operator, arithmetic, draws, terms, *rest, turns=TURNS):
     """Both results of several draws of operands against float64. terms: how many numbers their longest sum has."""
     judged = {}
     for tensors in draws:
         got = getattr(kernels, operator)(
-            *tensors, *rest, schedule=schedule, arithmetic=kernel_arithmetic(arithmetic)
+            *tensors, *rest, turns=turns, arithmetic=kernel_arithmetic(arithmetic)
         )  # fmt: skip
         exact = exactly(operator, tensors, rest)
         if arithmetic == "float32":
@@ -218,49 +218,47 @@ def test_dropout_bits_are_those_of_the_reference(kernels, seed):
         out, _ = kernels.lora_matmul(ones[:, :1], 0 * ones[:1], ones[:1, :1], ones[:1], None, 1.0, seed, p, True)
         assert torch.equal(out != 0, keep)
         eye = torch.eye(cols)
-        _, thin = kernels.lora_matmul(ones, eye, eye, eye, None, 1.0, seed, p, False)
-        assert torch.equal(thin != 0, keep)
+        _, h = kernels.lora_matmul(ones, eye, eye, eye, None, 1.0, seed, p, False)
+        assert torch.equal(h != 0, keep)
         dA, _ = kernels.adapter_grad(ones, torch.eye(rows), None, None, 1.0, seed, p, torch.float32, torch.float32)
         assert torch.equal(dA != 0, keep)
 
 
 # every block alone, in order; many at once, in any order; the first to start, which publish, hardly ever having a turn
-SCHEDULES = [Schedule(0, 1), Schedule(0, 9), Schedule(1, 9), Schedule(2, 5)]
-SCHEDULES += [Schedule(seed, 9, delayed) for seed, delayed in ((3, 1), (4, 2), (5, 4))]
+ORDERS = [Turns(0, 1), Turns(0, 9), Turns(1, 9), Turns(2, 5)]
+ORDERS += [Turns(seed, 9, delayed) for seed, delayed in ((3, 1), (4, 2), (5, 4))]
 
 
-@pytest.mark.parametrize(
-    ("arithmetic", "multiprocessors"), [*((arithmetic, 24) for arithmetic in ARITHMETICS), ("bfloat16", 1)]
-)
-def test_any_order_of_blocks_gives_the_same_bits(kernels, arithmetic, multiprocessors):
+@pytest.mark.parametrize(("arithmetic", "sms"), [*((arithmetic, 24) for arithmetic in ARITHMETICS), ("bfloat16", 1)])
+def test_any_order_of_blocks_gives_the_same_bits(kernels, arithmetic, sms):
     dtype = dtype_of(arithmetic)
     told = kernel_arithmetic(arithmetic)
     tokens = (3, 140)
-    works = [("lora_matmul", (*draw_matmul(arithmetic, M, 300, 150, 70, False), 1.5, SEED, 0.3, False)) for M in tokens]
-    wide_and_thin = tuple(torch.randn(300, columns).to(dtype) for columns in (150, 5, 99, 5))
-    works.append(("adapter_grad", (*wide_and_thin, 1.5, SEED, 0.3, dtype, dtype)))
-    for operator, arguments in works:
+    calls = [("lora_matmul", (*draw_matmul(arithmetic, M, 300, 150, 70, False), 1.5, SEED, 0.3, False)) for M in tokens]
+    wide_and_low = tuple(torch.randn(300, columns).to(dtype) for columns in (150, 5, 99, 5))
+    calls.append(("adapter_grad", (*wide_and_low, 1.5, SEED, 0.3, dtype, dtype)))
+    for operator, arguments in calls:
         bits = None
-        for schedule in SCHEDULES:
-            schedule = replace(schedule, multiprocessors=multiprocessors)
-            got = getattr(kernels, operator)(*arguments, schedule=schedule, arithmetic=told)
+        for turns in ORDERS:
+            turns = replace(turns, sms=sms)
+            got = getattr(kernels, operator)(*arguments, turns=turns, arithmetic=told)
             assert not any(result.isnan().any() for result in got)
             bits = bits or got
-            assert all(torch.equal(one, other) for one, other in zip(bits, got, strict=True)), schedule
+            assert all(torch.equal(one, other) for one, other in zip(bits, got, strict=True)), turns
 
 
 @pytest.mark.parametrize("arithmetic", [BFLOAT16, EXACT])
 def test_contractions_are_cut_into_parts_where_tiles_are_few(on_host, arithmetic):
     """What the test above relies on to have split sums, in both operators and both tiles."""
-    few, many, gradients = (
-        on_host.plan(function, arithmetic, *sizes, Schedule(multiprocessors=24))
+    small, large, gradients = (
+        on_host.plan(function, arithmetic, *sizes, Turns(sms=24))
         for function, sizes in (
             ("plan_matmul", (3, 150, 300, 70)), ("plan_matmul", (140, 150, 300, 70)), ("plan_grad", (300, 150, 99, 5)),
         )
     )  # fmt: skip
-    assert (few.few, many.few) == (1, 0)
-    assert min(few.split, many.split, gradients.split) > 1
-    assert on_host.plan("plan_matmul", arithmetic, 140, 150, 300, 70, Schedule(multiprocessors=1)).split == 1
+    assert (small.small_m, large.small_m) == (1, 0)
+    assert min(small.split, large.split, gradients.split) > 1
+    assert on_host.plan("plan_matmul", arithmetic, 140, 150, 300, 70, Turns(sms=1)).split == 1
 
 
 sizes = st.integers(1, 150)
@@ -270,16 +268,14 @@ sizes = st.integers(1, 150)
 @given(
     M=st.integers(0, 150), K=sizes, N=sizes, R=st.integers(1, 80), bias=st.booleans(),
     arithmetic=st.sampled_from(ARITHMETICS), backward=st.booleans(), dropout=st.sampled_from([None, "input", "output"]),
-    multiprocessors=st.integers(1, 40), resident=st.integers(1, 12), delayed=st.integers(0, 4), seed=st.integers(0, 99),
+    sms=st.integers(1, 40), resident=st.integers(1, 12), delayed=st.integers(0, 4), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_whatever_the_sizes(
-    kernels, M, K, N, R, bias, arithmetic, backward, dropout, multiprocessors, resident, delayed, seed
-):
+def test_whatever_the_sizes(kernels, M, K, N, R, bias, arithmetic, backward, dropout, sms, resident, delayed, seed):
     torch.manual_seed(seed)
-    schedule = Schedule(seed, resident, delayed, multiprocessors)
+    turns = Turns(seed, resident, delayed, sms)
     rest = (1.5, SEED if dropout else None, 0.3 if dropout else 0.0, dropout == "output")
     draws = [
         draw_matmul(arithmetic, M, K, N, R, backward, bias)
         for _ in range(enough(M * R or 64, M * N or 64, M * K or 64))
     ]
-    check(kernels, "lora_matmul", arithmetic, draws, max(K, N) + R, *rest, schedule=schedule)
+    check(kernels, "lora_matmul", arithmetic, draws, max(K, N) + R, *rest, turns=turns)

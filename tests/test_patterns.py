@@ -39,7 +39,7 @@ def short(monkeypatch):
     monkeypatch.setattr(Budget, "seconds", 0.2)
     start = time.perf_counter()
     yield
-    # a compiler can't be stopped, and other processes may have the processor
+    # a compiler can't be stopped, and other processes may have the CPU
     assert time.perf_counter() - start < 20
 
 

@@ -292,7 +292,7 @@ def test_no_two_candidates_share_a_colour_and_every_name_fits(ours):
 
 def test_passes_come_in_their_order_whatever_was_measured_first():
     rows = [
-        row(name, 1.0, pass_=work) for work in ("train", "decode", "step", "forward") for name in ("frozen", "peft")
+        row(name, 1.0, pass_=pass_) for pass_ in ("train", "decode", "step", "forward") for name in ("frozen", "peft")
     ]
     page = render(a_file(CPU, rows), {})
     assert re.findall(r"<h2>(\w+)</h2>", page) == ["forward", "step", "decode", "train"]

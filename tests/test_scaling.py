@@ -62,8 +62,8 @@ def test_peft_keeps_a_float32_copy_of_x():
 def test_the_model_is_a_roofline(gpu):
     # much arithmetic: the datasheet's rate at its share, until the busiest SM has done its tiles
     tile = predict.grid_of(predict.FORWARD, HEADLINE, gpu).tile
-    of_the_busiest = math.ceil(HEADLINE.M * HEADLINE.N / (tile.BLOCK_M * tile.BLOCK_P) / gpu.device.multiprocessors)
-    flops = 2 * tile.BLOCK_M * tile.BLOCK_P * HEADLINE.K * of_the_busiest * gpu.device.multiprocessors
+    of_the_busiest = math.ceil(HEADLINE.M * HEADLINE.N / (tile.BLOCK_M * tile.BLOCK_P) / gpu.device.sms)
+    flops = 2 * tile.BLOCK_M * tile.BLOCK_P * HEADLINE.K * of_the_busiest * gpu.device.sms
     arithmetic = flops / (gpu.tflops * 1e12 * predict.GEMM_SHARE) * 1e3
     assert predict.forward_ms(FROZEN, HEADLINE, gpu) == pytest.approx(arithmetic + predict.START_US * 1e-3)
     # one token: reading W, at the memory's
@@ -98,7 +98,7 @@ def test_the_offline_compile_gives_the_pace_of_our_loop():
     assert {row.extra["arch"] for row in known} == {80, 86, 89, 90, 100, 120} == set(compiled.SMS)
     assert all(resident(row) >= 1 for row in known)
     for gpu in predict.GPUS:
-        grids = [predict.grid_of(work, HEADLINE, gpu, known) for work in (predict.FORWARD, predict.INPUT_GRADIENT)]
+        grids = [predict.grid_of(pass_, HEADLINE, gpu, known) for pass_ in (predict.FORWARD, predict.INPUT_GRADIENT)]
         assert all(1 <= grid.pace <= 1.05 and record.sizes(grid.found)["R"] == HEADLINE.R for grid in grids)
     slower = [
         dataclasses.replace(row, extra=row.extra | {"loop": 2 * (row.extra["plain"] or 0)}) for row in known

@@ -13,9 +13,9 @@ from fused_lora.backends.triton.choice import choice as chosen
 from fused_lora.backends.triton.configs import (
     DecodeConfig,
     Device,
-    Form,
     Problem,
     ReductionProblem,
+    Schedule,
     default_config,
     default_decode,
     default_reduction,
@@ -100,10 +100,10 @@ def test_every_schedule_and_both_kernels_for_small_m_are_among_them():
     device = GPUS[2]
     problem = Problem(8192, 4096, 4096, 16, 2, 2)
     best = rule(problem, device)
-    forms = {choice.schedule.form for choice in fitting(ROUNDS[2], problem, device, best, set())}
-    assert forms == {Form.PUBLISH, Form.RECOMPUTE, Form.PRODUCE}
-    few = Problem(4, 4096, 4096, 16, 2, 2)
-    kinds = {type(choice) for choice in fitting(ROUNDS[0], few, device, rule(few, device), set())}
+    kinds = {choice.schedule.kind for choice in fitting(ROUNDS[2], problem, device, best, set())}
+    assert kinds == {Schedule.PUBLISH, Schedule.RECOMPUTE, Schedule.PRODUCE}
+    decode = Problem(4, 4096, 4096, 16, 2, 2)
+    kinds = {type(choice) for choice in fitting(ROUNDS[0], decode, device, rule(decode, device), set())}
     assert kinds == {Tiled, DecodeConfig}
 
 
@@ -141,7 +141,7 @@ def test_noise_is_no_win_and_an_old_entry_that_wins_no_more_goes(tmp_path):
 
 
 def test_later_rounds_go_on_from_the_best(tmp_path):
-    """A tile of the list, then fewer stages of it, then another form of that."""
+    """A tile of the list, then fewer stages of it, then another schedule of that."""
     path = tmp_path / "tuned.json"
 
     def cost(choice):
@@ -149,13 +149,13 @@ def test_later_rounds_go_on_from_the_best(tmp_path):
             return 10.0
         ms = 10.0 - 2 * (choice.tile.BLOCK_P == 64)
         ms -= choice.tile.BLOCK_P == 64 and choice.tile.num_stages == 1
-        return ms - (choice.tile.num_stages == 1 and choice.schedule == launch.Schedule(Form.PRODUCE, 2))
+        return ms - (choice.tile.num_stages == 1 and choice.schedule == launch.ScheduleConfig(Schedule.PRODUCE, 2))
 
     options = ("--shapes", "64x40", "--tokens", "20", "--dtype", "float32", "--out", str(path))
     assert tuning.run(arguments(*options), timer(cost)) == 0
     choice = saved(path)[0].choice
     assert (choice.tile.BLOCK_P, choice.tile.num_stages) == (64, 1)
-    assert choice.schedule == launch.Schedule(Form.PRODUCE, 2)
+    assert choice.schedule == launch.ScheduleConfig(Schedule.PRODUCE, 2)
 
 
 @pytest.mark.parametrize("fault", ["wrong", "nan", "raises"])
@@ -164,12 +164,12 @@ def test_a_wrong_candidate_is_not_timed_however_fast(tmp_path, monkeypatch, caps
     real = subjects.MatmulSubject.call
 
     def call(subject, choice):
-        out, thin = real(subject, choice)
+        out, h = real(subject, choice)
         if is_middle_tile(choice):
             if fault == "raises":
                 raise RuntimeError("out of shared memory\nand more")
             out[-1, -1] = out[-1, -1] * 1.01 + 0.01 if fault == "wrong" else float("nan")
-        return out, thin
+        return out, h
 
     monkeypatch.setattr(subjects.MatmulSubject, "call", call)
     assert tuning.run(arguments(*ONE, "--out", str(path)), prefers(is_middle_tile)) == 0

@@ -16,11 +16,11 @@ from fused_lora.backends.triton.configs import (
     INTERPRETER,
     DecodeConfig,
     Device,
-    Form,
     Problem,
     ReductionConfig,
     ReductionProblem,
     Schedule,
+    ScheduleConfig,
     TileConfig,
 )
 from fused_lora.backends.triton.entries import Entry, Reduced, Tiled, check, class_of
@@ -29,8 +29,8 @@ from fused_lora.cli import main
 HOPPER = Device((9, 0), 227 * 1024, 132, "Some GPU")
 SMALL = dataclasses.replace(HOPPER, shared_memory=48 * 1024)
 TRAINING = Problem(8192, 4096, 4096, 16, 2, 2)
-TILED = Tiled(TileConfig(128, 256, 64, 16, 8, 8, 3), Schedule(Form.PUBLISH))
-PRODUCED = Tiled(TileConfig(64, 64, 32, 16, 8, 4, 3), Schedule(Form.PRODUCE, 4))
+TILED = Tiled(TileConfig(128, 256, 64, 16, 8, 8, 3), ScheduleConfig(Schedule.PUBLISH))
+PRODUCED = Tiled(TileConfig(64, 64, 32, 16, 8, 4, 3), ScheduleConfig(Schedule.PRODUCE, 4))
 DECODE = DecodeConfig(64, 128, 16, 4, 8, 4, 4)
 REDUCED = Reduced(ReductionConfig(64, 64, 16, 4, 4), 4)
 
@@ -78,6 +78,25 @@ def test_entries_come_back_from_disk(tmp_path):
     assert list(table.entries.values()) == ENTRIES
 
 
+OLD_NAMES = {"schedule": "form", "SPLIT_H": "SPLIT_THIN"}
+
+
+def renamed(config):
+    return {OLD_NAMES.get(name, name): value for name, value in config.items()}
+
+
+def test_files_with_the_names_that_fields_once_had_are_read_and_written_with_todays(tmp_path):
+    path = written(tmp_path, *ENTRIES)
+    today = json.loads(path.read_text())
+    old = today | {"entries": [entry | {"config": renamed(entry["config"])} for entry in today["entries"]]}
+    assert {name for entry in old["entries"] for name in entry["config"]}.issuperset(OLD_NAMES.values())
+    path.write_text(json.dumps(old))
+    table = tuned.read(path)
+    assert table.complaints == []
+    assert list(table.entries.values()) == ENTRIES
+    assert table.as_json() == today
+
+
 def test_a_class_is_all_alike_but_tokens_and_rank_rounded_up_to_powers_of_two(tmp_path):
     table = tuned.read(written(tmp_path, *ENTRIES))
 
@@ -97,8 +116,8 @@ def test_launches_take_the_tuned_choice_and_stay_right(tmp_path, monkeypatch, fo
     if torch.cuda.is_available():
         pytest.skip("made for the interpreter's device")
     sizes = {"itemsize": 4, "adapter_itemsize": 4, "tensor_cores": False}
-    forward = Tiled(TileConfig(16, 32, 16, 16, 1, 4, 1), Schedule(Form.PRODUCE, 2))
-    backward = Tiled(TileConfig(64, 16, 16, 16, 1, 4, 1), Schedule(Form.RECOMPUTE))
+    forward = Tiled(TileConfig(16, 32, 16, 16, 1, 4, 1), ScheduleConfig(Schedule.PRODUCE, 2))
+    backward = Tiled(TileConfig(64, 16, 16, 16, 1, 4, 1), ScheduleConfig(Schedule.RECOMPUTE))
     reduced = Reduced(ReductionConfig(16, 16, 16, 4, 1), 3)
     entries = [
         an_entry(Problem(40, 48, 64, 3, **sizes), forward, INTERPRETER),
@@ -199,7 +218,7 @@ def test_info_names_the_file_and_whom_its_entries_are_for(tmp_path, monkeypatch,
         ("heuristic_ms", -1, "heuristic_ms must be a time in milliseconds, got -1"),
         ("kernel", "gemm", "kernel must be one of lora_matmul, decode, adapter_grad, got 'gemm'"),
         ("kernel", ["decode"], "kernel must be one of"),
-        ("kernel", "decode", "config must have the fields .* and lacks SPLIT, SPLIT_THIN"),
+        ("kernel", "decode", "config must have the fields .* and lacks SPLIT, SPLIT_H"),
         ("problem", None, "problem must be an object, got None"),
         ("problem.M", 8000, "M and R must be powers of two, R from 16, got 8000 and 16"),
         ("problem.R", 8, "M and R must be powers of two"),
@@ -216,8 +235,10 @@ def test_info_names_the_file_and_whom_its_entries_are_for(tmp_path, monkeypatch,
         ("config.num_warps", 3, "num_warps must be one of 1, 2, 4, 8, 16, got 3"),
         ("config.num_stages", 0, "num_stages must be a whole number from 1 to 8, got 0"),
         ("config.GROUP_M", "8", "GROUP_M must be of type int, got '8'"),
-        ("config.form", "PLAIN", "form must compute the adapter, got PLAIN"),
-        ("config.form", "FAST", "form must be one of PLAIN, RECOMPUTE, PUBLISH, PRODUCE, got 'FAST'"),
+        ("config.schedule", "PLAIN", "schedule must compute the adapter, got PLAIN"),
+        ("config.schedule", "FAST", "schedule must be one of PLAIN, RECOMPUTE, PUBLISH, PRODUCE, got 'FAST'"),
+        ("config.form", "PUBLISH", "config must have the fields .* and has 'form'"),
+        ("config.kind", "PUBLISH", "config must have the fields .* and has 'kind'"),
         ("config.split", 2, "split must be a whole number from 1 to 1, got 2"),
         ("config.split", None, "split must be of type int, got None"),
     ],

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# for pytest to say what it found so far
+# seconds in which pytest may say what it found so far
 GRACE_S = 10.0
 
 
@@ -70,6 +70,6 @@ def run(command: Sequence[str], cwd: Path, limit_s: float, environment: Mapping[
 
 
 def _signal(process: subprocess.Popen[str], number: int) -> None:
-    """To the command and all that it started."""
+    """Send the signal to the command and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)

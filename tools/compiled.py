@@ -12,7 +12,7 @@ from fused_lora.codegen.record import sizes
 
 @dataclass(frozen=True)
 class SM:
-    """What one has for the programs that it holds at once. shared_kb: of which each program costs 1 more."""
+    """What an SM has for the programs that it holds at once. shared_kb: each program takes 1 more than it asks for."""
 
     shared_kb: int
     threads: int
@@ -29,7 +29,7 @@ SMS = {
     100: SM(228, 2048, 32),
     120: SM(100, 1536, 24),
 }
-# a warp's registers are given out in pieces of so many
+# a warp's registers are allocated in units of this many
 REGISTER_PIECE = 256
 
 

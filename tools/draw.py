@@ -22,7 +22,7 @@ C = {name: light for name, (light, _) in COLOURS.items()}
 
 
 def _blank(width: float, height: float) -> tuple[Figure, Axes]:
-    """Axes in points, y downward, nothing but what is put there."""
+    """Bare axes in points, y downward."""
     figure = Figure(figsize=(width / 72, height / 72))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))

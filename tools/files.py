@@ -1,4 +1,4 @@
-"""What the pages say of results files: where they were measured, and that something was not."""
+"""What the pages say of results files: where they were measured, or that nothing was."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).parents[1]
 PARTS = TESTS, RACES, SANITIZER, SPEED = ("tests", "races", "sanitizer", "speed")
-# of all the time, at most; speed has what is left
+# the share of the time that each may take; speed has the rest
 SHARE = {TESTS: 0.4, RACES: 0.15, SANITIZER: 0.2}
 MINUTES = {"cuda": 12.0, "cpu": 60.0}
 WORKERS = 8

@@ -67,7 +67,7 @@ def _machine(name: str, file: ResultsFile) -> str:
 
 
 def _sizes(rows: Mapping[str, Row]) -> str:
-    """Those of the group that these are of."""
+    """The sizes in the label of these rows' group."""
     return next(iter(rows.values())).shape.partition(" ")[2]
 
 

@@ -45,12 +45,12 @@ GPU_HIGHLIGHTS = (
     ("one token, 4096×4096, rank 16, forward, bfloat16", DECODE, "decode-4096-m1", "bfloat16"),
     ("16 tokens, 4096×4096, rank 16, forward, bfloat16", DECODE, "decode-4096-m16", "bfloat16"),
 )
-# a time between two events, as files had it before they had a wall
+# older files have the time between two events, and no wall time
 GLIMPSE = (
     "Its times are between two device events, the host 0.1 ms ahead: where a call costs the host more than that, it is "
     "the host's time that shows."
 )
-# whom the default is held against, in words
+# the baselines that the default is compared with, in words
 BASELINES = ("addmm", EAGER, PEFT, LORAFUSION)
 
 
@@ -122,7 +122,7 @@ def _tokens_won(tally: Tally) -> list[int]:
 
 
 def _clocks(file: ResultsFile, layers: Sequence[Group]) -> str:
-    """What a GPU's file calls time, and whose time that is."""
+    """What the times of a GPU's file are: the device's, or what a user waits."""
     ours = our_default(file)
     if has_wall(file):
         tally = Tally.of(layers, BASELINES, wall)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from fused_lora.backends.triton.configs import (
     DECODE_ROWS,
     Device,
-    Form,
     Problem,
+    Schedule,
     TileConfig,
     block_r,
     default_config,
@@ -51,7 +51,7 @@ START_US = 2.0
 
 
 def gpu_called(device: str) -> Gpu | None:
-    """The one that the driver calls so, whose short name is in the driver's."""
+    """The GPU whose short name is part of the driver's name for it."""
     return next((gpu for gpu in GPUS if (gpu.name.removesuffix(" SXM").removesuffix(" 80 GB")) in device), None)
 
 
@@ -60,7 +60,7 @@ class Grid:
     """The base product of one pass in tiles. found: what the offline compile says of our launch, if anything."""
 
     tile: TileConfig
-    form: Form
+    schedule: Schedule
     tiles: int
     sms: int
     found: Row | None
@@ -79,17 +79,17 @@ FORWARD, INPUT_GRADIENT = "forward", "input gradient"
 
 
 def grid_of(pass_: str, layer: Layer, gpu: Gpu, known: Sequence[Row] = ()) -> Grid | None:
-    """By the rules that choose a tile and a schedule; None for decode, where memory decides."""
+    """The tiles, by the rules that choose a tile and a schedule; None for decode, where memory decides."""
     if layer.M <= DECODE_ROWS:
         return None
     P, Q = (layer.N, layer.K) if pass_ == FORWARD else (layer.K, layer.N)
     problem = Problem(layer.M, P, Q, layer.R, layer.itemsize, layer.itemsize)
     tile = default_config(problem, gpu.device)
-    form = default_schedule(problem, tile, gpu.device).form
+    schedule = default_schedule(problem, tile, gpu.device).kind
     major, minor = gpu.device.capability
-    found = compiled.find(known, 10 * major + minor, pass_, tile, form.name, layer.R)
+    found = compiled.find(known, 10 * major + minor, pass_, tile, schedule.name, layer.R)
     tiles = -(-layer.M // tile.BLOCK_M) * -(-P // tile.BLOCK_P)
-    return Grid(tile, form, tiles, gpu.device.multiprocessors, found)
+    return Grid(tile, schedule, tiles, gpu.device.sms, found)
 
 
 def forward_ms(way: str, layer: Layer, gpu: Gpu, known: Sequence[Row] = ()) -> float:
@@ -118,12 +118,12 @@ def _ms(pass_: str, way: str, launches: list[Launch], layer: Layer, gpu: Gpu, kn
 
 
 def _fused_flops(pass_: str, layer: Layer, grid: Grid | None) -> int:
-    """Of our one kernel, padding and repetition included."""
+    """Floating-point operations of our one kernel, padding and repetition included."""
     P, Q = (layer.N, layer.K) if pass_ == FORWARD else (layer.K, layer.N)
     width = block_r(layer.R)
     padded = -(-layer.R // width) * width
     if grid is None:
         # the tokens are padded to one tile
         return 2 * DECODE_ROWS * (P * Q + padded * (P + Q))
-    columns = -(-P // grid.tile.BLOCK_P) if grid.form == Form.RECOMPUTE else 1
+    columns = -(-P // grid.tile.BLOCK_P) if grid.schedule == Schedule.RECOMPUTE else 1
     return 2 * layer.M * (P * Q + padded * (Q * columns + P))

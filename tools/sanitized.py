@@ -1,4 +1,4 @@
-"""Every kernel once, in every form, on operands small enough for compute-sanitizer, and checked.
+"""Every kernel once, in every schedule, on operands small enough for compute-sanitizer, and checked.
 
 python -m tools.sanitized [--device cpu] [--kernel NAME]
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fused_lora.backends import native
-from fused_lora.backends.triton.configs import DecodeConfig, Form, Schedule
+from fused_lora.backends.triton.configs import DecodeConfig, Schedule, ScheduleConfig
 from fused_lora.backends.triton.entries import Choice, Reduced, Tiled
 from fused_lora.bench.subjects import ADAPTER_GRADIENTS, FORWARD, INPUT_GRADIENT, Job, Subject, in_one_line, make
 
@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     M, K, N = SIZES[device.type]
     jobs = [Job(FORWARD, 3, K, N, 8, dtype) for dtype in DTYPES]
     jobs += [
-        Job(work, M, K, N, 20, dtype, dropout)
+        Job(pass_, M, K, N, 20, dtype, dropout)
         for dtype in DTYPES
         for dropout in (False, True)
-        for work in (FORWARD, INPUT_GRADIENT, ADAPTER_GRADIENTS)
+        for pass_ in (FORWARD, INPUT_GRADIENT, ADAPTER_GRADIENTS)
     ]
     launches = wrong = 0
     for job in jobs:
@@ -69,9 +69,10 @@ def _choices(subject: Subject) -> Iterator[Choice | None]:
         return
     if isinstance(rule, DecodeConfig):
         return
-    for schedule in (Schedule(Form.RECOMPUTE), Schedule(Form.PUBLISH), Schedule(Form.PRODUCE, 2)):
-        if Tiled(rule.tile, schedule) != rule:
-            yield Tiled(rule.tile, schedule)
+    for kind, split in ((Schedule.RECOMPUTE, 1), (Schedule.PUBLISH, 1), (Schedule.PRODUCE, 2)):
+        choice = Tiled(rule.tile, ScheduleConfig(kind, split))
+        if choice != rule:
+            yield choice
 
 
 if __name__ == "__main__":

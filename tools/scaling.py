@@ -24,7 +24,7 @@ from fused_lora.bench.workloads import Candidate, LayerWorkload
 
 ADAPTERS = "adapters"
 AXES = ("M", "K", "N", "R", ADAPTERS)
-# ours by default, and who is at hand everywhere
+# ours by default, and the baselines that run everywhere
 WANTED = (FROZEN, "addmm", EAGER, PEFT)
 
 

@@ -153,7 +153,7 @@ def _model_plot(axis: str, known: Sequence[Row]) -> str:
 
 def model(files: Files) -> str:
     known, middle = compiled_rows(files), SWEEPS["cuda"].middle
-    gpus = [(g.name, f"{g.tflops:g}", f"{g.gb_per_s:g}", g.device.multiprocessors) for g in GPUS]
+    gpus = [(g.name, f"{g.tflops:g}", f"{g.gb_per_s:g}", g.device.sms) for g in GPUS]
     parts = [
         f'!!! warning "A model, not a measurement"\n    {_ASSUMPTIONS}\n',
         markdown(["GPU", "TFLOP/s, 16-bit", "GB/s", "SMs"], gpus),

@@ -1,5 +1,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
@@ -10,19 +12,23 @@
 namespace fused_lora::cpu {
 namespace {
 
-// scale · thinᵀ wide: (R, C)
-at::Tensor product(const at::Tensor& thin, const at::Tensor& wide, double scale) {
-  at::Tensor grad = at::mm(thin.t(), wide);
-  return multiply_(grad, scale);
+// elements of dy up to which the slower product takes less than to transpose the faster one's result
+constexpr int64_t kSmall = 1 << 14;
+
+// scale · aᵀ b, contiguous
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, double scale) {
+  at::Tensor grad = at::empty({a.size(1), b.size(1)}, b.options());
+  // beta 0: nothing is read there, and the product itself is what is scaled
+  return at::addmm_out(grad, grad, transposed(a), b, /*beta=*/0, /*alpha=*/scale);
 }
 
-// scale · thinᵀ D(wide): (R, C); 16-bit blocks are summed in float32
-at::Tensor dropped_product(const at::Tensor& thin, const at::Tensor& wide, double scale, const Dropout& dropout) {
+// scale · lowᵀ D(wide): (R, C); 16-bit blocks are summed in float32
+at::Tensor dropped_product(const at::Tensor& low, const at::Tensor& wide, double scale, const Dropout& dropout) {
   const auto dtype = c10::promoteTypes(wide.scalar_type(), at::kFloat);
-  at::Tensor grad = at::zeros({thin.size(1), wide.size(1)}, wide.options().dtype(dtype));
+  at::Tensor grad = at::zeros({low.size(1), wide.size(1)}, wide.options().dtype(dtype));
   for_row_blocks(wide, [&](int64_t first, int64_t count, const at::Tensor& dropped) {
     dropout.apply(wide.narrow(0, first, count), first, dropped);
-    grad.add_(at::mm(thin.narrow(0, first, count).t(), dropped));
+    grad.add_(at::mm(low.narrow(0, first, count).t(), dropped));
   });
   return multiply_(grad, scale * dropout.keep_scale());
 }
@@ -40,15 +46,16 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
   std::optional<at::Tensor> dA, dB;
   if (x && g) {
     const at::Tensor x2 = rows("x", *x);
-    check_thin("g", *g, "x", x2);
+    check_low_rank("g", *g, "x", x2);
     dA = seed ? dropped_product(*g, x2, scale, Dropout(*seed, dropout_p)) : product(*g, x2, scale);
-    dA = dA->to(dtype_A);
+    dA = in_dtype(*dA, dtype_A);
   }
   if (dy && h) {
     const at::Tensor dy2 = rows("dy", *dy);
-    check_thin("h", *h, "dy", dy2);
+    check_low_rank("h", *h, "dy", dy2);
     // hᵀ dy, not dyᵀ h: the narrow matrix on the left is the faster product
-    dB = product(*h, dy2, scale).t().to(dtype_B).contiguous();
+    dB = dy2.numel() <= kSmall ? product(dy2, *h, scale) : transposed(product(*h, dy2, scale));
+    dB = in_dtype(*dB, dtype_B).contiguous();
   }
   return {dA, dB};
 }

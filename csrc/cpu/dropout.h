@@ -1,4 +1,4 @@
-// LoRA dropout as reference.py defines it, without a mask in memory.
+// LoRA dropout as fused_lora/dropout.py defines it, without a mask in memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +9,7 @@
 
 namespace fused_lora::cpu {
 
-// The dropout mask of reference.dropout_mask, bit for bit.
+// The mask of dropout.dropout_mask, bit for bit.
 class Dropout {
  public:
   // seed: (1,) of int64.  p: in [0, 1).

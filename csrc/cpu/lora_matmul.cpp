@@ -8,8 +8,8 @@
 
 #include "../tensors.h"
 #include "dropout.h"
-#include "few_rows.h"
 #include "operators.h"
+#include "small_m.h"
 
 namespace fused_lora::cpu {
 namespace {
@@ -52,20 +52,20 @@ at::Tensor base_product(const at::Tensor& a, const at::Tensor& w, const std::opt
 
 // D(a) u
 at::Tensor dropped_product(const at::Tensor& a, const at::Tensor& u, const Dropout& dropout) {
-  at::Tensor thin = at::empty({a.size(0), u.size(1)}, a.options());
+  at::Tensor h = at::empty({a.size(0), u.size(1)}, a.options());
   for_row_blocks(a, [&](int64_t first, int64_t count, const at::Tensor& dropped) {
     dropout.apply(a.narrow(0, first, count), first, dropped);
-    at::Tensor block = thin.narrow(0, first, count);
+    at::Tensor block = h.narrow(0, first, count);
     at::mm_out(block, dropped, u);
   });
-  return multiply_(thin, dropout.keep_scale());
+  return multiply_(h, dropout.keep_scale());
 }
 
-// out += scale · D'(thin v)
-void add_dropped_product(const at::Tensor& out, const at::Tensor& thin, const at::Tensor& v, double scale,
+// out += scale · D'(h v)
+void add_dropped_product(const at::Tensor& out, const at::Tensor& h, const at::Tensor& v, double scale,
                          const Dropout& dropout) {
   for_row_blocks(out, [&](int64_t first, int64_t count, at::Tensor product) {
-    at::mm_out(product, thin.narrow(0, first, count), v);
+    at::mm_out(product, h.narrow(0, first, count), v);
     dropout.apply(product, first, product);
     out.narrow(0, first, count).add_(product, scale * dropout.keep_scale());
   });
@@ -82,25 +82,27 @@ std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Te
   const at::Tensor a2 = rows("a", a);
   check_matmul_operands(a2, w, u, v, bias);
   const std::optional<Dropout> dropout = seed ? std::make_optional<Dropout>(*seed, dropout_p) : std::nullopt;
-  const at::Tensor u2 = u.to(a.scalar_type()), v2 = v.to(a.scalar_type());
+  const at::Tensor u2 = in_dtype(u, a.scalar_type()), v2 = in_dtype(v, a.scalar_type());
 
-  const at::Tensor thin = dropout && !dropout_on_output ? dropped_product(a2, u2, *dropout) : at::mm(a2, u2);
+  const at::Tensor h = dropout && !dropout_on_output ? dropped_product(a2, u2, *dropout) : at::mm(a2, u2);
   at::Tensor out;
   if (dropout && dropout_on_output) {
     out = base_product(a2, w, bias, dropout_on_output);
-    add_dropped_product(out, thin, v2, scale, *dropout);
-  } else if (is_for_few_rows(a2, w)) {
+    add_dropped_product(out, h, v2, scale, *dropout);
+  } else if (is_for_small_m(a2, w)) {
     out = at::empty({a2.size(0), w.size(1)}, a2.options());
-    few_rows(out, a2, w, thin, v2, bias, scale);
+    small_m_product(out, a2, w, h, v2, bias, scale);
   } else {
     out = base_product(a2, w, bias, dropout_on_output);
-    out.addmm_(thin, v2, /*beta=*/1, /*alpha=*/scale);
+    out.addmm_(h, v2, /*beta=*/1, /*alpha=*/scale);
   }
-  auto shape = a.sizes().vec();
-  shape.back() = w.size(1);
-  // a tensor of its own, not a view: autograd is not watching here
-  out = out.view(shape);
-  return {out, thin};
+  if (a.dim() != 2) {
+    auto shape = a.sizes().vec();
+    shape.back() = w.size(1);
+    // a tensor of its own, not a view: autograd is not watching here
+    out = out.view(shape);
+  }
+  return {out, h};
 }
 
 }  // namespace fused_lora::cpu

@@ -8,7 +8,7 @@
 
 namespace fused_lora::cpu {
 
-// (out, thin)
+// (out, h)
 std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Tensor& w, const at::Tensor& u,
                                                const at::Tensor& v, const std::optional<at::Tensor>& bias, double scale,
                                                const std::optional<at::Tensor>& seed, double dropout_p,

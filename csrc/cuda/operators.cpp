@@ -12,18 +12,17 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cmath>
 #include <exception>
-#include <map>
-#include <mutex>
 #include <optional>
 #include <thread>
 #include <tuple>
-#include <utility>
-#include <vector>
 
 #include "../tensors.h"
 #include "kernels/launches.h"
+#include "workspace.h"
 
 namespace fused_lora::cuda {
 namespace {
@@ -42,7 +41,7 @@ void check_device(const char* name, const at::Tensor& tensor, at::Device device)
   TORCH_CHECK_VALUE(tensor.device() == device, name, " must be on ", device, ", got ", tensor.device());
 }
 
-// Kernels convert float32 to 16 bits as they read it; any other adapter's dtype is converted here: it is thin.
+// Kernels convert float32 to 16 bits as they read it; any other adapter's dtype is converted here: it is small.
 at::Tensor readable(const at::Tensor& adapter, at::ScalarType dtype) {
   return adapter.scalar_type() == dtype || adapter.scalar_type() == at::kFloat ? adapter : adapter.to(dtype);
 }
@@ -62,22 +61,27 @@ DropoutArguments dropout_for(const std::optional<at::Tensor>& seed, double p, at
   return {seed->const_data_ptr<int64_t>(), threshold, static_cast<float>(kLanes) / (kLanes - threshold)};
 }
 
-int32_t multiprocessors(at::Device device) {
-  int count = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index()));
+// Asked once of each device.
+int32_t sm_count(at::Device device) {
+  static std::array<std::atomic<int32_t>, 1 << (8 * sizeof(c10::DeviceIndex))> known{};
+  std::atomic<int32_t>& count = known[static_cast<uint8_t>(device.index())];
+  if (count == 0) {
+    int asked = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&asked, cudaDevAttrMultiProcessorCount, device.index()));
+    count = asked;
+  }
   return count;
 }
 
-// int32 zeros that no memory pool of the calling thread owns: a pool is current on one thread alone, and this is
-// another. torch.compile(mode="reduce-overhead") makes a pool current before it captures, and refuses tensors that stay
-// in it.
-at::Tensor zeros_outside_pools(int64_t count, at::Device device) {
+// Zeros that no memory pool of the calling thread owns: a pool is current on one thread alone, and this is another.
+// torch.compile(mode="reduce-overhead") makes a pool current before it captures, and refuses tensors that stay in it.
+at::Tensor zeros_outside_pools(int64_t count, const at::TensorOptions& options) {
   at::Tensor made;
   std::exception_ptr failure;
   std::thread([&] {
     try {
-      const c10::cuda::CUDAGuard on_device(device);
-      made = at::zeros({count}, at::TensorOptions().dtype(at::kInt).device(device));
+      const c10::cuda::CUDAGuard on_device(options.device());
+      made = at::zeros({count}, options);
       // they are written on this thread's stream, and used on another
       c10::cuda::getCurrentCUDAStream().synchronize();
     } catch (...) {
@@ -88,33 +92,34 @@ at::Tensor zeros_outside_pools(int64_t count, at::Device device) {
   return made;
 }
 
-// Zeros by which blocks of one launch hand results to each other; a launch leaves them zero. Those of a stream serve
-// its launches in turn, so no launch needs a memset. While a graph is captured nothing may be kept that was not there
-// before: a stream without enough of them gets its own, zeroed by the graph.
-at::Tensor counters(int32_t count, at::Device device, cudaStream_t stream) {
-  constexpr int64_t kLeast = 1 << 14;
-  static std::mutex mutex;
-  // never destroyed: the CUDA runtime may be gone by then
-  static auto& known = *new std::map<std::pair<c10::DeviceIndex, cudaStream_t>, at::Tensor>;
-  // kept, because a captured graph may hold their addresses
-  static auto& outgrown = *new std::vector<at::Tensor>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  at::Tensor& kept = known[{device.index(), stream}];
-  if (kept.defined() && kept.numel() >= count) return kept;
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-    return at::zeros({count}, at::TensorOptions().dtype(at::kInt).device(device));
-  }
-  if (kept.defined()) outgrown.push_back(kept);
-  return kept = zeros_outside_pools(std::max<int64_t>(count, kLeast), device);
-}
-
-// What a launch needs beside its operands, for as long as the stream does.
+// What the launches of a stream use in turn, each after the other: a call allocates its results alone.
+//   counters: zeros by which blocks of one launch hand results to each other; a launch leaves them zero.
+//   slots: parts of sums, written before they are read.
+// While a graph is captured nothing may be kept that was not there before: a stream with too little gets memory of the
+// graph's own, which the graph zeroes.
 struct Scratch {
-  at::Tensor slots, zeros;
+  at::Tensor counters, slots;
 
   Scratch(const Plan& plan, at::Device device, cudaStream_t stream)
-      : slots(at::empty({plan.slot_floats}, at::TensorOptions().dtype(at::kFloat).device(device))),
-        zeros(counters(plan.counters, device, stream)) {}
+      : counters(of_stream(kCounters, plan.counters, device, stream)),
+        slots(plan.slot_floats == 0 ? at::Tensor() : of_stream(kSlots, plan.slot_floats, device, stream)) {}
+
+  float* slot_data() const { return slots.defined() ? slots.mutable_data_ptr<float>() : nullptr; }
+
+ private:
+  enum Kind { kCounters, kSlots };
+
+  static at::Tensor of_stream(Kind kind, int64_t count, at::Device device, cudaStream_t stream) {
+    // never destroyed: the CUDA runtime may be gone by then
+    static auto& kept = *new std::array<Workspace<at::Tensor>, 2>;
+    const auto options = at::TensorOptions().dtype(kind == kCounters ? at::kInt : at::kFloat).device(device);
+    const auto found = kept[kind].at_least(count, device.index(), stream, [&](int64_t size) {
+      const bool captures = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+      return captures ? std::nullopt : std::make_optional(zeros_outside_pools(size, options));
+    });
+    if (found) return *found;
+    return kind == kCounters ? at::zeros({count}, options) : at::empty({count}, options);
+  }
 };
 
 std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Tensor& w, const at::Tensor& u,
@@ -127,9 +132,9 @@ std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Te
   const Arithmetic arithmetic = arithmetic_for("a", dtype);
   const at::Tensor a2 = rows("a", a);
   check_matmul_operands(a2, w, u, v, bias);
-  for (const auto& [name, tensor] : {std::pair("w", w), std::pair("u", u), std::pair("v", v)}) {
-    check_device(name, tensor, a.device());
-  }
+  check_device("w", w, a.device());
+  check_device("u", u, a.device());
+  check_device("v", v, a.device());
   if (bias) check_device("bias", *bias, a.device());
   const DropoutArguments dropout = dropout_for(seed, dropout_p, a.device());
   const int64_t M = a2.size(0), P = w.size(1), Q = w.size(0), R = u.size(1);
@@ -137,10 +142,10 @@ std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Te
 
   auto shape = a.sizes().vec();
   shape.back() = P;
-  at::Tensor out = at::empty(shape, a.options()), thin = at::empty({M, R}, a.options());
-  if (out.numel() == 0 && thin.numel() == 0) return {out, thin};
+  at::Tensor out = at::empty(shape, a.options()), h = at::empty({M, R}, a.options());
+  if (out.numel() == 0 && h.numel() == 0) return {out, h};
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Plan plan = plan_lora_matmul(arithmetic, M, P, Q, R, multiprocessors(a.device()));
+  const Plan plan = plan_lora_matmul(arithmetic, M, P, Q, R, sm_count(a.device()));
   const Scratch scratch(plan, a.device(), stream);
   const at::Tensor u2 = readable(u, dtype), v2 = readable(v, dtype);
   const at::Tensor bias2 = bias ? bias->contiguous() : at::Tensor();
@@ -157,12 +162,12 @@ std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Te
                                       dropout_on_output,
                                       dropout,
                                       out.mutable_data_ptr(),
-                                      thin.mutable_data_ptr(),
-                                      scratch.slots.mutable_data_ptr<float>(),
-                                      scratch.zeros.mutable_data_ptr<int32_t>(),
+                                      h.mutable_data_ptr(),
+                                      scratch.slot_data(),
+                                      scratch.counters.mutable_data_ptr<int32_t>(),
                                       plan.split};
   C10_CUDA_CHECK(static_cast<cudaError_t>(launch_lora_matmul(arithmetic, plan, arguments, stream)));
-  return {out, thin};
+  return {out, h};
 }
 
 // A gradient as its kernel stores it: float32 unless it is of the operands' dtype.
@@ -188,7 +193,7 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
   const c10::cuda::CUDAGuard on_device(like.device());
   if (wants_A) {
     x2 = rows("x", *x);
-    check_thin("g", *g, "x", *x2);
+    check_low_rank("g", *g, "x", *x2);
     check_device("g", *g, like.device());
     dA = gradient({g->size(1), x2->size(1)}, dtype_A, like);
     arguments.M = g->size(0), arguments.R = g->size(1);
@@ -197,7 +202,7 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
   }
   if (wants_B) {
     dy2 = rows("dy", *dy);
-    check_thin("h", *h, "dy", *dy2);
+    check_low_rank("h", *h, "dy", *dy2);
     check_dtype("dy", *dy2, dtype);
     check_device("dy", *dy2, like.device());
     check_device("h", *h, like.device());
@@ -211,16 +216,16 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
   if (elements > 0) {
     const auto stream = c10::cuda::getCurrentCUDAStream();
     const Plan plan = plan_adapter_grad(arithmetic, arguments.M, arguments.dA.columns, arguments.dB.columns,
-                                        arguments.R, multiprocessors(like.device()));
+                                        arguments.R, sm_count(like.device()));
     const Scratch scratch(plan, like.device(), stream);
     arguments.scale = static_cast<float>(scale);
     arguments.dropout = dropout;
-    arguments.slots = scratch.slots.mutable_data_ptr<float>();
-    arguments.counters = scratch.zeros.mutable_data_ptr<int32_t>();
+    arguments.slots = scratch.slot_data();
+    arguments.counters = scratch.counters.mutable_data_ptr<int32_t>();
     arguments.split = plan.split;
     C10_CUDA_CHECK(static_cast<cudaError_t>(launch_adapter_grad(arithmetic, arguments, stream)));
   }
-  return {dA ? std::make_optional(dA->to(dtype_A)) : dA, dB ? std::make_optional(dB->to(dtype_B)) : dB};
+  return {dA ? std::make_optional(in_dtype(*dA, dtype_A)) : dA, dB ? std::make_optional(in_dtype(*dB, dtype_B)) : dB};
 }
 
 // The mask over 1 - p, as what dropout on the output leaves of ones: (rows, cols).

@@ -62,14 +62,14 @@ def choose(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs: the one asked for, or RuntimeError; for "auto", by this rule:
 
     on a CPU "native" where the extension is built; on a CUDA device "triton" where it can run, else "native" where it
-    can; everywhere else "eager". On an H100 (benchmarks/results) "native" is ahead of "triton" for few tokens, where
-    the host decides, and level with it or behind above: the order is that of the sizes that are trained.
+    can; everywhere else "eager". On an H100 (benchmarks/results) "native" is faster than "triton" at small M,
+    where the host decides, and as fast or slower above. The rule is for the sizes that are trained.
 
     On a CPU it is measured (benchmarks/results/native): beside "eager", a step of RichBoyNet and a token's forward take
     a third to a half less, and a step of 512 tokens the same.
     """
     if impl == "auto":
-        # the CPU is asked first: it is where a microsecond shows
+        # the CPU comes first: there a microsecond counts
         if device.type == "cpu":
             return "native" if native.available() and dtype in native.DTYPES else "eager"
         if device.type != "cuda":

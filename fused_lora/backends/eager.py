@@ -27,11 +27,11 @@ def lora_matmul(
 ) -> tuple[Tensor, Tensor]:
     """See ``Backend``. seed: also a :func:`fused_lora.dropout.whole_mask`, made once for several calls."""
     a2 = _rows(a)
-    # whoever watches operators may keep their results (selective checkpointing does): those are not changed in place
+    # a mode that watches operators may keep their results, as selective checkpointing does: do not change them in place
     if a.dim() == 2 and dispatch_modes() == 0:
         out = out2 = _base_product(a, w, bias, dropout_on_output)
     else:
-        # a view of a fresh tensor would not do: autograd minds who changes its outputs in place
+        # autograd refuses an output that is a view and is changed in place, so out is a tensor of its own
         out = a.new_empty((*a.shape[:-1], w.shape[1]))
         out2 = out.view(a2.shape[0], w.shape[1])
         if bias is None:
@@ -41,19 +41,19 @@ def lora_matmul(
     if u.dtype != a.dtype or v.dtype != a.dtype:
         u, v = u.to(a.dtype), v.to(a.dtype)
     if seed is None:
-        thin = torch.mm(a2, u)
-        out2.addmm_(thin, v, alpha=scale)
+        h = torch.mm(a2, u)
+        out2.addmm_(h, v, alpha=scale)
     elif dropout_on_output:
-        thin = torch.mm(a2, u)
+        h = torch.mm(a2, u)
         for block, keep in mask_blocks(seed, dropout_p, *out2.shape):
-            out2[block].add_(torch.mm(thin[block], v).mul_(keep), alpha=scale * keep_scale(dropout_p))
+            out2[block].add_(torch.mm(h[block], v).mul_(keep), alpha=scale * keep_scale(dropout_p))
     else:
-        thin = a.new_empty((a2.shape[0], u.shape[1]))
+        h = a.new_empty((a2.shape[0], u.shape[1]))
         for block, keep in mask_blocks(seed, dropout_p, *a2.shape):
-            torch.mm(a2[block] * keep, u, out=thin[block])
-        thin.mul_(keep_scale(dropout_p))
-        out2.addmm_(thin, v, alpha=scale)
-    return out, thin
+            torch.mm(a2[block] * keep, u, out=h[block])
+        h.mul_(keep_scale(dropout_p))
+        out2.addmm_(h, v, alpha=scale)
+    return out, h
 
 
 def adapter_grad(
@@ -70,22 +70,22 @@ def adapter_grad(
     """See ``Backend``."""
     dA = dB = None
     if x is not None and g is not None:
-        dA = _thin_product(g, _rows(x), scale, seed, dropout_p).to(dtype_A)
+        dA = _gradient(g, _rows(x), scale, seed, dropout_p).to(dtype_A)
     if dy is not None and h is not None:
         # hᵀ dy, not dyᵀ h: the narrow matrix on the left is the faster product on a CPU
-        dB = _thin_product(h, _rows(dy), scale, None, 0.0).t().to(dtype_B).contiguous()
+        dB = _gradient(h, _rows(dy), scale, None, 0.0).t().to(dtype_B).contiguous()
     return dA, dB
 
 
-def _thin_product(thin: Tensor, wide: Tensor, scale: float, seed: Tensor | None, dropout_p: float) -> Tensor:
-    """``scale · thinᵀ D(wide)``: (R, C). Blocks of 16-bit rows are summed in float32."""
+def _gradient(low: Tensor, wide: Tensor, scale: float, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """``scale · lowᵀ D(wide)``: (R, C). Blocks of 16-bit rows are summed in float32."""
     if seed is None:
-        product = torch.mm(thin.t(), wide)
+        product = torch.mm(low.t(), wide)
         return product if scale == 1.0 else product.mul_(scale)
     dtype = torch.promote_types(wide.dtype, torch.float32)
-    total = torch.zeros(thin.shape[1], wide.shape[1], dtype=dtype, device=wide.device)
+    total = torch.zeros(low.shape[1], wide.shape[1], dtype=dtype, device=wide.device)
     for block, keep in mask_blocks(seed, dropout_p, *wide.shape):
-        total += torch.mm(thin[block].t(), wide[block] * keep)
+        total += torch.mm(low[block].t(), wide[block] * keep)
     return total.mul_(scale * keep_scale(dropout_p))
 
 

@@ -1,6 +1,6 @@
-"""What this machine offers: Triton, the compiled extension, GPUs, a CPU's libraries. Asked here and nowhere else.
+"""What this machine offers: Triton, the compiled extension, GPUs, a CPU's libraries. Only this module looks.
 
-What a call of a layer asks is found out at import: a compiler that traces the call could not look for it.
+What a layer's call needs to know is found at import, because a compiler that traces the call could not look.
 """
 
 from __future__ import annotations

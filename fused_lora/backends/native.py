@@ -5,9 +5,14 @@ It runs on CPU tensors, and on CUDA tensors where it was built with nvcc against
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..torch_internals import function_of
 from . import environment
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -35,18 +40,24 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return environment.capability_problem(device, "the compiled extension's kernels")
 
 
+@functools.cache
+def _operator(name: str) -> Callable[..., Any]:
+    # to look it up takes the host as long as a small product
+    return function_of(getattr(torch.ops.fused_lora_native, name).default)
+
+
 def lora_matmul(
     a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
     seed: Tensor | None, dropout_p: float, dropout_on_output: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.ops.fused_lora_native.lora_matmul.default(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output)
+    return _operator("lora_matmul")(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output)
 
 
 def adapter_grad(
     x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | None, scale: float,
     seed: Tensor | None, dropout_p: float, dtype_A: torch.dtype, dtype_B: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    return torch.ops.fused_lora_native.adapter_grad.default(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B)
+    return _operator("adapter_grad")(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B)
 
 
 def lora_linear(
@@ -54,4 +65,4 @@ def lora_linear(
     seed: Tensor | None, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """The layer with its autograd, which ``functional._LoRALinear`` has for the other implementations."""
-    return torch.ops.fused_lora_native.lora_linear.default(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
+    return _operator("lora_linear")(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)

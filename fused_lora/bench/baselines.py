@@ -158,12 +158,13 @@ class _InPlaceAddmm(torch.autograd.Function):
 class ScheduleLoRA(nn.Module):
     """Our kernels with one schedule imposed, in the rule's tile, small M too; ours-triton chooses."""
 
-    def __init__(self, form: str, weights: Weights) -> None:
+    def __init__(self, schedule: str, weights: Weights) -> None:
         super().__init__()
         # here, not at the top: Triton may be missing, and must be told to interpret before it is imported
-        from ..backends.triton.configs import Form, Schedule
+        from ..backends.triton.configs import Schedule, ScheduleConfig
 
-        self.weights, self.schedule = weights, Schedule(Form[form], PRODUCERS if form == "PRODUCE" else 1)
+        self.weights, kind = weights, Schedule[schedule]
+        self.schedule = ScheduleConfig(kind, PRODUCERS if kind == Schedule.PRODUCE else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weights
@@ -207,7 +208,7 @@ def _parametrize(weights: Weights) -> nn.Module:
 
 
 def _compiled(weights: Weights) -> nn.Module:
-    """``torch.compile`` of the eager form, for these sizes alone."""
+    """``torch.compile`` of the eager baseline, for these sizes alone."""
     # or the ninth shape would run eagerly
     torch.compiler.reset()
     return cast(nn.Module, torch.compile(EagerLoRA(weights), dynamic=False))
@@ -247,7 +248,7 @@ def _ours(impl: str, weights: Weights) -> nn.Module:
 
 
 # --------------------------------------------------------------------------------------------------
-# Who is there, and who can't run
+# Which candidates are installed and can run
 # --------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +279,7 @@ def _why_no_peft(weights: Weights) -> str | None:
 
 
 def _why_no_lorafusion(weights: Weights) -> str | None:
-    """What its kernels take; the rest it says itself."""
+    """Why its kernels can't take these weights; other reasons come from the library itself."""
     device, dtype, rank = weights.weight.device, weights.weight.dtype, weights.rank
     if device.type != "cuda":
         return "LoRAFusion's kernels run on CUDA devices alone"

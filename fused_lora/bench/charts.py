@@ -1,4 +1,4 @@
-"""Plots of measured ratios, and of curves over a size: matplotlib's, as PNG or as SVG in the reader's light or dark."""
+"""Plots of measured ratios, and curves over a size, by matplotlib: PNG, or SVG in the reader's light or dark."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STYLE: Any = {
 
 
 def colours(candidates: Sequence[str], ours: str) -> dict[str, str]:
-    """Ours alone is teal; a baseline keeps its colour in every plot that has the same candidates."""
+    """Ours is teal, and nothing else is; a baseline has one colour in all plots of the same candidates."""
     others = [name for name in candidates if name not in (FROZEN, ours)]
     found = {name: _LIGHT[BASELINE_COLOURS[place % len(BASELINE_COLOURS)]] for place, name in enumerate(others)}
     return found | {ours: _LIGHT["ours"], FROZEN: _LIGHT["frozen"]}

@@ -1,4 +1,4 @@
-"""Correct first: what computes something else is not timed."""
+"""Candidates are checked before they are timed: a wrong one gets no time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Judge:
 
 
 def _all(results: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """Plain PyTorch computes everything."""
+    """Plain PyTorch computes every result, so none is None."""
     return {key: result for key, result in results.items() if result is not None}
 
 

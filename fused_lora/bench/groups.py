@@ -12,7 +12,7 @@ from .results import ResultsFile, Row, Spread
 
 @dataclass(frozen=True)
 class Group:
-    """What came of a workload; no tensors. ours: the candidate that a user of ours gets by default.
+    """The results of a workload, without tensors. ours: the candidate that a user of ours gets by default.
 
     failed: candidates that are wrong, and how.  absent: those that can't run here, and why.
     """

@@ -167,7 +167,7 @@ class Measurement:
         return Spread.of(self.samples[name])
 
     def ratio(self, name: str, baseline: str) -> Spread:
-        """Of the ratios within each round: what both were slowed down by cancels."""
+        """The spread of the ratios within each round, in which what slowed both down cancels."""
         pairs = zip(self.samples[name], self.samples[baseline], strict=True)
         return Spread.of(mine / base for mine, base in pairs)
 

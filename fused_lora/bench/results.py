@@ -1,4 +1,4 @@
-"""The one form of every results file: where and how it was measured, then a row for each candidate of each group."""
+"""The one schema of all results files: where and how it was measured, and a row for each candidate of each group."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Environment:
 
     @property
     def file_name(self) -> str:
-        """Of device and date, so that no file takes another's place."""
+        """The file's name: device and date, so that no file takes another's place."""
         device = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
         return f"{device}-{self.date}.json"
 
@@ -152,7 +152,7 @@ class Row:
 
     @property
     def host_share(self) -> float | None:
-        """Of what a user waits, how much the host needs: near 1 the device waits for the host."""
+        """The host's share of the wall time: near 1 the device waits for the host."""
         return None if self.wall_ms is None or self.host_ms is None else self.host_ms / self.wall_ms
 
 

@@ -1,4 +1,4 @@
-"""What known GPUs can do at most, and which share of it a time is. Unknown GPUs have no share: nothing is guessed."""
+"""The peak rates of known GPUs, and the share of them that a time reaches. Unknown GPUs have none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run from its agenda to its file: most valuable first, saved after each group, over when the time is."""
+"""A run from its agenda to its file: most valuable first, saved after each group, ended when its time is up."""
 
 from __future__ import annotations
 

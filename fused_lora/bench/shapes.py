@@ -101,7 +101,7 @@ SHAPES = (
     _layer("llama-8b", "up", 128, 16),
     _layer("llama-7b", "up", 4096, 16),
     _layer("llama-7b", "down", 4096, 16),
-    # where kernels are interpreted: they are timed to see that the whole way to a GPU's table can be walked
+    # where kernels are interpreted: they are timed to test every step that makes a GPU's table
     Shape("dry", 20, 128, 136, 4, _DRY, bias=True),
     Shape("dry-decode", 3, 128, 136, 4, _DRY, _DECODE),
 )

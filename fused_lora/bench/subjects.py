@@ -157,12 +157,12 @@ def in_one_line(choice: Choice | None) -> str:
         return "the compiled extension"
     if isinstance(choice, Tiled):
         t, schedule = choice.tile, choice.schedule
-        form = schedule.form.name + (f" {schedule.split}" if schedule.split > 1 else "")
-        form += ", descriptors" if schedule.descriptors else ""
+        how = schedule.kind.name + (f" {schedule.split}" if schedule.split > 1 else "")
+        how += ", descriptors" if schedule.descriptors else ""
         blocks = f"{t.BLOCK_M}×{t.BLOCK_P}×{t.BLOCK_Q}, group {t.GROUP_M}"
-        return f"{blocks}, {t.num_warps} warps, {t.num_stages} stages, {form}"
+        return f"{blocks}, {t.num_warps} warps, {t.num_stages} stages, {how}"
     if isinstance(choice, DecodeConfig):
-        parts = f"{choice.SPLIT} and {choice.SPLIT_THIN} parts"
+        parts = f"{choice.SPLIT} and {choice.SPLIT_H} parts"
         return (
             f"decode {choice.BLOCK_P}×{choice.BLOCK_Q}, {choice.num_warps} warps, {choice.num_stages} stages, {parts}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from ..models import overview
 from .groups import Group, pace, standing
 from .results import Row, Spread
 
@@ -43,12 +44,12 @@ def _padded(column: Sequence[str]) -> list[str]:
     return [cell.ljust(width) if column[0] == CANDIDATE else cell.rjust(width) for cell in column]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
 
 
-def _range(spread: Spread | None, form: str) -> str:
-    return "" if spread is None else f"{spread.p20:{form}}–{spread.p80:{form}}"
+def _range(spread: Spread | None, spec: str) -> str:
+    return "" if spread is None else f"{spread.p20:{spec}}–{spread.p80:{spec}}"
 
 
 def milliseconds(row: Row) -> str:
@@ -57,13 +58,7 @@ def milliseconds(row: Row) -> str:
 
 def size(count: float | None) -> str:
     """Of bytes."""
-    if count is None:
-        return ""
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
+    return "" if count is None else overview.size(count)
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (

@@ -71,8 +71,16 @@ def parse_dtype(label: str) -> tuple[torch.dtype, torch.dtype]:
 
 
 def copies_of(device: torch.device, nbytes: int) -> int:
-    """Of inputs of so many bytes. On a GPU one: its cache is flushed before every call."""
+    """How many copies of inputs of so many bytes. One on a GPU, whose cache is flushed before every call."""
     return 1 if device.type == "cuda" else min(max(-(-ROTATED_BYTES // nbytes), 1), MOST_COPIES)
+
+
+def _taken(leaves: dict[str, Tensor]) -> Computed:
+    """The leaves' gradients, which are taken off them."""
+    gradients = {key: leaf.grad for key, leaf in leaves.items()}
+    for leaf in leaves.values():
+        leaf.grad = None
+    return gradients
 
 
 class LayerWorkload:
@@ -117,11 +125,7 @@ class LayerWorkload:
 
         def backward(x: Tensor, dy: Tensor, y: Tensor) -> Computed:
             y.backward(dy)
-            leaves = {"dx": x, **adapter}
-            gradients = {key: leaf.grad for key, leaf in leaves.items()}
-            for leaf in leaves.values():
-                leaf.grad = None
-            return gradients
+            return _taken({"dx": x, **adapter})
 
         def step() -> Computed:
             x, dy = next(inputs)
@@ -201,10 +205,7 @@ class NetWorkload:
 
         def step() -> Computed:
             trainer.step(next(images), self.labels)
-            gradients = {key: leaf.grad for key, leaf in leaves.items()}
-            for leaf in leaves.values():
-                leaf.grad = None
-            return gradients
+            return _taken(leaves)
 
         return Candidate(step, parameters)
 

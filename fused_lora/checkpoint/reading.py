@@ -180,7 +180,7 @@ def _listed(value: Any) -> list[Any]:
 def _options(raw: dict[str, Any]) -> dict[str, Any]:
     """What the config says of the adapter, by our names; what it leaves out has PEFT's defaults."""
     found = {"lora_alpha": 8, **{key: value for key, value in raw.items() if value is not None}}
-    # how A was drawn is past; it is told for who draws it anew
+    # A is read, not drawn: init is kept for whoever adds an adapter by this config
     found["init_lora_weights"] = "gaussian" if raw.get("init_lora_weights") == "gaussian" else "kaiming"
     return {name: found[theirs] for name, theirs in PEFT_NAMES.items() if theirs in found}
 

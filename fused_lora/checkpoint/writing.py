@@ -76,7 +76,7 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
 def _config_of(model: nn.Module, modules: dict[str, LoRAAdapter], parts: dict[str, Part]) -> dict[str, Any]:
     if not modules:
         raise ValueError(f"an adapter on disk must have A and B in one layer at least, got only {', '.join(parts)}")
-    # rank and alpha may differ, the format has patterns for them; how A was drawn is past
+    # rank and alpha may differ, for which the format has patterns; init no longer matters
     values = {name: {getattr(module, name) for module in modules.values()} for name in PEFT_NAMES}
     _, _, inits = values.pop("rank"), values.pop("alpha"), values.pop("init")
     for name, found in values.items():
@@ -100,7 +100,7 @@ def _config_of(model: nn.Module, modules: dict[str, LoRAAdapter], parts: dict[st
         "alpha_pattern": {_exact(path): _integral(m.alpha) for path, m in modules.items() if m.alpha != alpha},
         "bias": bias,
         "fan_in_fan_out": any(isinstance(m, FusedLoRAConv1D) for path, m in adapted_modules(model) if path in modules),
-        # of other values than these two, readers think that they tell how the base was changed
+        # readers take any other value for one that says how the base was changed
         "init_lora_weights": "gaussian" if inits == {"gaussian"} else True,
         "inference_mode": True,
         "modules_to_save": saved,
@@ -189,7 +189,7 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
         _flush(folder)
     except BaseException as error:
         if len(beside) == 2 and not beside[1].exists():
-            # the new adapter is there, whatever came then: its config must not be lost
+            # the new adapter is in place whatever went wrong after: its config must not be lost
             with contextlib.suppress(OSError):
                 os.replace(beside[0], folder / CONFIG_FILE)
         else:

@@ -1,4 +1,4 @@
-"""``fused-lora codegen``: compile every shipped launch for GPUs that are not here, and say what came of it."""
+"""``fused-lora codegen``: compile every shipped launch for GPUs that are not here, and report what ptxas made."""
 
 from __future__ import annotations
 

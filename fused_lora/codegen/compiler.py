@@ -27,7 +27,7 @@ from ..backends.triton.straight import Launch
 from . import sass
 
 # shared memory that one program may use, from the CUDA programming guide's table of compute capabilities;
-# multiprocessors of the A100, RTX 3090 Ti, L40S, H100, B200 and RTX PRO 6000
+# SMs of the A100, RTX 3090 Ti, L40S, H100, B200 and RTX PRO 6000
 DEVICES = {
     80: Device((8, 0), 163 * 1024, 108),
     86: Device((8, 6), 99 * 1024, 84),
@@ -110,7 +110,7 @@ def assembler(arch: int) -> str:
 def _compile(source: ASTSource, arch: int, num_warps: int, num_stages: int) -> tuple[Any, str]:
     """The compiled kernel, and what ptxas said of it."""
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
-        # of a kernel in the cache nothing would be said
+        # without the cache: of a cached kernel ptxas says nothing
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
         options = {"num_warps": num_warps, "num_stages": num_stages}

@@ -26,7 +26,7 @@ MATRIX = re.compile(r"\b([HQI]GMMA|HMMA|UTC\w*MMA)\b")
 
 @dataclass(frozen=True)
 class Instruction:
-    """predicate: what it hangs on, or empty.  name: with its modifiers, HGMMA.64x16x16.F32.BF16."""
+    """predicate: its condition, or empty.  name: with its modifiers, HGMMA.64x16x16.F32.BF16."""
 
     address: int
     predicate: str

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..backends.triton import prepare
 from ..backends.triton.configs import (
     DecodeConfig,
-    Form,
     Problem,
     ReductionConfig,
     Schedule,
+    ScheduleConfig,
     TileConfig,
     default_config,
     default_decode,
@@ -86,7 +86,7 @@ class Found:
         return self.plain.loops[0] if self.plain is not None and self.plain.loops else None
 
     def faults(self) -> list[str]:
-        """What must not be, in words: spills, warnings, code that ``sass.py`` finds wrong, another matrix instruction,
+        """What is wrong, in words: spills, warnings, code that ``sass.py`` finds wrong, another matrix instruction,
         a main loop longer than allowed.
 
         A tile that recomputes has more to do in its main loop than a bare GEMM, so that one's length is free.
@@ -127,7 +127,7 @@ def compile_case(case: Case, compare: bool = True) -> Iterator[Found]:
     yield Found(case, "adapter gradients", tile, "in parts", "pointers", compile_launch(call, case.arch), None)
 
 
-def _compile_matmul(case: Case, pass_: str, operands: tuple[Any, ...], thin: Tensor, compare: bool) -> Found:
+def _compile_matmul(case: Case, pass_: str, operands: tuple[Any, ...], h: Tensor, compare: bool) -> Found:
     """operands: a, w, u, v and bias.  As ``launch.lora_matmul`` would launch it."""
     a, w, *_, bias = operands
     device = DEVICES[case.arch]
@@ -138,33 +138,33 @@ def _compile_matmul(case: Case, pass_: str, operands: tuple[Any, ...], thin: Ten
     if takes_decode(problem):
         decode = prepare.whole_parts(_staged(default_decode(problem, device), case), problem.Q)
         slots = _scratch(case, prepare.scratch_of(problem, decode))
-        few: tuple[Any, ...] = (*operands, 1.5, out, thin, slots, _counters(case), decode)
-        call = prepare.decode_launch(*few)
+        given: tuple[Any, ...] = (*operands, 1.5, out, h, slots, _counters(case), decode)
+        call = prepare.decode_launch(*given)
         tile = (decode.BLOCK_P, decode.BLOCK_Q, decode.BLOCK_R, decode.num_warps, decode.num_stages)
         return Found(case, pass_, tile, "decode", "pointers", compile_launch(call, case.arch), None)
     config = _staged(default_config(problem, device), case)
     schedule = default_schedule(problem, config, device)
     dropout = (seed, 0.1, pass_ != "forward")
-    sync = None if schedule.form <= Form.RECOMPUTE else _counters(case)
+    sync = None if schedule.kind <= Schedule.RECOMPUTE else _counters(case)
     parts = None
-    if schedule.form == Form.PRODUCE:
+    if schedule.kind == Schedule.PRODUCE:
         parts = _scratch(case, prepare.scratch_of(problem, Tiled(config, schedule)))
-    given: tuple[Any, ...] = (*operands, 1.5, *dropout, out, thin, config, schedule, parts, sync)
+    given = (*operands, 1.5, *dropout, out, h, config, schedule, parts, sync)
     call = prepare.lora_matmul_launch(*given)
     tile = (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.num_warps, config.num_stages)
     loads = "descriptors" if schedule.descriptors else "pointers"
     plain = _compile_plain(case, a, w, bias, config, schedule) if compare else None
-    return Found(case, pass_, tile, schedule.form.name, loads, compile_launch(call, case.arch), plain)
+    return Found(case, pass_, tile, schedule.kind.name, loads, compile_launch(call, case.arch), plain)
 
 
 def _compile_plain(
-    case: Case, a: Tensor, w: Tensor, bias: Tensor | None, config: TileConfig, schedule: Schedule
+    case: Case, a: Tensor, w: Tensor, bias: Tensor | None, config: TileConfig, schedule: ScheduleConfig
 ) -> Resources:
     """The bare GEMM of a tile. Its adapters, which it never reads, are always the same: so it is compiled once."""
     u, v = _meta(case, w.shape[0], 16), _meta(case, 16, w.shape[1])
-    out, thin = _meta(case, case.M, w.shape[1]), _meta(case, case.M, 16)
-    config, schedule = replace(config, BLOCK_R=16), Schedule(Form.PLAIN, descriptors=schedule.descriptors)
-    call = prepare.lora_matmul_launch(a, w, u, v, bias, 1.5, None, 0.0, False, out, thin, config, schedule)
+    out, h = _meta(case, case.M, w.shape[1]), _meta(case, case.M, 16)
+    config, schedule = replace(config, BLOCK_R=16), ScheduleConfig(Schedule.PLAIN, descriptors=schedule.descriptors)
+    call = prepare.lora_matmul_launch(a, w, u, v, bias, 1.5, None, 0.0, False, out, h, config, schedule)
     return compile_launch(call, case.arch)
 
 

@@ -1,4 +1,4 @@
-"""``fused-lora demo``: train a network on MNIST, mend the digit it gets wrong with LoRA alone, prove each claim."""
+"""``fused-lora demo``: train a network on MNIST, fix the digit it gets wrong with LoRA alone, prove each claim."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def _head(figure: Figure, results: Results) -> None:
         f"({100 * added / base:.2f} %); each adapter saw {settings.batches} batches of ten images of its digit.",
         "Left: the share of each digit's test images that is taken for another digit, and above the bars how many.",
     )
-    figure.text(_LEFT, 0.946, f"One frozen network, two adapters: mending the {digits}", size=19, weight="bold")
+    figure.text(_LEFT, 0.946, f"One frozen network, two adapters: fixing the {digits}", size=19, weight="bold")
     for row, line in enumerate(lines):
         figure.text(_LEFT, 0.910 - 0.028 * row, line, size=10.5, color=_MUTED)
 

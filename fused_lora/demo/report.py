@@ -34,7 +34,7 @@ def network(errors: Errors, digit: int, second: int) -> str:
             _wrong("network", errors),
             _row("% wrong", (f"{errors.percent(each):.1f}" for each in DIGITS)),
             "",
-            f"{errors.total} wrong, {percent:.1f} %. LoRA is to mend the {digit}s ({first:.1f} % wrong), "
+            f"{errors.total} wrong, {percent:.1f} %. LoRA is to fix the {digit}s ({first:.1f} % wrong), "
             f"then the {second}s ({next_:.1f} %).",
         ],
     )

@@ -31,7 +31,7 @@ from .net import RichBoyNet, Trainer, logits_of
 from .results import Check, Comparison, Errors, FineTuned, LayerSize, Settings, Spread, StepTimes
 
 BATCH = 10
-# a step right after the other network's finds a cold cache, as no training does: so they take turns, ten steps each
+# a step right after the other network's would find a cold cache, unlike in training: they take turns of ten steps
 _TURN, _TURNS = 10, 20
 
 _T = TypeVar("_T")
@@ -70,7 +70,7 @@ class Scenario:
         return news
 
     def train_network(self) -> Errors:
-        """One pass over the training set. What comes out is the base that must never change again."""
+        """One pass over the training set. The trained network is the base, which must never change again."""
         trainer = Trainer(self.net, self.net.parameters())
         order = torch.randperm(len(self.data.train_labels), generator=self._generator())
         with _progress(order.split(BATCH), "training the network") as batches:
@@ -275,5 +275,5 @@ def _spread(times: list[float]) -> Spread:
     return Spread(statistics.median(times), fifths[0], fifths[3])
 
 
-def _progress(work: Iterable[_T], label: str) -> tqdm[_T]:
-    return tqdm(work, desc=label, unit="batch", leave=False, ncols=90)
+def _progress(batches: Iterable[_T], label: str) -> tqdm[_T]:
+    return tqdm(batches, desc=label, unit="batch", leave=False, ncols=90)

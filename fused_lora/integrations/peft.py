@@ -32,7 +32,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import backends, validation
 from ..adapter import is_conv1d
 from ..functional import concatenate_adapters, lora_linear, plus_adapter
-from ..models.overview import LayerRow, Summary, embeddings
+from ..models.overview import LayerRow, Summary
 from ..torch_internals import autocast_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -270,23 +270,16 @@ def summary(model: nn.Module) -> Summary:
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, lora.LoraLayer)}
     in_layers = {id(module) for layer in layers.values() for module in layer.modules()}  # type: ignore[attr-defined]
-    parameters = list(model.parameters())
     in_adapters = {id(p) for layer in layers.values() for p in _adapter_parameters(layer)}
-    base = [p for p in parameters if id(p) not in in_adapters]
-    trainable = [p for p in parameters if p.requires_grad]
-    return Summary(
-        layers=tuple(_row(path, layer) for path, layer in layers.items()),
-        trained=tuple(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_adapters),
-        not_adapted=tuple(
+    return Summary.of(
+        model,
+        tuple(_row(path, layer) for path, layer in layers.items()),
+        in_adapters,
+        trained=(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_adapters),
+        not_adapted=(
             path for path, module in model.named_modules()
             if (isinstance(module, nn.Linear) or is_conv1d(module)) and id(module) not in in_layers
         ),
-        base=sum(p.numel() for p in base),
-        adapters=sum(p.numel() for p in parameters if id(p) in in_adapters),
-        trainable=sum(p.numel() for p in trainable),
-        base_bytes=sum(p.nbytes for p in base),
-        trainable_bytes=sum(p.nbytes for p in trainable),
-        embeddings=embeddings(model),
     )  # fmt: skip
 
 

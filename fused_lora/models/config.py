@@ -107,7 +107,7 @@ class LoRAConfig(AdapterOptions):
         return [(matcher(pattern, self._budget, ends=True), alpha) for pattern, alpha in self.alpha_pattern.items()]
 
     def options_for(self, path: str) -> AdapterOptions:
-        """Of the adapter of the layer at this path."""
+        """The options of the adapter at this path."""
         options = {name: getattr(self, name) for name in PEFT_NAMES}
         return AdapterOptions(**options | {"rank": self.rank_of(path), "alpha": self.alpha_of(path)})
 

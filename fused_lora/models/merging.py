@@ -51,8 +51,8 @@ def unmerge(model: Model) -> Model:
 def merge_and_unload(model: Model) -> Model:
     """Merge, then turn every layer back into a plain ``nn.Linear`` without adapters; returns ``model``.
 
-    Modules that the active adapter trained whole become what it made of them. Layer by layer: the sums are made once
-    to be looked at and once to stay, so that no more memory is needed than for one of them.
+    Modules that the active adapter trained whole become what it made of them. It works layer by
+    layer. Each sum is made once to be checked and once to stay, so the memory of one is enough.
 
     Raises:
         ValueError: as :func:`merge`; nothing is changed.

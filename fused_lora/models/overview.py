@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,8 +18,8 @@ from .selection import linear_layers
 class LayerRow:
     """One adapted layer. why: the reason it does not run the fused kernel, or None where it does.
 
-    adapter, rank and alpha are the active adapter's; of several, the names joined, the sum of the ranks and no alpha. A
-    strength other than 1 stands before its name.
+    adapter, rank and alpha are the active adapter's. Where several are active: their names joined, the sum of their
+    ranks, and no alpha. A strength other than 1 stands before its name.
     """
 
     path: str
@@ -50,6 +51,29 @@ class Summary:
     trainable_bytes: int
     embeddings: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls, model: nn.Module, layers: tuple[LayerRow, ...], in_adapters: set[int], trained: Iterable[str],
+        not_adapted: Iterable[str],
+    ) -> Summary:  # fmt: skip
+        """in_adapters: the ids of the model's parameters that are adapters'."""
+        parameters = list(model.parameters())
+        base = [p for p in parameters if id(p) not in in_adapters]
+        trainable = [p for p in parameters if p.requires_grad]
+        return cls(
+            layers=layers,
+            trained=tuple(trained),
+            not_adapted=tuple(path or "(model)" for path in not_adapted),
+            base=sum(p.numel() for p in base),
+            adapters=sum(p.numel() for p in parameters if id(p) in in_adapters),
+            trainable=sum(p.numel() for p in trainable),
+            base_bytes=sum(p.nbytes for p in base),
+            trainable_bytes=sum(p.nbytes for p in trainable),
+            embeddings=tuple(
+                path or "(model)" for path, module in base_modules(model) if isinstance(module, nn.Embedding)
+            ),
+        )
+
     @property
     def added_percent(self) -> float:
         """Parameters of all adapters, as a share of the base's."""
@@ -75,8 +99,8 @@ class Summary:
         if self.embeddings:
             lines.append(f"embeddings, whose adapters are left to PEFT: {_listed(self.embeddings)}")
         lines.append(
-            f"base {self.base:,} parameters ({_size(self.base_bytes)}), adapters {self.adapters:,} "
-            f"({self.added_percent:.3f} %), trainable {self.trainable:,} ({_size(self.trainable_bytes)})"
+            f"base {self.base:,} parameters ({size(self.base_bytes)}), adapters {self.adapters:,} "
+            f"({self.added_percent:.3f} %), trainable {self.trainable:,} ({size(self.trainable_bytes)})"
         )
         return "\n".join(lines)
 
@@ -85,26 +109,14 @@ def summary(model: nn.Module) -> Summary:
     """What of ``model`` is adapted and how it computes: ``print(summary(model))``."""
     linears = linear_layers(model)
     layers = {path: layer for path, layer in linears.items() if isinstance(layer, FusedLoRALinear)}
-    parameters = list(model.parameters())
     adapted = adapted_modules(model)
-    in_adapters = {id(p) for _, m in adapted for name in m.adapters for p in m.trained_parameters(name)}
-    base = [p for p in parameters if id(p) not in in_adapters]
-    trainable = [p for p in parameters if p.requires_grad]
-    return Summary(
-        layers=tuple(_row(path, layer) for path, layer in layers.items()),
-        trained=tuple(name for path, module in adapted for name in _trained(path, module)),
-        not_adapted=tuple(path or "(model)" for path in linears if path not in layers),
-        base=sum(p.numel() for p in base),
-        adapters=sum(p.numel() for p in parameters if id(p) in in_adapters),
-        trainable=sum(p.numel() for p in trainable),
-        base_bytes=sum(p.nbytes for p in base),
-        trainable_bytes=sum(p.nbytes for p in trainable),
-        embeddings=embeddings(model),
+    return Summary.of(
+        model,
+        tuple(_row(path, layer) for path, layer in layers.items()),
+        in_adapters={id(p) for _, m in adapted for name in m.adapters for p in m.trained_parameters(name)},
+        trained=(name for path, module in adapted for name in _trained(path, module)),
+        not_adapted=(path for path in linears if path not in layers),
     )
-
-
-def embeddings(model: nn.Module) -> tuple[str, ...]:
-    return tuple(path or "(model)" for path, module in base_modules(model) if isinstance(module, nn.Embedding))
 
 
 def _row(path: str, layer: FusedLoRALinear) -> LayerRow:
@@ -156,7 +168,8 @@ def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Of bytes."""
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

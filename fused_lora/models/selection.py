@@ -1,4 +1,4 @@
-"""Which modules of a model get what of an adapter: every rule is checked here, before anything changes."""
+"""Which parts of an adapter go to which modules of a model. Every rule is checked here, before anything changes."""
 
 from __future__ import annotations
 

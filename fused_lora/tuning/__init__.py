@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bench import KNOWN_DTYPES
+from ..bench import KNOWN_DTYPES, NO_CUDA, list_of
 from ..bench.shapes import MODEL_LAYERS
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=_numbers, metavar="M,…", help=f"default: {TOKENS}")
     parser.add_argument("--rank", type=_numbers, default=[16], metavar="R,…", help="default: 16")
     parser.add_argument(
-        "--dtype", type=_dtypes, default=["bfloat16"], help="default: bfloat16; bfloat16+float32: adapters"
+        "--dtype",
+        type=list_of(KNOWN_DTYPES),
+        default=["bfloat16"],
+        help="default: bfloat16; bfloat16+float32: adapters",
     )
     parser.add_argument("--dropout", action="store_true", help="for training with LoRA dropout")
     parser.add_argument(
@@ -59,13 +62,6 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _dtypes(text: str) -> list[str]:
-    for part in text.split(","):
-        if part not in KNOWN_DTYPES:
-            raise argparse.ArgumentTypeError(f"must be among {', '.join(KNOWN_DTYPES)}, got {part!r}")
-    return text.split(",")
-
-
 def run(args: argparse.Namespace, timer: Timer | None = None) -> int:
     """0 when all was tuned, 1 when a rule's own choice is wrong, 2 when nothing can be tuned, 130 when interrupted.
 
@@ -78,7 +74,7 @@ def run(args: argparse.Namespace, timer: Timer | None = None) -> int:
     device = torch.device(args.device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            return _refuse("--device cuda: PyTorch finds no CUDA device here")
+            return _refuse(NO_CUDA)
         device = torch.device("cuda", torch.cuda.current_device())
     why = backends.why_not("triton", device, torch.float32)
     if why is not None:
@@ -90,7 +86,7 @@ def run(args: argparse.Namespace, timer: Timer | None = None) -> int:
     path = args.out or (tuned.default_path() if device.type == "cuda" else None)
     table = tuned.Table() if path is None else tuned.read(path, must_exist=False)
     if table.complaints:
-        return _refuse(f"{path} would be overwritten: {table.complaints[0]}; mend it, remove it or name another --out")
+        return _refuse(f"{path} would be overwritten: {table.complaints[0]}; fix it, remove it or name another --out")
     plan = measure.Plan(0.1, 5, 20, 0.0) if args.quick else measure.Plan(0.3, 10, 50, 0.0)
     timed = partial(measure.interleave, timer=timer or measure.timer_for(device), plan=plan)
     code = _tune(_jobs(args), device, table, timed, args.quick)

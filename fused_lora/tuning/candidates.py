@@ -10,11 +10,11 @@ from ..backends.triton.configs import (
     MIN_DOT,
     DecodeConfig,
     Device,
-    Form,
     Problem,
     ReductionConfig,
     ReductionProblem,
     Schedule,
+    ScheduleConfig,
     TileConfig,
     candidate_decodes,
     candidate_tiles,
@@ -51,14 +51,14 @@ def neighbours(problem: Problem | ReductionProblem, device: Device, best: Choice
             yield Reduced(config, best.parts)
         yield from (replace(best, parts=parts) for parts in _halved_and_doubled(best.parts))
     else:
-        yield from _around(best, "num_stages", "num_warps", "BLOCK_Q", "BLOCK_P", "SPLIT", "SPLIT_THIN")
+        yield from _around(best, "num_stages", "num_warps", "BLOCK_Q", "BLOCK_P", "SPLIT", "SPLIT_H")
 
 
 def schedules(problem: Problem | ReductionProblem, device: Device, best: Choice) -> Iterator[Choice]:
     """Every other way to share h and to load, in the best tile."""
     if isinstance(best, Tiled):
-        found = [Schedule(form) for form in (Form.PUBLISH, Form.RECOMPUTE)]
-        found += [Schedule(Form.PRODUCE, split) for split in (1, 2, 4, 8)]
+        found = [ScheduleConfig(kind) for kind in (Schedule.PUBLISH, Schedule.RECOMPUTE)]
+        found += [ScheduleConfig(Schedule.PRODUCE, split) for split in (1, 2, 4, 8)]
         for schedule in found:
             yield from (Tiled(best.tile, replace(schedule, descriptors=loads)) for loads in (False, True))
 

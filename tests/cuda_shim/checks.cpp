@@ -99,7 +99,7 @@ int run(const char* name, const void* in, const void* other, void* out, int flag
                  {"copies", copies_kernel, 32},
                  {"barrier", barrier_kernel, 64},
                  {"publish", publish_kernel, 64}};
-  shim::Machine::here().schedule = {seed, resident, delayed};
+  shim::Machine::here().turns = {seed, resident, delayed};
   for (const auto& known : kernels) {
     if (std::strcmp(known.name, name) == 0) {
       return launch(known.kernel, blocks, known.threads, 1024, nullptr, Check{in, other, out, flag});

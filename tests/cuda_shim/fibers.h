@@ -24,8 +24,8 @@ constexpr size_t STACK_BYTES = 1 << 17;
 // polls in a row without any thread going on: nobody ever will
 constexpr int64_t MOST_POLLS = 1 << 19;
 
-// How blocks are scheduled.
-struct Schedule {
+// In what order blocks take their turns.
+struct Turns {
   uint64_t seed = 0;
   int resident = 4;  // blocks in flight
   int delayed = 0;   // of the blocks that start first, how many get one turn in 64
@@ -74,21 +74,21 @@ class Machine {
     return machine;
   }
 
-  Schedule schedule;
+  Turns turns;
   int blocks = 0;
   Fiber* current = nullptr;
 
   // Returns 0, or 1 if the threads wait for what never comes.
   int run(int block_count, int threads, int shared_bytes, const std::function<void()>& kernel) {
-    draw_.seed(schedule.seed);
+    draw_.seed(turns.seed);
     blocks = block_count;
     kernel_ = &kernel;
     ready_.clear();
     polls_ = 0;
     std::vector<int> order(block_count);
     for (int i = 0; i < block_count; ++i) order[i] = i;
-    if (schedule.seed != 0) std::shuffle(order.begin(), order.end(), draw_);
-    std::vector<Block> in_flight(std::min(schedule.resident, block_count));
+    if (turns.seed != 0) std::shuffle(order.begin(), order.end(), draw_);
+    std::vector<Block> in_flight(std::min(turns.resident, block_count));
     int started = 0, unfinished = block_count;
     for (Block& block : in_flight) start(block, order[started], started, threads, shared_bytes), ++started;
     while (unfinished > 0) {
@@ -148,7 +148,7 @@ class Machine {
   }
 
   Fiber* take() {
-    size_t at = schedule.seed == 0 ? ready_.size() - 1 : draw_() % ready_.size();
+    size_t at = turns.seed == 0 ? ready_.size() - 1 : draw_() % ready_.size();
     for (int again = 0; again < 8 && ready_[at]->block->delayed && draw_() % 64 != 0; ++again) {
       at = draw_() % ready_.size();
     }
@@ -167,7 +167,7 @@ class Machine {
   void start(Block& block, int index, int place, int threads, int shared_bytes) {
     block.index = index;
     block.left = threads;
-    block.delayed = place < schedule.delayed;
+    block.delayed = place < turns.delayed;
     // NaN, in every type
     block.shared.assign(shared_bytes + 15, 0xFF);
     block.barrier = {};

@@ -98,7 +98,7 @@ struct Scratch {
 };
 
 template <typename T>
-bool matmul(Arithmetic arithmetic, int multiprocessors) {
+bool matmul(Arithmetic arithmetic, int sms) {
   const int64_t M = upto(1) ? upto(17) : upto(150), P = upto(150), Q = upto(300), R = upto(80);
   const Drawn<T> a(M, Q), w(Q, P), bias(1, P);
   const Adapter<T> u(Q, R), v(R, P);
@@ -106,14 +106,14 @@ bool matmul(Arithmetic arithmetic, int multiprocessors) {
   const DropoutArguments dropout = draw_dropout(&seed);
   const bool on_output = upto(1), with_bias = upto(1) && (bias.stride_1 == 1 || P < 2);
   const float scale = 0.5f;
-  const Plan plan = plan_lora_matmul(arithmetic, M, P, Q, R, multiprocessors);
+  const Plan plan = plan_lora_matmul(arithmetic, M, P, Q, R, sms);
   Scratch scratch(plan);
-  const auto out = unwritten<T>(M * P), thin = unwritten<T>(M * R);
+  const auto out = unwritten<T>(M * P), low = unwritten<T>(M * R);
   if (M * (P + R) == 0) return true;
   REQUIRE(launch_lora_matmul(
               arithmetic, plan,
               {M, P, Q, R, matrix(a), matrix(w), u.matrix(), v.matrix(), with_bias ? bias.first : nullptr, scale,
-               on_output, dropout, out.get(), thin.get(), scratch.slots.get(), scratch.counters.data(), plan.split},
+               on_output, dropout, out.get(), low.get(), scratch.slots.get(), scratch.counters.data(), plan.split},
               nullptr) == 0);
   REQUIRE(scratch.clean());
   const Dropout drops_input(dropout, !on_output), drops_output(dropout, on_output);
@@ -125,7 +125,7 @@ bool matmul(Arithmetic arithmetic, int multiprocessors) {
       }
       T rounded;
       round_to(h[r] * (drops_input.active ? dropout.keep_scale : 1.0f), rounded);
-      REQUIRE(equal(thin.get(), m * R + r, to_float(rounded)));
+      REQUIRE(equal(low.get(), m * R + r, to_float(rounded)));
       h[r] = arithmetic == Arithmetic::kTf32 ? float_of(tf32_bits(to_float(rounded))) : to_float(rounded);
     }
     for (int64_t p = 0; p < P; ++p) {
@@ -140,12 +140,12 @@ bool matmul(Arithmetic arithmetic, int multiprocessors) {
 }
 
 template <typename T>
-bool gradient(Arithmetic arithmetic, int multiprocessors) {
+bool gradient(Arithmetic arithmetic, int sms) {
   const int64_t M = upto(1) ? upto(17) : upto(400), K = upto(3) == 0 ? 0 : upto(200), N = upto(200), R = upto(80);
   const Drawn<T> x(M, K), dy(M, N), g(M, R), h(M, R);
   const int64_t seed = static_cast<int64_t>(draw());
   const DropoutArguments dropout = draw_dropout(&seed);
-  const Plan plan = plan_adapter_grad(arithmetic, M, K, N, R, multiprocessors);
+  const Plan plan = plan_adapter_grad(arithmetic, M, K, N, R, sms);
   Scratch scratch(plan);
   const auto dA = unwritten<T>(R * K);
   const auto dB = unwritten<float>(N * R);
@@ -183,13 +183,13 @@ bool gradient(Arithmetic arithmetic, int multiprocessors) {
 
 template <typename T>
 bool both(Arithmetic arithmetic) {
-  const int multiprocessors = static_cast<int>(1 + upto(30));
-  return matmul<T>(arithmetic, multiprocessors) && gradient<T>(arithmetic, multiprocessors);
+  const int sms = static_cast<int>(1 + upto(30));
+  return matmul<T>(arithmetic, sms) && gradient<T>(arithmetic, sms);
 }
 
 bool run(uint64_t seed) {
   draw.seed(seed);
-  shim::Machine::here().schedule = {seed, static_cast<int>(1 + upto(9)), static_cast<int>(upto(3))};
+  shim::Machine::here().turns = {seed, static_cast<int>(1 + upto(9)), static_cast<int>(upto(3))};
   const auto arithmetic = static_cast<Arithmetic>(upto(3));
   if (arithmetic == Arithmetic::kBFloat16) return both<BFloat16>(arithmetic);
   if (arithmetic == Arithmetic::kHalf) return both<Half>(arithmetic);

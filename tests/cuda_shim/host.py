@@ -21,7 +21,7 @@ ARITHMETIC = {torch.bfloat16: BFLOAT16, torch.float16: HALF, torch.float32: EXAC
 
 
 class Plan(ctypes.Structure):
-    _fields_ = (("few", c_int32), ("split", c_int32), ("counters", c_int32), ("slot_floats", c_int64))
+    _fields_ = (("small_m", c_int32), ("split", c_int32), ("counters", c_int32), ("slot_floats", c_int64))
 
 
 class Matrix(ctypes.Structure):
@@ -45,13 +45,13 @@ class LoraMatmulArguments(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in "MPQR"), *((name, Matrix) for name in "awuv"),
         ("bias", c_void_p), ("scale", c_float), ("dropout_on_output", c_int32), ("dropout", DropoutArguments),
-        ("out", c_void_p), ("thin", c_void_p), ("slots", c_void_p), ("counters", c_void_p), ("split", c_int32),
+        ("out", c_void_p), ("h", c_void_p), ("slots", c_void_p), ("counters", c_void_p), ("split", c_int32),
     )  # fmt: skip
 
 
 class Reduction(ctypes.Structure):
     _fields_ = (
-        ("wide", Matrix), ("thin", Matrix), ("columns", c_int64), ("has_dropout", c_int32),
+        ("wide", Matrix), ("low", Matrix), ("columns", c_int64), ("has_dropout", c_int32),
         ("out", c_void_p), ("stride_r", c_int64), ("stride_column", c_int64), ("out_is_float32", c_int32),
     )  # fmt: skip
 
@@ -64,16 +64,16 @@ class AdapterGradArguments(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """As in fibers.h. multiprocessors: what the plan takes the GPU to have."""
+class Turns:
+    """As in fibers.h. sms: what the plan takes the GPU to have."""
 
     seed: int = 1
     resident: int = 4
     delayed: int = 0
-    multiprocessors: int = 2
+    sms: int = 2
 
 
-DEFAULT = Schedule()
+DEFAULT = Turns()
 
 
 def compile(source: Path, output: Path, *options: str) -> None:
@@ -86,7 +86,7 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        self.library.set_schedule.argtypes = (c_uint64, c_int32, c_int32)
+        self.library.set_turns.argtypes = (c_uint64, c_int32, c_int32)
         self.library.plan_matmul.argtypes = self.library.plan_grad.argtypes = (
             c_int32, c_int64, c_int64, c_int64, c_int64, c_int32, ctypes.POINTER(Plan),
         )  # fmt: skip
@@ -95,44 +95,44 @@ class Kernels:
             assert self.library.sizes(which) == ctypes.sizeof(structure)
 
     def lora_matmul(
-        self, a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, schedule=DEFAULT, arithmetic=None
+        self, a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, turns=DEFAULT, arithmetic=None
     ):  # fmt: skip
         a2 = _rows(a)
         (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
         arithmetic = ARITHMETIC[a.dtype] if arithmetic is None else arithmetic
-        out, thin = a.new_empty((*a.shape[:-1], P)), a.new_empty((M, R))
-        plan = self.plan("plan_matmul", arithmetic, M, P, Q, R, schedule)
+        out, h = a.new_empty((*a.shape[:-1], P)), a.new_empty((M, R))
+        plan = self.plan("plan_matmul", arithmetic, M, P, Q, R, turns)
         slots, counters = _scratch(plan)
         arguments = LoraMatmulArguments(
             M, P, Q, R, *(Matrix.of(operand, a.dtype) for operand in (a2, w, u, v)),
             None if bias is None else bias.data_ptr(), scale, dropout_on_output, DropoutArguments.of(seed, dropout_p),
-            out.data_ptr(), thin.data_ptr(), slots.data_ptr(), counters.data_ptr(), plan.split,
+            out.data_ptr(), h.data_ptr(), slots.data_ptr(), counters.data_ptr(), plan.split,
         )  # fmt: skip
         if math.prod(out.shape) > 0:
             failed = self.library.launch_matmul(arithmetic, ctypes.byref(plan), ctypes.byref(arguments))
             _finished(failed, counters)
-        return out, thin
+        return out, h
 
     def adapter_grad(
-        self, x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B, schedule=DEFAULT, arithmetic=None
+        self, x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B, turns=DEFAULT, arithmetic=None
     ):  # fmt: skip
-        pairs = [(None if wide is None else _rows(wide), thin) for wide, thin in ((x, g), (dy, h))]
-        thin = next(thin for _, thin in pairs if thin is not None)
-        (M, R), base = thin.shape, thin.dtype
+        pairs = [(None if wide is None else _rows(wide), low) for wide, low in ((x, g), (dy, h))]
+        low = next(low for _, low in pairs if low is not None)
+        (M, R), base = low.shape, low.dtype
         arithmetic = ARITHMETIC[base] if arithmetic is None else arithmetic
         K, N = (0 if wide is None else wide.shape[1] for wide, _ in pairs)
-        dA = None if x is None else thin.new_empty((R, K), dtype=dtype_A)
-        dB = None if dy is None else thin.new_empty((N, R), dtype=dtype_B)
-        plan = self.plan("plan_grad", arithmetic, M, K, N, R, schedule)
+        dA = None if x is None else low.new_empty((R, K), dtype=dtype_A)
+        dB = None if dy is None else low.new_empty((N, R), dtype=dtype_B)
+        plan = self.plan("plan_grad", arithmetic, M, K, N, R, turns)
         slots, counters = _scratch(plan)
         reductions = [
             Reduction()
             if wide is None
             else Reduction(
-                Matrix.of(wide, base), Matrix.of(thin, base), wide.shape[1], out is dA,
+                Matrix.of(wide, base), Matrix.of(low, base), wide.shape[1], out is dA,
                 out.data_ptr(), *(out.stride() if out is dA else out.stride()[::-1]), out.dtype == torch.float32,
             )
-            for (wide, thin), out in zip(pairs, (dA, dB), strict=True)
+            for (wide, low), out in zip(pairs, (dA, dB), strict=True)
         ]  # fmt: skip
         arguments = AdapterGradArguments(
             M, R, *reductions, scale, DropoutArguments.of(seed, dropout_p),
@@ -142,11 +142,11 @@ class Kernels:
             _finished(self.library.launch_grad(arithmetic, ctypes.byref(arguments)), counters)
         return dA, dB
 
-    def plan(self, function, arithmetic, *sizes_and_schedule):
-        *sizes, schedule = sizes_and_schedule
-        self.library.set_schedule(schedule.seed, schedule.resident, schedule.delayed)
+    def plan(self, function, arithmetic, *sizes_and_turns):
+        *sizes, turns = sizes_and_turns
+        self.library.set_turns(turns.seed, turns.resident, turns.delayed)
         plan = Plan()
-        getattr(self.library, function)(arithmetic, *sizes, schedule.multiprocessors, ctypes.byref(plan))
+        getattr(self.library, function)(arithmetic, *sizes, turns.sms, ctypes.byref(plan))
         return plan
 
 

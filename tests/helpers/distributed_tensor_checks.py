@@ -33,7 +33,7 @@ def tensor_parallel():
 
 
 @check(2)
-def tensor_parallel_moves_activations_and_thin_gradients_alone():
+def tensor_parallel_moves_activations_and_low_rank_gradients_alone():
     net = parallel(adapted(), init_device_mesh("cpu", (2,)))
     with CommDebugMode() as comms:
         net(next(iter(data(0))))

@@ -110,7 +110,7 @@ def _chain(a: Tensor, b: Tensor) -> Tensor:
 def check(
     inputs: Inputs, got: dict[str, Tensor], mask: Tensor | None = None, dropout_p: float = 0.0, kernel: bool = False
 ) -> None:
-    """Assert that ``got``, of :func:`results`' form, is within the budget. kernel: that of a kernel's sums."""
+    """Assert that ``got``, as :func:`results` gives it, is within the budget. kernel: that of a kernel's sums."""
     _check([_with_expectations(inputs, got, kernel, mask=mask, dropout_p=dropout_p)])
 
 

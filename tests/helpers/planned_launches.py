@@ -36,10 +36,10 @@ class Recorder:
 
         launcher.__call__, straight.Launch.through_jit = record, count
 
-    def of(self, work):
-        """The launches of ``work``, each as comparable values, and how many went through the JIT."""
+    def of(self, call):
+        """The launches of ``call``, each as comparable values, and how many went through the JIT."""
         self.launches, self.jit = [], 0
-        results = work()
+        results = call()
         return [plain(args) for args in self.launches], self.jit, results
 
 
@@ -116,28 +116,39 @@ def changed(rng, operands):
     return [x, weight, lora_A, lora_B, bias, rng.uniform(0.1, 4.0), p]
 
 
+def compare(recorder, call, operands):
+    """How many launches ``call`` makes, and how many of them by a plan; all pass what the JIT passes."""
+    for _ in range(2):
+        # a plan starts the kernel that the JIT compiled for its first launch
+        recorder.of(lambda: call(operands))
+    got, jit, _ = recorder.of(lambda: call(operands))
+    planned = len(got) - jit
+    launch.forget_plans()
+    expected, jit, _ = recorder.of(lambda: call(operands))
+    assert jit == len(expected) > 0
+    assert got == expected, (got, expected)
+    return len(got), planned
+
+
 def main():
     stub.install(Path(sys.argv[1]))
     torch.set_num_threads(1)
     recorder, rng = Recorder(), random.Random(int(sys.argv[2]))
-    planned = compared = 0
+    compared = planned = 0
     for _ in range(int(sys.argv[3])):
         operands = draw(rng)
-        for work in (forward, step):
+        for call in (forward, step):
             for _ in range(4):
-                for _ in range(2):
-                    # the launch of a plan has the JIT's compiled kernel
-                    recorder.of(lambda work=work, operands=operands: work(operands))
-                got, jit, kept = recorder.of(lambda work=work, operands=operands: work(operands))
-                planned += len(got) - jit
-                launch.forget_plans()
-                expected, jit, others = recorder.of(lambda work=work, operands=operands: work(operands))
-                assert jit == len(expected) > 0
-                assert got == expected, (got, expected)
-                compared += len(got)
-                del kept, others
+                count, kept = compare(recorder, call, operands)
+                compared, planned = compared + count, planned + kept
                 operands = changed(rng, operands)
     torch.set_float32_matmul_precision("highest")
+    # a wave of tiles and aligned rows: tensor descriptors, w's kept, x's made anew where x lies elsewhere
+    large = [torch.randn(4096, 512), torch.randn(1024, 512), torch.randn(16, 512), torch.randn(1024, 16)]
+    large = [tensor.to(torch.bfloat16) for tensor in large]
+    for _ in range(2):
+        assert compare(recorder, forward, [*large, None, 1.5, 0.0]) == (1, 1)
+        large[0] = large[0].clone()
     layer = FusedLoRALinear(64, 48, rank=4, impl="triton", dtype=torch.bfloat16)
     x = torch.randn(2, 64).to(torch.bfloat16)
     with torch.no_grad():

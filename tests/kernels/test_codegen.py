@@ -29,7 +29,7 @@ MATRIX_INSTRUCTION = {
     100: "tcgen05.mma",
     120: "mma.sync",
 }
-# of a multiprocessor, in KB, from the CUDA programming guide's table of compute capabilities
+# of an SM, in KB, from the CUDA programming guide's table of compute capabilities
 SHARED_MEMORY = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 
 
@@ -95,7 +95,7 @@ def test_shipped_launches_compile_without_spills_or_warnings_to_the_instruction_
             # those who wait for h run the bare GEMM's loop
             assert row["loop"] <= 1.05 * row["plain"], row
         if row["schedule"] == "decode":
-            # two programs, and 1 KB that the system takes for each, share a multiprocessor's memory and registers
+            # two programs, and 1 KB that the system takes for each, share an SM's memory and registers
             assert 2 * (row["shared_bytes"] + 1024) <= SHARED_MEMORY[arch] * 1024, row
             assert 2 * 128 * row["registers"] <= 2**16, row
     assert {"PUBLISH", "PRODUCE", "decode"} <= {row["schedule"] for row in found}

@@ -9,8 +9,8 @@ from fused_lora.backends.triton.configs import (
     PROGRAMS,
     DecodeConfig,
     Device,
-    Form,
     Problem,
+    Schedule,
     block_r,
     decode_programs,
     default_config,
@@ -44,13 +44,13 @@ def test_default_config_fits_every_device(device):
         config = default_config(problem, device)
         assert fits(config, problem, device), (problem, config)
         schedule = default_schedule(problem, config, device)
-        assert schedule.split == 1 or schedule.form == Form.PRODUCE
+        assert schedule.split == 1 or schedule.kind == Schedule.PRODUCE
         for block in (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R):
             assert block >= 16
             assert block & (block - 1) == 0
 
 
-def test_few_tokens_get_a_low_tile():
+def test_small_m_gets_a_low_tile():
     tall = default_config(Problem(4096, 4096, 4096, 16, 2, 2), DEVICES["sm_90"])
     low = default_config(Problem(3, 4096, 4096, 16, 2, 2), DEVICES["sm_90"])
     assert (tall.BLOCK_M, tall.BLOCK_P, low.BLOCK_M) == (128, 256, 16)
@@ -70,7 +70,7 @@ def test_parts_of_a_reduction_run_at_once_and_have_rows_enough(device):
         (0, 1, 511, 8192, 10**6), (1, 2, 128, 5000), (2, 4), (1, 64, 500)
     ):
         parts = reduction_parts(default_reduction(rank, itemsize, device), rows, tiles, itemsize, device)
-        assert parts == 1 or (parts * tiles <= PROGRAMS * device.multiprocessors and rows >= parts * LEAST_ROWS)
+        assert parts == 1 or (parts * tiles <= PROGRAMS * device.sms and rows >= parts * LEAST_ROWS)
 
 
 def test_tensor_descriptors_are_for_hopper_and_datacentre_blackwell_alone():
@@ -86,7 +86,7 @@ def test_a_training_step_fills_an_h100_with_loads(columns, rank):
     tiles = columns // config.BLOCK_C
     programs = tiles * reduction_parts(config, 8192, tiles, 2, device)
     on_their_way = (config.num_stages - 1) * config.BLOCK_M * (config.BLOCK_C + config.BLOCK_R) * 2
-    assert programs * on_their_way / device.multiprocessors >= 50 * 1024
+    assert programs * on_their_way / device.sms >= 50 * 1024
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
@@ -97,12 +97,12 @@ def test_decoding_has_room_for_two_programs_on_every_device_and_no_part_is_empty
         config = default_decode(problem, device)
         assert decode_programs(config, problem, device) >= 2, (problem, config)
         steps = -(-Q // config.BLOCK_Q)
-        assert 1 <= config.SPLIT <= config.SPLIT_THIN <= max(steps, 1), (problem, config)
+        assert 1 <= config.SPLIT <= config.SPLIT_H <= max(steps, 1), (problem, config)
         assert min(config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R) >= 16
 
 
 def test_decoding_fills_a_gpu_and_waits_for_no_second_wave():
     hopper = Device((9, 0), 227 * 1024, 132)
     config = default_decode(Problem(1, 4096, 4096, 16, 2, 2), hopper)
-    assert config == DecodeConfig(64, 128, 16, SPLIT=4, SPLIT_THIN=8, num_warps=4, num_stages=4)
+    assert config == DecodeConfig(64, 128, 16, SPLIT=4, SPLIT_H=8, num_warps=4, num_stages=4)
     assert 4096 // 64 * 4 + 8 == 2 * 132

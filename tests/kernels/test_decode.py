@@ -1,4 +1,4 @@
-"""Few tokens: their own kernel, through the same contract, and the counters by which its programs meet."""
+"""Decode: its own kernel, through the same contract, and the counters by which its programs meet."""
 
 import dataclasses
 
@@ -67,14 +67,14 @@ def test_float32_adapters_over_a_16_bit_weight_are_rounded_inside_and_get_float3
 def test_any_number_of_parts_and_any_tile_compute_the_same(split, rank, device):
     # of rank 1, four draws: 64 values of the low-rank product for the rest to hang on
     draws = [oracle.draw(16, 123, 70, rank, device=device) for _ in range(4 if rank == 1 else 1)]
-    for split_thin, block_p, block_q, block_r in ((1, 16, 16, 16), (split, 64, 32, 64), (6 - split, 32, 16, 16)):
-        config = DecodeConfig(block_p, block_q, block_r, split, split_thin, 4, 1)
+    for split_h, block_p, block_q, block_r in ((1, 16, 16, 16), (split, 64, 32, 64), (6 - split, 32, 16, 16)):
+        config = DecodeConfig(block_p, block_q, block_r, split, split_h, 4, 1)
         for choose in (operands, gradient_operands):
             got = [launch.lora_matmul(*choose(one), *NO_DROPOUT, config=config) for one in draws]
             with oracle.in_one_chain():
                 low = [eager_backend.lora_matmul(*choose(one), *NO_DROPOUT) for one in draws]
             truth = [eager_backend.lora_matmul(*choose(one.to(torch.float64)), *NO_DROPOUT) for one in draws]
-            for i, name in enumerate(("out", "thin")):
+            for i, name in enumerate(("out", "h")):
                 oracle.within(name, *(torch.stack([one[i] for one in each]) for each in (got, low, truth)))
 
 
@@ -93,12 +93,12 @@ def test_same_bits_whatever_was_computed_between(dtype, device):
 
 def test_no_bit_depends_on_how_many_tokens_come_along(dtype, device):
     inputs = oracle.draw(16, 70, 50, 5, dtype=dtype, device=device)
-    out, thin = launch.lora_matmul(*operands(inputs), *NO_DROPOUT)
+    out, h = launch.lora_matmul(*operands(inputs), *NO_DROPOUT)
     for tokens in (1, 2, 9):
         some = dataclasses.replace(inputs, x=inputs.x[:tokens])
         got = launch.lora_matmul(*operands(some), *NO_DROPOUT)
         assert torch.equal(got[0], out[:tokens])
-        assert torch.equal(got[1], thin[:tokens])
+        assert torch.equal(got[1], h[:tokens])
 
 
 def strided_views(x):
@@ -118,9 +118,7 @@ def test_any_strides_are_within_the_budget(layout, dtype, device):
     truth = eager_backend.lora_matmul(*operands(inputs.to(torch.float64)), *NO_DROPOUT)
     for name in ("x", "weight", "lora_A", "lora_B"):
         setattr(inputs, name, strided_views(getattr(inputs, name))[layout])
-    for name, *values in zip(
-        ("out", "thin"), launch.lora_matmul(*operands(inputs), *NO_DROPOUT), low, truth, strict=True
-    ):
+    for name, *values in zip(("out", "h"), launch.lora_matmul(*operands(inputs), *NO_DROPOUT), low, truth, strict=True):
         oracle.within(name, *values)
 
 
@@ -132,7 +130,7 @@ def test_leading_dimensions_are_kept(device):
     assert torch.equal(deep.view(6, 20), flat)
 
 
-def test_a_step_of_few_tokens_is_one_launch_forward_and_two_backward(device, launches):
+def test_a_step_of_small_m_is_one_launch_forward_and_two_backward(device, launches):
     inputs = oracle.draw(3, 40, 30, 4, device=device)
     leaves = inputs.leaves()
     y = triton(leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, 1.0)
@@ -143,7 +141,7 @@ def test_a_step_of_few_tokens_is_one_launch_forward_and_two_backward(device, lau
 
 @pytest.mark.parametrize("tokens", [16, 17])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_only_few_tokens_without_dropout_take_this_kernel(tokens, dropout_p, device, launches):
+def test_only_small_m_without_dropout_takes_this_kernel(tokens, dropout_p, device, launches):
     inputs = oracle.draw(tokens, 40, 30, 4, device=device)
     triton(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, 1.0, dropout_p=dropout_p)
     assert names(launches) == ["_decode_kernel" if (tokens, dropout_p) == (16, 0.0) else "_lora_matmul_kernel"]
@@ -157,7 +155,7 @@ def test_without_counters_the_ordinary_kernel_computes(monkeypatch, device, laun
     with oracle.in_one_chain():
         low = eager_backend.lora_matmul(*operands(inputs), *NO_DROPOUT)
     truth = eager_backend.lora_matmul(*operands(inputs.to(torch.float64)), *NO_DROPOUT)
-    for name, *values in zip(("out", "thin"), got, low, truth, strict=True):
+    for name, *values in zip(("out", "h"), got, low, truth, strict=True):
         oracle.within(name, *values)
 
 

@@ -14,13 +14,13 @@ import torch
 from fused_lora import lora_linear
 from fused_lora.backends import native
 from fused_lora.backends.triton import launch, lora_matmul
-from fused_lora.backends.triton.configs import Form, Schedule, TileConfig
+from fused_lora.backends.triton.configs import Schedule, ScheduleConfig, TileConfig
 
 ON_GPU = torch.cuda.is_available()
 # of the kernels: the rule's choice, then each way to share h, in the rule's tile
-PRODUCE = Schedule(Form.PRODUCE, 4 if ON_GPU else 2)
-FORMS = [None, Schedule(Form.PUBLISH), PRODUCE, Schedule(Form.RECOMPUTE)]
-# tokens that take the few-token kernel, producers, and publishers
+PRODUCE = ScheduleConfig(Schedule.PRODUCE, 4 if ON_GPU else 2)
+SCHEDULES = [None, ScheduleConfig(Schedule.PUBLISH), PRODUCE, ScheduleConfig(Schedule.RECOMPUTE)]
+# tokens that take the decode kernel, producers, and publishers
 TOKENS = [4, 300, 5000] if ON_GPU else [4, 40]
 K, N, R = (1024, 1536, 16) if ON_GPU else (64, 64, 16)
 LAUNCHES, STEPS, ROUNDS = (1000, 200, 200) if ON_GPU else (1, 1, 1)
@@ -29,7 +29,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 IMPLS = ["triton"]
 if native.why_not(torch.device(DEVICE), torch.bfloat16) is None:
     IMPLS.append("native")
-by_form = pytest.mark.parametrize("schedule", FORMS, ids=lambda s: "rule" if s is None else s.form.name)
+by_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "rule" if s is None else s.kind.name)
 by_tokens = pytest.mark.parametrize("tokens", TOKENS)
 
 
@@ -50,26 +50,26 @@ class Stage:
         return torch.cuda.stream(stream) if ON_GPU else contextlib.nullcontext()
 
     @staticmethod
-    def capture(work, stream):
-        """What ``work`` returns, and a function that makes it anew in the same tensors."""
+    def capture(call, stream):
+        """What ``call`` returns, and a function that makes it anew in the same tensors."""
         if not ON_GPU:
-            results = work()
-            return results, lambda: [old.copy_(new) for old, new in zip(results, work(), strict=True)]
+            results = call()
+            return results, lambda: [old.copy_(new) for old, new in zip(results, call(), strict=True)]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            results = work()
+            results = call()
         return results, graph.replay
 
 
 def draw(tokens):
-    """With the thin products that the adapter gradients read, which are not under test here."""
+    """With the low-rank products that the adapter gradients read, which are not under test here."""
     inputs = oracle.draw(tokens, K, N, R, dtype=torch.bfloat16, device=DEVICE)
     inputs.g, inputs.h = inputs.dy @ inputs.lora_B, inputs.x @ inputs.lora_A.t()
     return inputs
 
 
 def forward(inputs, schedule=None, dropout=False):
-    """out and thin of one launch."""
+    """out and h of one launch."""
     operands = (inputs.x, inputs.weight.t(), inputs.lora_A.t(), inputs.lora_B.t(), inputs.bias, inputs.scale)
     seed = torch.tensor([7], device=DEVICE) if dropout else None
     return launch.lora_matmul(*operands, seed, 0.3 if dropout else 0.0, False, schedule=schedule)
@@ -81,9 +81,9 @@ def input_gradient(inputs, schedule=None):
 
 
 def adapter_gradients(inputs, parts=None):
-    wide_and_thin = inputs.x, inputs.g, inputs.dy, inputs.h
+    wide_and_low = inputs.x, inputs.g, inputs.dy, inputs.h
     dtypes = inputs.lora_A.dtype, inputs.lora_B.dtype
-    return launch.adapter_grad(*wide_and_thin, inputs.scale, None, 0.0, *dtypes, parts=parts)
+    return launch.adapter_grad(*wide_and_low, inputs.scale, None, 0.0, *dtypes, parts=parts)
 
 
 def step(inputs, impl="triton"):
@@ -91,17 +91,17 @@ def step(inputs, impl="triton"):
     return list(oracle.results(inputs, lora_linear, impl=impl).values())
 
 
-def assert_same_bits(work, times):
-    first = [result.clone() for result in work()]
+def assert_same_bits(call, times):
+    first = [result.clone() for result in call()]
     assert not any(result.isnan().any() for result in first)
     wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(times):
         # on the device, so that launches follow each other closely
-        wrong += sum((one != two).sum() for one, two in zip(first, work(), strict=True))
+        wrong += sum((one != two).sum() for one, two in zip(first, call(), strict=True))
     assert wrong.item() == 0
 
 
-@by_form
+@by_schedule
 @by_tokens
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 def test_a_thousand_forwards_give_the_same_bits(tokens, schedule, dropout):
@@ -109,7 +109,7 @@ def test_a_thousand_forwards_give_the_same_bits(tokens, schedule, dropout):
     assert_same_bits(lambda: forward(inputs, schedule, dropout), LAUNCHES)
 
 
-@by_form
+@by_schedule
 @by_tokens
 def test_a_thousand_input_gradients_give_the_same_bits(tokens, schedule):
     inputs = draw(tokens)
@@ -130,7 +130,7 @@ def test_hundreds_of_steps_give_the_same_bits(tokens, impl):
     assert_same_bits(lambda: step(inputs, impl), STEPS)
 
 
-@by_form
+@by_schedule
 def test_more_tiles_than_run_at_once_hand_over_in_a_small_tile(schedule):
     """Tiles of 16 x 16: thousands of programs, of which most wait."""
     inputs = draw(TOKENS[-1])
@@ -140,53 +140,53 @@ def test_more_tiles_than_run_at_once_hand_over_in_a_small_tile(schedule):
     assert_same_bits(lambda: launch.lora_matmul(*args, config=tile, schedule=schedule), 20 if ON_GPU else 1)
 
 
-# by name: the implementation that it takes, and the work
-WORKS = {
+# by name: the implementation that it takes, and what is called
+CALLS = {
     "forward": ("triton", forward),
-    "PUBLISH": ("triton", lambda inputs: forward(inputs, Schedule(Form.PUBLISH))),
+    "PUBLISH": ("triton", lambda inputs: forward(inputs, ScheduleConfig(Schedule.PUBLISH))),
     "PRODUCE": ("triton", lambda inputs: forward(inputs, PRODUCE)),
     "adapter gradients": ("triton", lambda inputs: adapter_gradients(inputs, 4)),
     **{f"{impl} step": (impl, functools.partial(step, impl=impl)) for impl in IMPLS},
 }
-by_work = pytest.mark.parametrize(("impl", "work"), WORKS.values(), ids=WORKS.keys(), indirect=["impl"])
+by_call = pytest.mark.parametrize(("impl", "call"), CALLS.values(), ids=CALLS.keys(), indirect=["impl"])
 
 
-@by_work
+@by_call
 @pytest.mark.parametrize("tokens", [(TOKENS[0], TOKENS[1]), (TOKENS[1], TOKENS[-1])], ids=str)
-def test_two_streams_at_once_do_not_meet_in_the_counters(impl, work, tokens):
+def test_two_streams_at_once_do_not_meet_in_the_counters(impl, call, tokens):
     streams = [Stage.stream(), Stage.stream()]
     inputs = [draw(count) for count in tokens]
-    expected = [[result.clone() for result in work(one)] for one in inputs]
+    expected = [[result.clone() for result in call(one)] for one in inputs]
     wrong = [torch.zeros((), dtype=torch.int64, device=DEVICE) for _ in streams]
     Stage.synchronize()
     for _ in range(ROUNDS):
         for index, stream in enumerate(streams):
             with Stage.on(stream):
-                got = work(inputs[index])
+                got = call(inputs[index])
                 wrong[index] += sum((one != two).sum() for one, two in zip(got, expected[index], strict=True))
     Stage.synchronize()
     assert [count.item() for count in wrong] == [0, 0]
 
 
-@by_work
+@by_call
 @by_tokens
 @pytest.mark.parametrize("warm", [True, False] if ON_GPU else [True], ids=lambda warm: "warmed up" if warm else "cold")
-def test_a_captured_graph_replays_with_changed_inputs(tokens, impl, work, warm):
+def test_a_captured_graph_replays_with_changed_inputs(tokens, impl, call, warm):
     inputs, stream = draw(tokens), Stage.stream()
     # compiled before the capture
-    work(inputs)
+    call(inputs)
     if warm:
         with Stage.on(stream):
-            work(inputs)
+            call(inputs)
     Stage.synchronize()
-    results, replay = Stage.capture(lambda: work(inputs), stream)
+    results, replay = Stage.capture(lambda: call(inputs), stream)
     for _ in range(3 if ON_GPU else 1):
         for name in ("x", "dy", "lora_A", "lora_B"):
             operand = getattr(inputs, name)
             operand.copy_(torch.randn_like(operand) * operand.std())
         replay()
         Stage.synchronize()
-        for got, expected in zip(results, work(inputs), strict=True):
+        for got, expected in zip(results, call(inputs), strict=True):
             assert torch.equal(got, expected)
 
 
@@ -194,10 +194,10 @@ def test_a_captured_graph_replays_with_changed_inputs(tokens, impl, work, warm):
 def test_scale_and_tokens_recompile_nothing():
     inputs = draw(600)
     kernel = lora_matmul._lora_matmul_kernel
-    forward(inputs, Schedule(Form.PUBLISH))
+    forward(inputs, ScheduleConfig(Schedule.PUBLISH))
     compiled = len(kernel.device_caches[torch.cuda.current_device()][0])
     for scale, tokens in ((0.3, 600), (2.0, 599), (1.0, 512), (1.5, 601)):
         inputs = draw(tokens)
         inputs.scale = scale
-        forward(inputs, Schedule(Form.PUBLISH))
+        forward(inputs, ScheduleConfig(Schedule.PUBLISH))
     assert len(kernel.device_caches[torch.cuda.current_device()][0]) == compiled

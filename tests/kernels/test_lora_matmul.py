@@ -66,8 +66,8 @@ def test_mask_bits_equal_the_reference_for_any_seed(seed, cols, device):
     # x of ones through A = identity shows the mask itself
     x, eye = torch.ones(rows, cols, device=device), torch.eye(cols, device=device)
     zero = torch.zeros(cols, 8, device=device)
-    _, thin = launch.lora_matmul(x, zero, eye, zero.t().contiguous().t()[:, :8], None, 1.0, seed, p, False)
-    assert torch.equal(thin != 0, dropout_mask(seed, rows, cols, p))
+    _, h = launch.lora_matmul(x, zero, eye, zero.t().contiguous().t()[:, :8], None, 1.0, seed, p, False)
+    assert torch.equal(h != 0, dropout_mask(seed, rows, cols, p))
 
 
 def strided_views(x):
@@ -88,7 +88,7 @@ def test_any_strides_of_x_weight_and_adapters_are_within_the_budget(layout, dtyp
     for name in ("x", "weight", "lora_A", "lora_B"):
         setattr(inputs, name, strided_views(getattr(inputs, name))[layout])
     got = launch.lora_matmul(*operands(inputs), None, 0.0, False)
-    for name, *values in zip(("out", "thin"), got, eager, exact, strict=True):
+    for name, *values in zip(("out", "h"), got, eager, exact, strict=True):
         oracle.within(name, *values)
 
 
@@ -142,7 +142,7 @@ def test_every_tile_shape_computes_the_same(config, rank, device):
         with oracle.in_one_chain():
             expected = eager_backend.lora_matmul(*operands(inputs), seed, 0.25, on_output)
         exact = eager_backend.lora_matmul(*operands(inputs.to(torch.float64)), seed, 0.25, on_output)
-        for name, *values in zip(("out", "thin"), got, expected, exact, strict=True):
+        for name, *values in zip(("out", "h"), got, expected, exact, strict=True):
             oracle.within(name, *values)
 
 

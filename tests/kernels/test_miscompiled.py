@@ -14,7 +14,7 @@ from fused_lora.codegen.shipped import Case, compile_case
 found = []
 for sizes, base, adapters, dropout, transposed, stages in json.loads(sys.argv[1]):
     case = Case(90, *sizes, getattr(torch, base), getattr(torch, adapters), dropout, transposed, stages)
-    found += [[f"{case}, {row.work}", row.resources.miscompiled] for row in compile_case(case, compare=False)]
+    found += [[f"{case}, {row.pass_}", row.resources.miscompiled] for row in compile_case(case, compare=False)]
 print(json.dumps(found))
 """
 B, H, F = "bfloat16", "float16", "float32"
@@ -32,7 +32,7 @@ SCANNED = {
         ((8192, 4096, 4096, 64), B, B, True, False, None), ((256, 4096, 4096, 64), B, B, True, False, None),
         ((8192, 4096, 256, 16), H, H, True, True, None), ((300, 123, 35, 1), B, F, True, True, 2),
     ],
-    "few rows and odd ranks": [
+    "small M and odd ranks": [
         ((1, 4096, 4096, 16), H, H, False, True, None), ((16, 50, 4096, 100), B, F, False, True, 1),
         ((16, 4096, 4096, 64), B, B, False, False, None),
         ((300, 4096, 64, 100), H, H, False, True, 4), ((129, 64, 123, 3), B, B, True, False, 1),

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fused_lora.backends.environment import interpreting
 from fused_lora.backends.triton import launch
-from fused_lora.backends.triton.configs import DecodeConfig, Form, ReductionConfig, Schedule, TileConfig
+from fused_lora.backends.triton.configs import DecodeConfig, ReductionConfig, Schedule, ScheduleConfig, TileConfig
 from fused_lora.backends.triton.workspace import counters
 
 if not interpreting():
@@ -20,7 +20,7 @@ if not interpreting():
 from interleaving import StuckError, interleaved
 
 TILE = TileConfig(BLOCK_M=16, BLOCK_P=16, BLOCK_Q=16, BLOCK_R=16, GROUP_M=2, num_warps=4, num_stages=1)
-DECODE = DecodeConfig(BLOCK_P=16, BLOCK_Q=16, BLOCK_R=16, SPLIT=3, SPLIT_THIN=2, num_warps=4, num_stages=1)
+DECODE = DecodeConfig(BLOCK_P=16, BLOCK_Q=16, BLOCK_R=16, SPLIT=3, SPLIT_H=2, num_warps=4, num_stages=1)
 REDUCTION = ReductionConfig(BLOCK_M=16, BLOCK_C=16, BLOCK_R=16, num_warps=4, num_stages=1)
 
 
@@ -45,11 +45,11 @@ def adapter_grad():
 
 
 CALLS = {
-    "recompute": lambda: matmul(Schedule(Form.RECOMPUTE), dropout=True),
-    "publish": lambda: matmul(Schedule(Form.PUBLISH)),
-    "publish, many ranks": lambda: matmul(Schedule(Form.PUBLISH), rank=20),
-    "produce": lambda: matmul(Schedule(Form.PRODUCE, 3), dropout=True),
-    "produce, many ranks": lambda: matmul(Schedule(Form.PRODUCE, 2), rank=20),
+    "recompute": lambda: matmul(ScheduleConfig(Schedule.RECOMPUTE), dropout=True),
+    "publish": lambda: matmul(ScheduleConfig(Schedule.PUBLISH)),
+    "publish, many ranks": lambda: matmul(ScheduleConfig(Schedule.PUBLISH), rank=20),
+    "produce": lambda: matmul(ScheduleConfig(Schedule.PRODUCE, 3), dropout=True),
+    "produce, many ranks": lambda: matmul(ScheduleConfig(Schedule.PRODUCE, 2), rank=20),
     "decode": decode,
     "decode, many ranks": lambda: decode(20),
     "adapter gradients": adapter_grad,

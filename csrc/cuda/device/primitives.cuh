@@ -80,7 +80,7 @@ __device__ inline int load_acquire(const int* counter) {
   return value;
 }
 
-// Whoever polls a flag leaves the memory to those who work.
+// A block that polls a flag leaves the memory to the others.
 __device__ inline void pause() { __nanosleep(64); }
 
 // 16 bytes to shared memory: the first `bytes` from global, the rest zero. Both are aligned to 16 bytes.

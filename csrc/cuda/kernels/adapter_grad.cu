@@ -1,4 +1,4 @@
-// Both adapter gradients in one launch, thin reductions over M: dA = scale · gᵀ D(x), dB = scale · dyᵀ h.
+// Both adapter gradients in one launch, reductions over M: dA = scale · gᵀ D(x), dB = scale · dyᵀ h.
 #include "launches.h"
 #include "parts.cuh"
 #include "tiles.cuh"
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Columns::THREADS, LEAST_BLOCKS) adapter_grad(c
   const Range range(M, Main::BLOCK_K, part, arguments.split);
   typename Main::Sums sums = {};
   Main::add(sums, operand<Element>(reduction.wide, false, false, first_column, columns),
-            operand<Element>(reduction.thin, false, false, first_r, R), range.first, range.end, {dropout, 1, columns},
+            operand<Element>(reduction.low, false, false, first_r, R), range.first, range.end, {dropout, 1, columns},
             shared_memory() + PLACE_BYTES);
   if (arguments.split > 1 &&
       !sum_parts<Main>(sums, arguments.slots + static_cast<int64_t>(tile) * arguments.split * SLOT<Columns>, part,
@@ -60,12 +60,12 @@ int launch_in(const AdapterGradArguments& arguments, void* stream) {
 
 }  // namespace
 
-Plan plan_adapter_grad(Arithmetic arithmetic, int64_t M, int64_t K, int64_t N, int64_t R, int32_t multiprocessors) {
+Plan plan_adapter_grad(Arithmetic arithmetic, int64_t M, int64_t K, int64_t N, int64_t R, int32_t sms) {
   Plan plan{};
   const int64_t steps = ceil_div(M, Columns::K_BYTES / element_bytes(arithmetic));
   const int64_t tiles = ceil_div(R, Columns::OUTER_B) * (ceil_div(K, Columns::OUTER_A) + ceil_div(N, Columns::OUTER_A));
-  // reading x and dy is all the time there is: four blocks on every multiprocessor keep enough loads on their way
-  plan.split = parts_for(tiles, steps, multiprocessors, 4, 2);
+  // reading x and dy takes all the time: four blocks on every SM keep enough loads on their way
+  plan.split = parts_for(tiles, steps, sms, 4, 2);
   plan.counters = static_cast<int32_t>(plan.split > 1 ? tiles : 0);
   plan.slot_floats = plan.split > 1 ? tiles * plan.split * SLOT<Columns> : 0;
   return plan;

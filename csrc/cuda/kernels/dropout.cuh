@@ -1,4 +1,4 @@
-// LoRA dropout's bits: those of reference.dropout_mask.
+// The bits of LoRA dropout: those of dropout.dropout_mask.
 #pragma once
 
 #include "launches.h"

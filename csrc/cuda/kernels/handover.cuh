@@ -1,6 +1,6 @@
 // How blocks of one launch hand results to each other, through counters that are zero before it and after it.
-// Work is handed out by ticket, and whoever is waited for holds a lower ticket than all who wait: it is running or
-// done, whatever order blocks start in, so waiting ends.
+// Blocks take tickets, and a block that others wait for holds a lower ticket than they: it is running or done,
+// whatever order blocks start in, so waiting ends.
 #pragma once
 
 #include "primitives.cuh"

@@ -21,7 +21,7 @@ struct Matrix {
   int32_t is_float32;
 };
 
-// seed: on the device, null for no dropout.  threshold, keep_scale: reference.dropout_threshold and keep_scale.
+// seed: on the device, null for no dropout.  threshold, keep_scale: dropout.dropout_threshold and keep_scale.
 struct DropoutArguments {
   const int64_t* seed;
   int32_t threshold;
@@ -30,7 +30,7 @@ struct DropoutArguments {
 
 // How M, P and Q are cut. Nothing of it depends on values, so a result has the same bits every time.
 struct Plan {
-  int32_t few;          // tiles for at most 16 tokens
+  int32_t small_m;      // tiles for at most 16 tokens
   int32_t split;        // parts of the contraction, each in a program of its own
   int32_t counters;     // int32 zeros that the launch needs, and leaves zero
   int64_t slot_floats;  // float32 scratch, in which the parts are kept until the last has come
@@ -44,16 +44,16 @@ struct LoraMatmulArguments {
   int32_t dropout_on_output;
   DropoutArguments dropout;
   void* out;          // (M, P), contiguous
-  void* thin;         // (M, R), contiguous
+  void* h;            // (M, R), contiguous
   float* slots;       // Plan::slot_floats
   int32_t* counters;  // Plan::counters; no other launch may use them meanwhile
   int32_t split;      // Plan::split
 };
 
-// One of the two gradients: scale · thinᵀ wide, contracted over M.
+// One of the two gradients: scale · lowᵀ wide, contracted over M.
 struct Reduction {
-  Matrix wide, thin;  // (M, columns), (M, R)
-  int64_t columns;    // 0: not asked for
+  Matrix wide, low;  // (M, columns), (M, R)
+  int64_t columns;   // 0: not asked for
   int32_t has_dropout;
   void* out;  // element (r, column) is at out[r · stride_r + column · stride_column]
   int64_t stride_r, stride_column;
@@ -70,8 +70,8 @@ struct AdapterGradArguments {
   int32_t split;
 };
 
-Plan plan_lora_matmul(Arithmetic arithmetic, int64_t M, int64_t P, int64_t Q, int64_t R, int32_t multiprocessors);
-Plan plan_adapter_grad(Arithmetic arithmetic, int64_t M, int64_t K, int64_t N, int64_t R, int32_t multiprocessors);
+Plan plan_lora_matmul(Arithmetic arithmetic, int64_t M, int64_t P, int64_t Q, int64_t R, int32_t sms);
+Plan plan_adapter_grad(Arithmetic arithmetic, int64_t M, int64_t K, int64_t N, int64_t R, int32_t sms);
 
 // One launch on stream, a cudaStream_t, of the current device. Returns a cudaError_t.
 int launch_lora_matmul(Arithmetic arithmetic, const Plan& plan, const LoraMatmulArguments& arguments, void* stream);

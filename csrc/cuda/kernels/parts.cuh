@@ -51,9 +51,9 @@ __host__ __device__ inline int32_t ceil_div(int64_t count, int64_t by) {
   return static_cast<int32_t>((count + by - 1) / by);
 }
 
-// Into how many parts a contraction is cut, so that tiles · parts blocks fill the multiprocessors `waves` times.
-inline int32_t parts_for(int64_t tiles, int64_t steps, int32_t multiprocessors, int32_t waves, int32_t least_steps) {
-  const int64_t filling = tiles == 0 ? 1 : static_cast<int64_t>(multiprocessors) * waves / tiles;
+// Into how many parts a contraction is cut, so that tiles · parts blocks fill the SMs `waves` times.
+inline int32_t parts_for(int64_t tiles, int64_t steps, int32_t sms, int32_t waves, int32_t least_steps) {
+  const int64_t filling = tiles == 0 ? 1 : static_cast<int64_t>(sms) * waves / tiles;
   const int64_t most = steps / least_steps;
   const int64_t parts = filling < most ? filling : most;
   return parts < 1 ? 1 : static_cast<int32_t>(parts);

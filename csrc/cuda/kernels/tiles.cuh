@@ -23,7 +23,7 @@ struct Tile {
   __device__ static int warp_outer_b() { return thread_index() / 32 % WARPS_B * (8 * FRAGMENTS_B); }
 };
 
-// On a multiprocessor, for __launch_bounds__. Unless it is said, the compiler aims at more, and spills for them.
+// Blocks on an SM, for __launch_bounds__. Without it the compiler aims at more blocks, and spills.
 constexpr int LEAST_BLOCKS = 1;
 
 // What is left of a matrix, where a tile is no longer than an int.

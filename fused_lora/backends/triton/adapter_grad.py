@@ -40,7 +40,7 @@ def _adapter_grad_kernel(
     BLOCK_C: tl.constexpr = V.BLOCK_C
     BLOCK_R: tl.constexpr = V.BLOCK_R
     tile = tl.program_id(0)
-    # neighbours read the same columns, which the second then finds in L2
+    # neighbouring programs read the same columns: the second finds them in L2
     rank_blocks = tl.cdiv(R, BLOCK_R)
     pid_c = tile // rank_blocks
     offs_r = (tile % rank_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -74,6 +74,7 @@ def _reduce(
     BLOCK_M: tl.constexpr = V.BLOCK_M
     BLOCK_C: tl.constexpr = V.BLOCK_C
     BLOCK_R: tl.constexpr = V.BLOCK_R
+    PRECISION: tl.constexpr = V.PRECISION
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     if V.SPLIT:
         # whole blocks of rows, as evenly as they go; a part may be empty
@@ -96,7 +97,7 @@ def _reduce(
         h = tl.load(h_ptrs, mask=mask_m[:, None] & (offs_r < R)[None, :], other=0.0)
         if DROPOUT:
             x = tl.where(tl.trans(keep_mask(seed, offs_m + m, offs_c, C, threshold)), x, 0.0)
-        acc = dot(x, h, acc, V.PRECISION)
+        acc = dot(x, h, acc, PRECISION)
         x_ptrs += step * stride_xm
         h_ptrs += step * stride_hm
     return acc
@@ -115,7 +116,7 @@ def _finish(
         offs = tl.arange(0, BLOCK_C)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
         slots = partials_ptr + tile.to(tl.int64) * (BLOCK_C * BLOCK_R) + offs
         stride = tl.num_programs(0).to(tl.int64) * (BLOCK_C * BLOCK_R)
-        # past L1, where other SMs' stores don't come
+        # past L1, which does not see the stores of other SMs
         tl.store(slots + part * stride, acc, cache_modifier=".cg")
         # every thread's store comes before the one thread's release
         tl.debug_barrier()
@@ -125,7 +126,7 @@ def _finish(
             # and the one thread's acquire before every thread's load
             tl.debug_barrier()
             acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-            # 16 KB on their way at once, as long as registers are few
+            # 16 KB of loads in flight, where that needs few registers
             for _ in tl.range(0, parts, loop_unroll_factor=4096 // (BLOCK_C * BLOCK_R) or 1):
                 acc += tl.load(slots, cache_modifier=".cg")
                 slots += stride

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 
-class Form(IntEnum):
-    """Who computes the thin product of a row of tiles: see ``lora_matmul.py``."""
+class Schedule(IntEnum):
+    """Who computes the low-rank product of a row of tiles: see ``lora_matmul.py``."""
 
     PLAIN = 0
     RECOMPUTE = 1
@@ -20,14 +20,14 @@ class Form(IntEnum):
 
 @dataclass(frozen=True)
 class Device:
-    """What a rule may know of a GPU: compute capability, bytes of shared memory for a program, multiprocessors.
+    """What a rule may know of a GPU: compute capability, bytes of shared memory for a program, SMs.
 
     name: the driver's; only a file of tuned choices (``tuned.py``) asks for it.
     """
 
     capability: tuple[int, int]
     shared_memory: int
-    multiprocessors: int = 108
+    sms: int = 108
     name: str = ""
 
 
@@ -57,7 +57,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class ReductionProblem:
-    """Rows M and columns, K for dA and N for dB together, of what the adapter gradients reduce. Else as Problem."""
+    """What the adapter gradients reduce: M rows, and columns, K for dA and N for dB together.
+
+    The other fields are as in Problem.
+    """
 
     M: int
     columns: int
@@ -79,13 +82,13 @@ class TileConfig:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """split: programs that share the thin product of a row of tiles, for PRODUCE; 1 otherwise.
+class ScheduleConfig:
+    """split: programs that share the low-rank product of a row of tiles, for PRODUCE; 1 otherwise.
 
     descriptors: tensor descriptors load a and w (``Problem.aligned``), not pointers.
     """
 
-    form: Form
+    kind: Schedule
     split: int = 1
     descriptors: bool = False
 
@@ -101,13 +104,13 @@ class ReductionConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Q is cut into SPLIT parts for a tile of out, into SPLIT_THIN for a tile of the thin product."""
+    """Q is cut into SPLIT parts for a tile of out, into SPLIT_H for a tile of the low-rank product."""
 
     BLOCK_P: int
     BLOCK_Q: int
     BLOCK_R: int
     SPLIT: int
-    SPLIT_THIN: int
+    SPLIT_H: int
     num_warps: int
     num_stages: int
 
@@ -139,7 +142,7 @@ def shared_bytes(config: TileConfig, problem: Problem) -> int:
 
 
 def registers(config: TileConfig, problem: Problem) -> int:
-    """float32 accumulators per thread: the tile, its thin product, and the separate LoRA term that dropout needs."""
+    """float32 accumulators of a thread: the tile, its low-rank product, and the separate LoRA term of dropout."""
     wide = config.BLOCK_M * config.BLOCK_P * (2 if problem.dropout else 1)
     return (wide + config.BLOCK_M * config.BLOCK_R) // (config.num_warps * 32)
 
@@ -183,8 +186,8 @@ def default_config(problem: Problem, device: Device) -> TileConfig:
     """The largest tile that fits; the last candidate fits every GPU.
 
     Steps of 64 along Q are for wgmma and tcgen05, which take them from shared memory. Tiles of 128 x 256 are for wgmma
-    alone, where they come near cuBLAS's own pace, if there is one for every multiprocessor. Blocks of 128 ranks are for
-    tcgen05, and for wgmma with descriptors: elsewhere they spill, or lengthen the main loop of those who wait, or leave
+    alone, where they come near cuBLAS's own pace, if there is one for every SM. Blocks of 128 ranks are for tcgen05,
+    and for wgmma with descriptors: elsewhere they spill, or lengthen the main loop of those who wait, or leave
     registers for half the tile only, as compiling showed.
     """
     candidates = candidate_tiles(problem, device)
@@ -206,7 +209,7 @@ def candidate_tiles(problem: Problem, device: Device) -> list[TileConfig]:
             candidates = _DEEP + candidates
         elif generation == 10 and problem.adapter_itemsize == 2:
             candidates = _TCGEN05 + candidates
-        if generation == 9 and _tiles(problem, 128, 256) >= device.multiprocessors:
+        if generation == 9 and _tiles(problem, 128, 256) >= device.sms:
             candidates = _WGMMA + candidates
     rank = block_r(problem.R, widest_rank)
     rows = max(next_power_of_2(max(problem.M, 1)), MIN_DOT)
@@ -232,16 +235,16 @@ def takes_descriptors(problem: Problem, tiles: int, device: Device) -> bool:
     The kernel then outlasts the encoding of two descriptors on the host, and its main loop has about a fifth fewer
     instructions than with pointers.
     """
-    return can_describe(problem, device) and tiles >= device.multiprocessors
+    return can_describe(problem, device) and tiles >= device.sms
 
 
 MAX_PRODUCERS = 8
 
 
-def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Schedule:
-    """RECOMPUTE for one or two columns of tiles, PRODUCE while processors are idle anyway, else PUBLISH.
+def default_schedule(problem: Problem, config: TileConfig, device: Device) -> ScheduleConfig:
+    """RECOMPUTE for one or two columns of tiles, PRODUCE while SMs are idle anyway, else PUBLISH.
 
-    A model of the launch (unit: a plain tile; u adds a tenth at rank 16, a quarter at rank 64; 132 processors) gives,
+    A model of the launch (unit: a plain tile; u adds a tenth at rank 16, a quarter at rank 64; 132 SMs) gives,
     over the plain GEMM and for 4096 columns of output in tiles of 256:
 
         tokens      RECOMPUTE    PUBLISH      PRODUCE
@@ -256,19 +259,19 @@ def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Sc
     rows, tiles = -(-problem.M // config.BLOCK_M), _tiles(problem, config.BLOCK_M, config.BLOCK_P)
     descriptors = takes_descriptors(problem, tiles, device)
     if tiles <= 2 * rows:
-        return Schedule(Form.RECOMPUTE, descriptors=descriptors)
-    idle = (device.multiprocessors - tiles) // rows
+        return ScheduleConfig(Schedule.RECOMPUTE, descriptors=descriptors)
+    idle = (device.sms - tiles) // rows
     if idle >= 1:
-        return Schedule(Form.PRODUCE, min(idle, MAX_PRODUCERS, -(-problem.Q // config.BLOCK_Q)))
-    return Schedule(Form.PUBLISH, descriptors=descriptors)
+        return ScheduleConfig(Schedule.PRODUCE, min(idle, MAX_PRODUCERS, -(-problem.Q // config.BLOCK_Q)))
+    return ScheduleConfig(Schedule.PUBLISH, descriptors=descriptors)
 
 
 def default_reduction(rank: int, itemsize: int, device: Device) -> ReductionConfig:
     """Steps of 8 KB: 64 columns, so that every row gives whole cache lines and a thread holds few accumulators.
 
     Three steps are on their way at once where matrix instructions read their operands from shared memory, else two.
-    As many ranks share one reading of the columns as never spill; for 128, compiling showed, Blackwell needs eight
-    warps.
+    One reading of the columns serves as many ranks as never spill. For 128 ranks Blackwell needs eight warps, as
+    compiling showed.
     """
     from_shared_memory = device.capability[0] in (9, 10)
     ranks = block_r(rank, 128 if itemsize == 2 else 64)
@@ -289,8 +292,8 @@ def _reduction_buffers(config: ReductionConfig, itemsize: int) -> int:
     return config.num_stages * config.BLOCK_M * (config.BLOCK_C + config.BLOCK_R) * itemsize
 
 
-# programs that keep enough loads on their way for a multiprocessor, the fewest rows worth a program's start, and the
-# most parts that one program sums at the end in little time
+# programs that keep enough loads on their way for an SM, the fewest rows worth a program's start, and the most parts
+# that one program sums at the end in little time
 PROGRAMS = 4
 LEAST_ROWS = 512
 MOST_PARTS = 32
@@ -299,16 +302,16 @@ MOST_PARTS = 32
 def reduction_parts(config: ReductionConfig, rows: int, tiles: int, itemsize: int, device: Device) -> int:
     """Into how many parts to split the rows: as many as run at once, so that no second wave waits for the first.
 
-    A thin reduction is as fast as its loads are many. A multiprocessor gets up to PROGRAMS programs, fewer where their
-    buffers fill its shared memory, and at least half as many unless the rows run out.
+    The reduction is as fast as its loads are many. An SM gets up to PROGRAMS programs, fewer where their buffers fill
+    its shared memory, and at least half as many unless the rows run out.
     """
     places = max(device.shared_memory // _reduction_buffers(config, itemsize), 1)
-    at_once = min(PROGRAMS, places) * device.multiprocessors
+    at_once = min(PROGRAMS, places) * device.sms
     return max(min(at_once // max(tiles, 1), rows // LEAST_ROWS, MOST_PARTS), 1)
 
 
 def takes_decode(problem: Problem) -> bool:
-    """Whether ``decode.py`` computes this problem: few tokens, so that reading w is all the work, and no dropout, which
+    """Whether ``decode.py`` computes this problem: M so small that reading w takes all the time, and no dropout, which
     only training has."""
     return problem.M <= DECODE_ROWS and not problem.dropout
 
@@ -323,7 +326,7 @@ _RESERVED = 1024
 
 
 def decode_programs(config: DecodeConfig, problem: Problem, device: Device) -> int:
-    """How many programs share a multiprocessor: as many as have room there for their pipelines of tiles of w and a.
+    """How many programs share an SM: as many as have room there for their pipelines of tiles of w and a.
 
     The newest tile has no buffer where the matrix instruction takes its operands from registers.
     """
@@ -338,10 +341,10 @@ def fits_decode(config: DecodeConfig, problem: Problem, device: Device) -> bool:
 
 
 def default_decode(problem: Problem, device: Device) -> DecodeConfig:
-    """The longest loads of which two programs share a multiprocessor, and as many parts as run at once.
+    """The longest loads of which two programs share an SM, and as many parts as run at once.
 
-    More parts would wait for a place, and then read with the GPU half empty; fewer would leave multiprocessors idle.
-    The thin product is cut into no fewer, and shorter where there is room: the other programs wait for it at their end.
+    More parts would wait for a place, and then read with the GPU half empty; fewer would leave SMs idle.
+    The low-rank product has as many parts, or more where there is room: the other programs wait for it at their end.
     """
     candidates = candidate_decodes(problem)
     config = next((c for c in candidates if decode_programs(c, problem, device) >= 2), candidates[-1])
@@ -357,18 +360,18 @@ def candidate_decodes(problem: Problem) -> list[DecodeConfig]:
 def split_decode(config: DecodeConfig, problem: Problem, device: Device) -> DecodeConfig:
     """config with as many parts as run at once."""
     steps = -(-problem.Q // config.BLOCK_Q)
-    tiles, thin_tiles = -(-problem.P // config.BLOCK_P), -(-problem.R // config.BLOCK_R)
-    places = decode_programs(config, problem, device) * device.multiprocessors
+    tiles, h_tiles = -(-problem.P // config.BLOCK_P), -(-problem.R // config.BLOCK_R)
+    places = decode_programs(config, problem, device) * device.sms
     # a part of one step would spend its time filling the pipeline
-    split = max(min(places // (tiles + thin_tiles), steps // 2, MAX_SPLIT), 1)
-    room = (places - tiles * split) // thin_tiles
-    thin_parts = min(room if room > 0 else MAX_SPLIT, steps // 4, MAX_SPLIT)
-    return replace(config, SPLIT=split, SPLIT_THIN=max(split, thin_parts))
+    split = max(min(places // (tiles + h_tiles), steps // 2, MAX_SPLIT), 1)
+    room = (places - tiles * split) // h_tiles
+    h_parts = min(room if room > 0 else MAX_SPLIT, steps // 4, MAX_SPLIT)
+    return replace(config, SPLIT=split, SPLIT_H=max(split, h_parts))
 
 
 # Triton's interpreter runs a program at a time: small tiles, so that small cases still have several of them, and tails
-INTERPRETER = Device((0, 0), shared_memory=1 << 20, multiprocessors=8, name="Triton's interpreter")
+INTERPRETER = Device((0, 0), shared_memory=1 << 20, sms=8, name="Triton's interpreter")
 INTERPRETER_TILE = TileConfig(BLOCK_M=32, BLOCK_P=32, BLOCK_Q=32, BLOCK_R=16, GROUP_M=2, num_warps=4, num_stages=1)
-INTERPRETER_DECODE = DecodeConfig(32, 32, BLOCK_R=16, SPLIT=3, SPLIT_THIN=2, num_warps=4, num_stages=1)
+INTERPRETER_DECODE = DecodeConfig(32, 32, BLOCK_R=16, SPLIT=3, SPLIT_H=2, num_warps=4, num_stages=1)
 INTERPRETER_REDUCTION = ReductionConfig(BLOCK_M=32, BLOCK_C=32, BLOCK_R=16, num_warps=4, num_stages=1)
 INTERPRETER_PARTS = 2

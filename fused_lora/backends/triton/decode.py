@@ -1,4 +1,4 @@
-"""Decode, M at most 16 (``configs.takes_decode``): the time is that of reading w once, and all of the GPU reads.
+"""Decode, M at most 16 (``configs.takes_decode``): reading w once takes all the time, so the whole GPU reads it.
 
 One launch. All tokens are one tile of ROWS rows; w's columns are tiles, and Q is cut into parts, so that there are more
 programs than SMs. A program takes a ticket: the lowest make the parts of ``h = a u``, the others parts of ``a w``, each
@@ -49,6 +49,7 @@ def _decode_kernel(
     BLOCK_P: tl.constexpr = V.BLOCK_P
     BLOCK_R: tl.constexpr = V.BLOCK_R
     ROWS: tl.constexpr = V.ROWS
+    PRECISION: tl.constexpr = V.PRECISION
     dtype = out_ptr.dtype.element_ty
     tiles_p, tiles_r = tl.cdiv(P, BLOCK_P), tl.cdiv(R, BLOCK_R)
     stored_ptr, h_stored_ptr, arrived_ptr = counters_ptr + 1, counters_ptr + 2, counters_ptr + 3
@@ -93,7 +94,7 @@ def _decode_kernel(
                 v = tl.load(v_ptrs, mask=mask_p[:, None] & mask_r[None, :], other=0.0)
                 # scale goes onto v, as in lora_matmul.py
                 v = round_to(v.to(tl.float32) * scale, dtype)
-                lora = dot(v, h, tl.zeros((BLOCK_P, ROWS), tl.float32), V.PRECISION)
+                lora = dot(v, h, tl.zeros((BLOCK_P, ROWS), tl.float32), PRECISION)
                 # what is done with it here waits for the product, so that v's registers don't take the next ranks
                 # before it has read them, as ptxas before 13.3 lets them (sass.py)
                 acc += tl.where(mask_p[:, None], lora, 0.0)
@@ -119,6 +120,7 @@ def _part_of_product(
     """
     BLOCK_Q: tl.constexpr = V.BLOCK_Q
     ROWS: tl.constexpr = V.ROWS
+    PRECISION: tl.constexpr = V.PRECISION
     steps = tl.cdiv(Q, BLOCK_Q)
     first = steps * part // PARTS
     last = steps * (part + 1) // PARTS
@@ -139,7 +141,7 @@ def _part_of_product(
             a = tl.load(a_ptrs, mask=mask_q[:, None] & mask_m[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_q[None, :], other=0.0, eviction_policy="evict_first")
             offs_q += BLOCK_Q
-        acc = dot(round_to(w, dtype), a, acc, V.PRECISION)
+        acc = dot(round_to(w, dtype), a, acc, PRECISION)
         a_ptrs += step * stride_aq
         w_ptrs += step * stride_wq
     return acc

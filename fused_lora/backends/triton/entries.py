@@ -11,11 +11,11 @@ from .configs import (
     MAX_SPLIT,
     MIN_DOT,
     DecodeConfig,
-    Form,
     Problem,
     ReductionConfig,
     ReductionProblem,
     Schedule,
+    ScheduleConfig,
     TileConfig,
     next_power_of_2,
 )
@@ -26,7 +26,7 @@ class Tiled:
     """How ``lora_matmul.py`` computes."""
 
     tile: TileConfig
-    schedule: Schedule
+    schedule: ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def class_of(problem: AnyProblem) -> AnyProblem:
 _ITEMSIZES = (2, 4)
 _WARPS = (1, 2, 4, 8, 16)
 _MOST_STAGES, _LARGEST_BLOCK, _MOST_PARTS, _LARGEST_SIZE = 8, 512, 128, 1 << 40
-_SPLITS = ("SPLIT", "SPLIT_THIN")
+_SPLITS = ("SPLIT", "SPLIT_H")
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,10 @@ class Entry:
     def as_json(self) -> dict[str, Any]:
         config: Any
         if isinstance(self.choice, Tiled):
-            schedule = dataclasses.asdict(self.choice.schedule) | {"form": self.choice.schedule.form.name}
-            config = dataclasses.asdict(self.choice.tile) | schedule
+            schedule = self.choice.schedule
+            config = dataclasses.asdict(self.choice.tile) | {
+                "schedule": schedule.kind.name, "split": schedule.split, "descriptors": schedule.descriptors,
+            }  # fmt: skip
         elif isinstance(self.choice, Reduced):
             config = dataclasses.asdict(self.choice.config) | {"parts": self.choice.parts}
         else:
@@ -111,24 +113,31 @@ class Entry:
         for name in ("ms", "heuristic_ms"):
             if type(data[name]) not in (int, float) or not 0 <= data[name] < float("inf"):
                 raise ValueError(f"{name} must be a time in milliseconds, got {_shown(data[name])}")
-        choice = _choice(kernel, _object("config", data["config"]))
+        choice = _choice(kernel, _renamed(_object("config", data["config"])))
         check(choice)
         problem = _problem(ReductionProblem if isinstance(choice, Reduced) else Problem, data["problem"])
         return cls(device, (capability[0], capability[1]), problem, choice, data["ms"], data["heuristic_ms"])
 
 
+# what older files call a field -> its name
+_RENAMED = {"form": "schedule", "SPLIT_THIN": "SPLIT_H"}
 _KERNELS: dict[type, str] = {Tiled: "lora_matmul", DecodeConfig: "decode", Reduced: "adapter_grad"}
 Record = TypeVar("Record")
 
 
+def _renamed(config: dict[str, Any]) -> dict[str, Any]:
+    """config with the new names. An older name stays where the new one is there too: it is refused as unknown."""
+    return {name if _RENAMED.get(name, name) in config else _RENAMED[name]: value for name, value in config.items()}
+
+
 def _choice(kernel: Any, config: dict[str, Any]) -> Choice:
     if kernel == _KERNELS[Tiled]:
-        schedule = {part.name: config.pop(part.name) for part in dataclasses.fields(Schedule) if part.name in config}
-        names = [form.name for form in Form]
-        if schedule.get("form") not in names:
-            raise ValueError(f"form must be one of {', '.join(names)}, got {_shown(schedule.get('form'))}")
-        schedule["form"] = Form[schedule["form"]]
-        return Tiled(_record("config", TileConfig, config), _record("config", Schedule, schedule))
+        name, names = config.pop("schedule", None), [kind.name for kind in Schedule]
+        if name not in names:
+            raise ValueError(f"schedule must be one of {', '.join(names)}, got {_shown(name)}")
+        schedule = {"kind": Schedule[name]}
+        schedule |= {part: config.pop(part) for part in ("split", "descriptors") if part in config}
+        return Tiled(_record("config", TileConfig, config), _record("config", ScheduleConfig, schedule))
     if kernel == _KERNELS[DecodeConfig]:
         return _record("config", DecodeConfig, config)
     if kernel == _KERNELS[Reduced]:
@@ -141,10 +150,10 @@ def check(choice: Choice) -> None:
     """Raises ValueError for numbers that no kernel takes, on any GPU."""
     config: Any = choice
     if isinstance(choice, Tiled):
-        config, form = choice.tile, choice.schedule.form
-        if form == Form.PLAIN:
-            raise ValueError("form must compute the adapter, got PLAIN")
-        _whole("split", choice.schedule.split, 1, MAX_SPLIT if form == Form.PRODUCE else 1)
+        config, schedule = choice.tile, choice.schedule
+        if schedule.kind == Schedule.PLAIN:
+            raise ValueError("schedule must compute the adapter, got PLAIN")
+        _whole("split", schedule.split, 1, MAX_SPLIT if schedule.kind == Schedule.PRODUCE else 1)
     elif isinstance(choice, Reduced):
         config = choice.config
         _whole("parts", choice.parts, 1, _MOST_PARTS)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...plans import CALLS, Cache
 from ...torch_internals import raw_stream
 from . import choice
-from .configs import DecodeConfig, Form, Problem, ReductionConfig, ReductionProblem, Schedule, TileConfig
+from .configs import DecodeConfig, Problem, ReductionConfig, ReductionProblem, Schedule, ScheduleConfig, TileConfig
 from .entries import Tiled
 from .prepare import (
     adapter_grad_launch,
@@ -49,7 +49,7 @@ def lora_matmul(
     dropout_p: float,
     dropout_on_output: bool,
     config: TileConfig | DecodeConfig | None = None,
-    schedule: Schedule | None = None,
+    schedule: ScheduleConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One launch, ``decode.py``'s for small M. config, schedule: the kernel, tiles and schedule to take instead."""
     if config is None and schedule is None:
@@ -153,9 +153,10 @@ class MatmulPlan:
     def __init__(
         self, a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None,
         seed: Tensor | None, dropout_p: float, dropout_on_output: bool,
-        config: TileConfig | DecodeConfig | None = None, schedule: Schedule | None = None,
+        config: TileConfig | DecodeConfig | None = None, schedule: ScheduleConfig | None = None,
     ) -> None:  # fmt: skip
-        self._device, self._on_gpu, self._dropout = a.device, a.device.type == "cuda", (dropout_p, dropout_on_output)
+        self._device, self._dropout = a.device, (dropout_p, dropout_on_output)
+        self._index, self._on_gpu = a.device.index, a.device.type == "cuda"
         rows, (Q, P), R = math.prod(a.shape[:-1]), w.shape, u.shape[1]
         self._out_shape, self._h_shape = (*a.shape[:-1], P), (rows, R)
         self._layouts = [(tensor.shape, tensor.stride()) for tensor in (w, u, v)]
@@ -177,13 +178,15 @@ class MatmulPlan:
         self._descriptors = isinstance(chosen, Tiled) and chosen.schedule.descriptors
         produces, hands_over = True, True
         if isinstance(chosen, Tiled):
-            produces, hands_over = chosen.schedule.form == Form.PRODUCE, chosen.schedule.form > Form.RECOMPUTE
+            produces, hands_over = chosen.schedule.kind == Schedule.PRODUCE, chosen.schedule.kind > Schedule.RECOMPUTE
         if hands_over:
             self._counters = counters_of(self._problem, chosen)
         if produces:
             self._scratch = math.prod(scratch_of(self._problem, chosen))
 
-    def _choose(self, config: TileConfig | DecodeConfig | None, schedule: Schedule | None) -> Tiled | DecodeConfig:
+    def _choose(
+        self, config: TileConfig | DecodeConfig | None, schedule: ScheduleConfig | None
+    ) -> Tiled | DecodeConfig:
         chosen: Tiled | DecodeConfig
         if config is None and schedule is None:
             chosen = choice.choice(self._problem, self._device)
@@ -200,7 +203,7 @@ class MatmulPlan:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """keeps_h: whether h is wanted; without it (out, None) is returned."""
         kept = self._kept
-        memory = self._memory.get(raw_stream(self._device.index) if self._on_gpu else get_ident())
+        memory = self._memory.get(raw_stream(self._index) if self._on_gpu else get_ident())
         if kept is None or memory is None:
             return self._through_jit(a, w, u, v, bias, scale, seed)
         pa, pw, pu, pv = a.data_ptr(), w.data_ptr(), u.data_ptr(), v.data_ptr()
@@ -256,7 +259,7 @@ class MatmulPlan:
             a, w, u, v, bias, _, seed = operands
             a, w, u, v = self._views(a, w, u, v)
             tile = choice.tiled_rule(self._problem, self._device).tile
-            self._alone = MatmulPlan(a, w, u, v, bias, seed, *self._dropout, tile, Schedule(Form.RECOMPUTE))
+            self._alone = MatmulPlan(a, w, u, v, bias, seed, *self._dropout, tile, ScheduleConfig(Schedule.RECOMPUTE))
         return self._alone(*operands)  # type: ignore[return-value]
 
     def _views(self, a: Tensor, w: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -281,7 +284,8 @@ class AdapterGradPlan:
             return
         wide, low = pairs[0]
         M, R = low.shape
-        self._device, self._on_gpu, itemsize = wide.device, wide.device.type == "cuda", wide.dtype.itemsize
+        self._device, itemsize = wide.device, wide.dtype.itemsize
+        self._index, self._on_gpu = wide.device.index, wide.device.type == "cuda"
         self._A = (R, wide.shape[1]) if x is not None and g is not None else None
         self._B = (pairs[-1][0].shape[1], R) if dy is not None and h is not None else None
         K, N = 0 if self._A is None else self._A[1], 0 if self._B is None else self._B[0]
@@ -309,7 +313,7 @@ class AdapterGradPlan:
         self, x: Tensor, g: Tensor, dy: Tensor, h: Tensor, scale: float, seed: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         kept = self._kept
-        memory = self._memory.get(raw_stream(self._device.index) if self._on_gpu else get_ident())
+        memory = self._memory.get(raw_stream(self._index) if self._on_gpu else get_ident())
         if kept is None or memory is None:
             return self._through_jit(x, g, dy, h, scale, seed)
         px, pg, pdy, ph = x.data_ptr(), g.data_ptr(), dy.data_ptr(), h.data_ptr()

@@ -98,6 +98,7 @@ def _lora_matmul_kernel(
     BLOCK_M: tl.constexpr = V.BLOCK_M
     BLOCK_P: tl.constexpr = V.BLOCK_P
     BLOCK_R: tl.constexpr = V.BLOCK_R
+    PRECISION: tl.constexpr = V.PRECISION
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     # for the compiler: how wide a load of u or v may be whose ranks are adjacent
     if V.U_MULTIPLE > 1:
@@ -172,7 +173,7 @@ def _lora_matmul_kernel(
                 offs_r = tl.arange(0, BLOCK_R).to(tl.int64) + first_r
                 v_ptrs = v_ptr + offs_r[:, None] * stride_vr + offs_p[None, :] * stride_vp
                 v = tl.load(v_ptrs, mask=(offs_r < R)[:, None] & mask_p[None, :], other=0.0)
-                lora = dot(rounded, round_to(v.to(tl.float32) * scale, dtype), lora, V.PRECISION)
+                lora = dot(rounded, round_to(v.to(tl.float32) * scale, dtype), lora, PRECISION)
         if V.DROP_OUTPUT:
             lora = acc + tl.where(keep_mask(seed, offs_m, offs_p, P, threshold), lora * keep_scale, 0.0)
         if V.HAS_BIAS:
@@ -193,6 +194,7 @@ def _products(
     BLOCK_P: tl.constexpr = V.BLOCK_P
     BLOCK_Q: tl.constexpr = V.BLOCK_Q
     BLOCK_R: tl.constexpr = V.BLOCK_R
+    PRECISION: tl.constexpr = V.PRECISION
     # one 64-bit base and offsets of 32 bits where they suffice: half the registers and address arithmetic of pointers
     index: tl.constexpr = tl.int64 if V.FAR else tl.int32
     first_m = pid_m.to(tl.int64) * BLOCK_M
@@ -236,13 +238,13 @@ def _products(
                 w = tl.load(o.w + w_offs)
             else:
                 w = tl.load(o.w + w_offs, mask=mask_q[:, None], other=0.0)
-            acc = dot(a, w, acc, V.PRECISION)
+            acc = dot(a, w, acc, PRECISION)
             w_offs += step * o.stride_wq
         if WITH_H:
             if V.DROP_INPUT:
                 columns = tl.arange(0, BLOCK_Q).to(tl.int64) + q
                 a = tl.where(keep_mask(o.seed, first_m + offs_m, columns, o.Q, o.threshold), a, 0.0)
-            h = dot(a, u, h, V.PRECISION)
+            h = dot(a, u, h, PRECISION)
             if V.DROP_INPUT:
                 # what is done with it here waits for the product, so that the next step's mask can't be computed into
                 # registers that this step's product has yet to read, as ptxas before 13.3 does (sass.py)

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...dropout import dropout_threshold, keep_scale
 from . import adapter_grad, decode, lora_matmul
-from .configs import DECODE_ROWS, DecodeConfig, Form, Problem, ReductionConfig, Schedule, TileConfig
+from .configs import DECODE_ROWS, DecodeConfig, Problem, ReductionConfig, Schedule, ScheduleConfig, TileConfig
 from .entries import Tiled
 from .straight import Launch
 
@@ -19,7 +19,7 @@ from .straight import Launch
 def lora_matmul_launch(
     a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
     seed: Tensor | None, dropout_p: float, dropout_on_output: bool, out: Tensor, h: Tensor,
-    config: TileConfig, schedule: Schedule, parts: Tensor | None = None, sync: Tensor | None = None,
+    config: TileConfig, schedule: ScheduleConfig, parts: Tensor | None = None, sync: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """The launch of ``lora_matmul.py`` that fills out (..., P) and h (M, R).
 
@@ -28,7 +28,7 @@ def lora_matmul_launch(
     a2 = rows_of(a)
     (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
     tiles_m, tiles_p = cdiv(M, config.BLOCK_M), cdiv(P, config.BLOCK_P)
-    produces = schedule.form == Form.PRODUCE
+    produces = schedule.kind == Schedule.PRODUCE
     assert not produces or schedule.split <= cdiv(Q, config.BLOCK_Q), "every producer must have a part of Q"
     a_read, w_read = _descriptors(a2, w, config) if schedule.descriptors else (a2, w)
     tile = dataclasses.asdict(config)
@@ -43,8 +43,8 @@ def lora_matmul_launch(
         ),
         varying=10 if seed is None else 11,
         variant=lora_matmul.Variant(
-            RECOMPUTE=schedule.form == Form.RECOMPUTE,
-            PUBLISH=schedule.form == Form.PUBLISH,
+            RECOMPUTE=schedule.kind == Schedule.RECOMPUTE,
+            PUBLISH=schedule.kind == Schedule.PUBLISH,
             PRODUCE=produces,
             SPLIT=schedule.split,
             U_MULTIPLE=math.gcd(R, u.stride(0), 8) if u.stride(1) == 1 != u.stride(0) else 1,
@@ -88,7 +88,7 @@ def decode_launch(
         varying=10,
         variant=decode.Variant(
             bias is not None, Q % config.BLOCK_Q == 0, precision(a.dtype),
-            config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R, config.SPLIT, config.SPLIT_THIN,
+            config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R, config.SPLIT, config.SPLIT_H,
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -142,13 +142,13 @@ def counters_of(problem: Problem, chosen: Tiled | DecodeConfig) -> int:
 def whole_parts(config: DecodeConfig, Q: int) -> DecodeConfig:
     """config with so few parts that none is empty."""
     steps = cdiv(Q, config.BLOCK_Q)
-    if steps >= max(config.SPLIT, config.SPLIT_THIN):
+    if steps >= max(config.SPLIT, config.SPLIT_H):
         return config
-    return dataclasses.replace(config, SPLIT=min(config.SPLIT, steps), SPLIT_THIN=min(config.SPLIT_THIN, steps))
+    return dataclasses.replace(config, SPLIT=min(config.SPLIT, steps), SPLIT_H=min(config.SPLIT_H, steps))
 
 
 def _decode_parts(P: int, R: int, config: DecodeConfig) -> tuple[int, int]:
-    return cdiv(P, config.BLOCK_P) * config.SPLIT, cdiv(R, config.BLOCK_R) * config.SPLIT_THIN
+    return cdiv(P, config.BLOCK_P) * config.SPLIT, cdiv(R, config.BLOCK_R) * config.SPLIT_H
 
 
 def reduction_tiles(K: int, N: int, R: int, config: ReductionConfig) -> int:

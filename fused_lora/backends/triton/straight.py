@@ -27,6 +27,7 @@ from ..environment import interpreting
 # those whose CompiledKernel.run takes the grid, stream, function, metadata and hooks, then every parameter in order
 _LAUNCHER_IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
 _ALIGNMENT = 16
+_RUNTIME: Any = knobs.runtime
 # of one plan: as many layers as share it, and as many places as activations recur in
 _MOST_DESCRIPTORS = 4096
 
@@ -64,7 +65,7 @@ class Kept:
         # run loads the kernel: function is there after it
         self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
         self._grid, self._fixed = launch.grid, (*launch.args[launch.varying :], launch.variant)
-        self.kernel, self._device = launch.kernel, device.index
+        self.kernel, self._device, self._before_run = launch.kernel, device.index, launch.kernel.pre_run_hooks
         # not the descriptors themselves, which hold the first launch's operands
         self._templates = [
             (arg.shape, arg.strides, arg.block_shape) for arg in launch.args if isinstance(arg, TensorDescriptor)
@@ -78,12 +79,11 @@ class Kept:
 
     def usable(self, pointers: int) -> bool:
         """Whether :meth:`launch` may be called now.  pointers: those of the operands, or-ed."""
-        runtime = knobs.runtime
         return (
             not pointers % _ALIGNMENT
             and current_device() == self._device
-            and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or self.kernel.pre_run_hooks)
-            and getattr(runtime, "add_stages_inspection_hook", None) is None
+            and not (_RUNTIME.launch_enter_hook.calls or _RUNTIME.launch_exit_hook.calls or self._before_run)
+            and _RUNTIME.add_stages_inspection_hook is None
         )
 
     def launch(self, stream: int, *varying: Any) -> None:

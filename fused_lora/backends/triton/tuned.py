@@ -1,7 +1,7 @@
-"""Tuned choices: a data file that ``fused-lora tune`` writes, and that stands before the rules of ``configs.py``.
+"""Tuned choices: a data file that ``fused-lora tune`` writes. It takes precedence over the rules of ``configs.py``.
 
 The file is read once in a process: the one that ``FUSED_LORA_TUNED`` names (empty: none), else
-``$XDG_CONFIG_HOME/fused_lora/tuned.json``, else ``~/.config/fused_lora/tuned.json``. ``docs/tuning.md`` shows its form.
+``$XDG_CONFIG_HOME/fused_lora/tuned.json``, else ``~/.config/fused_lora/tuned.json``. ``docs/tuning.md`` shows one.
 
 An entry counts for a GPU of its name and compute capability, and for problems of its class (:func:`class_of`). What is
 malformed, or does not fit the GPU, is refused by name in one warning, and the rule decides as if it were not there.

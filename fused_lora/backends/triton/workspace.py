@@ -1,4 +1,4 @@
-"""Memory of a stream that its launches use in turn, beside their results: scratch, and counters.
+"""Scratch memory and counters: each stream has its own, and its launches use them one after the other.
 
 By counters programs of one launch hand results to each other: all are zero before it, and again after it.
 

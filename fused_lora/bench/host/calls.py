@@ -1,4 +1,4 @@
-"""What is timed: a call of a layer, what it is made of, and what the like costs in plain PyTorch."""
+"""What is timed: a call of a layer, its parts, and the same in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a layer at work, symbols as in ``reference.py``."""
+    """The tensors of a layer's call; symbols as in ``reference.py``."""
 
     M: int
     K: int
@@ -72,7 +72,7 @@ def triton_forward(sizes: Sizes, device: torch.device) -> dict[str, Thunk]:
     operands = (x, W.t(), A.t(), B.t(), None, scale, None, 0.0, False)
     operator = torch.ops.fused_lora.lora_matmul.default
     plan = launch.matmul_plan(*operands[:5], None, 0.0, False)
-    out, low_rank = (sizes.M, sizes.N), (sizes.M, sizes.R)
+    out = (sizes.M, sizes.N)
 
     def validate() -> None:
         validation.check_operands(x, W, A, B, None)
@@ -86,7 +86,7 @@ def triton_forward(sizes: Sizes, device: torch.device) -> dict[str, Thunk]:
         parts.LORA_LINEAR: lambda: functional.lora_linear(x, W, A, B, scale, impl="triton"),
         parts.PLAN: lambda: plan(x, W, A, B, None, scale, None, False),
         parts.LAUNCHER: partial(_make, warm.launches, results),
-        parts.ALLOCATOR: lambda: (x.new_empty(out), x.new_empty(low_rank)),
+        parts.ALLOCATOR: lambda: x.new_empty(out),
         parts.VALIDATION: validate,
         parts.CHOICE: lambda: backends.choose("triton", x.device, x.dtype),
         parts.VIEWS: lambda: (W.t(), A.t(), B.t()),

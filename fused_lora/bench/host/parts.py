@@ -12,17 +12,17 @@ ALLOCATOR = "allocator"
 # what only the first call of its kind goes through, or one that is watched
 VALIDATION, CHOICE, VIEWS = "validation", "choice", "views"
 OPERATOR, BACKEND, JIT = "operator", "launch.lora_matmul", "JITFunction.run"
-# the like in plain PyTorch
+# the same in plain PyTorch
 GEMMS, LINEAR, MODULE, FULL = "three GEMMs", "F.linear", "nn.Module", "full"
 # groups: three kernels, and the compiled extension
 DECODE, TILE, DESCRIPTORS, NATIVE = "decode", "tile", "descriptors", "native"
 
-# of what a call without gradients is made
+# the parts of a call without gradients
 PATH = (
     "`nn.Module` and the layer",
     "look-up of the call's plan",
     "preparation of the launch",
-    "allocator: two tensors",
+    "allocator: the output",
     "launch",
 )
 

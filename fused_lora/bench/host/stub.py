@@ -1,6 +1,6 @@
 """Triton's own driver and launcher where there is no GPU: over a ``libcuda.so.1`` that does nothing.
 
-That a CPU's tensors are taken for a GPU's is arranged here and nowhere else.
+Only this module makes Triton take a CPU's tensors for a GPU's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-#include "few_rows.h"
+#include "small_m.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -41,13 +41,13 @@ struct Rows {
   const float* operator[](int64_t row) const { return values.data() + row * stride; }
 };
 
-// out (M, P) = a w + scale · thin v + bias.  bias: may be null.
+// out (M, P) = a w + scale · h v + bias.  bias: may be null.
 template <typename T>
 struct Operands {
   T* out;
   int64_t M, P;
   float scale;
-  Rows a, thin;
+  Rows a, h;
   Lines<T> w, v;
   const T* bias;
 };
@@ -107,7 +107,7 @@ FUSED_LORA_INLINE void dot_rows(const Operands<T>& of, int64_t row, int64_t colu
   add_dots<T, L, kRows>(sums, of.a, row, of.w, column);
   // sums of their own: every addition to a large number is rounded as that number is
   typename Lanes<L>::Float lora[kRows][kColumns] = {};
-  add_dots<T, L, kRows>(lora, of.thin, row, of.v, column);
+  add_dots<T, L, kRows>(lora, of.h, row, of.v, column);
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < std::min<int64_t>(kColumns, of.P - column); ++j) {
       const float bias = of.bias == nullptr ? 0.0f : static_cast<float>(of.bias[column + j]);
@@ -215,7 +215,7 @@ FUSED_LORA_INLINE void sums_of_lines(const Operands<T>& of, int64_t begin, int64
     const int64_t count = std::min(kBlock, last - first);
     begin_sums<T, L>(sums, of.M, of.bias == nullptr ? nullptr : of.bias + first, count);
     add_matrix<T, L>(sums, of.M, 1.0f, of.a, of.w, first, count);
-    add_matrix<T, L>(sums, of.M, of.scale, of.thin, of.v, first, count);
+    add_matrix<T, L>(sums, of.M, of.scale, of.h, of.v, first, count);
     for (int64_t i = 0; i < of.M; ++i) {
       for (int64_t chunk = 0; chunk < count; chunk += C::elements) {
         Float totals[C::vectors];
@@ -316,8 +316,8 @@ Lines<T> lines_of(const at::Tensor& lines) {
 }
 
 template <typename T>
-void few_rows_of(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w, const at::Tensor& thin,
-                 const at::Tensor& v, const std::optional<at::Tensor>& bias, double scale) {
+void small_m_product_of(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w, const at::Tensor& h,
+                        const at::Tensor& v, const std::optional<at::Tensor>& bias, double scale) {
   const bool columns = w.stride(0) == 1;
   const auto unpacked = columns ? in_chunks<T> : in_order<T>;
   const at::Tensor v_lines = (columns ? v.t() : v).contiguous();
@@ -329,7 +329,7 @@ void few_rows_of(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w
   of.scale = static_cast<float>(scale);
   of.a = unpacked(a);
   of.w = lines_of<T>(columns ? w.t() : w);
-  of.thin = unpacked(thin);
+  of.h = unpacked(h);
   of.v = lines_of<T>(v_lines);
   of.bias = bias ? bias_values.const_data_ptr<T>() : nullptr;
 
@@ -341,7 +341,7 @@ void few_rows_of(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w
 
 }  // namespace
 
-bool is_for_few_rows(const at::Tensor& a, const at::Tensor& w) {
+bool is_for_small_m(const at::Tensor& a, const at::Tensor& w) {
   // measured on AVX-512 (benchmarks/native.py): up to 16 rows in float32 it is faster than MKL's products on AMD; in
   // bfloat16 oneDNN's, of bfloat16 instructions, overtake it
   const int64_t most_rows = a.scalar_type() == at::kFloat ? 16 : a.scalar_type() == at::kBFloat16 ? 4 : 0;
@@ -349,12 +349,12 @@ bool is_for_few_rows(const at::Tensor& a, const at::Tensor& w) {
          (w.stride(0) == 1 || w.stride(1) == 1);
 }
 
-void few_rows(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w, const at::Tensor& thin,
-              const at::Tensor& v, const std::optional<at::Tensor>& bias, double scale) {
+void small_m_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& w, const at::Tensor& h,
+                     const at::Tensor& v, const std::optional<at::Tensor>& bias, double scale) {
   if (a.scalar_type() == at::kFloat) {
-    few_rows_of<float>(out, a, w, thin, v, bias, scale);
+    small_m_product_of<float>(out, a, w, h, v, bias, scale);
   } else {
-    few_rows_of<BFloat16>(out, a, w, thin, v, bias, scale);
+    small_m_product_of<BFloat16>(out, a, w, h, v, bias, scale);
   }
 }
 

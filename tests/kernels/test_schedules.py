@@ -1,4 +1,4 @@
-"""Who computes the thin product: every form gives the same, waits for none that comes later, and leaves no trace."""
+"""Who computes the low-rank product: every schedule gives the same, waits for none that is later, leaves no trace."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,12 @@ import triton.language as tl
 
 from fused_lora.backends import eager as eager_backend
 from fused_lora.backends.triton import launch
-from fused_lora.backends.triton.configs import Device, Form, Problem, Schedule, TileConfig, default_schedule
+from fused_lora.backends.triton.configs import Device, Problem, Schedule, ScheduleConfig, TileConfig, default_schedule
 from fused_lora.backends.triton.lora_matmul import SYNC_HEADER, _tile
 from fused_lora.backends.triton.workspace import counters
 
-SCHEDULES = [Schedule(Form.RECOMPUTE), Schedule(Form.PUBLISH), Schedule(Form.PRODUCE, 1), Schedule(Form.PRODUCE, 3)]
+RECOMPUTE, PUBLISH = ScheduleConfig(Schedule.RECOMPUTE), ScheduleConfig(Schedule.PUBLISH)
+SCHEDULES = [RECOMPUTE, PUBLISH, ScheduleConfig(Schedule.PRODUCE, 1), ScheduleConfig(Schedule.PRODUCE, 3)]
 TILE = TileConfig(BLOCK_M=32, BLOCK_P=32, BLOCK_Q=32, BLOCK_R=16, GROUP_M=2, num_warps=4, num_stages=2)
 # M, K, N, R, dropout
 CASES = [(1, 96, 123, 1, False), (70, 123, 90, 16, True), (129, 100, 96, 3, True), (33, 130, 70, 40, False)]
@@ -29,18 +30,18 @@ def both_ways(inputs):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.form.name} {s.split}")
-def test_every_form_is_within_the_budget_and_leaves_counters_at_zero(schedule, case, dtype, device):
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.kind.name} {s.split}")
+def test_every_schedule_is_within_the_budget_and_leaves_counters_at_zero(schedule, case, dtype, device):
     check(schedule, case, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ALIGNED_CASES, ids=str)
-@pytest.mark.parametrize("form", [Form.RECOMPUTE, Form.PUBLISH, Form.PRODUCE], ids=lambda form: form.name)
-def test_tensor_descriptors_are_within_the_budget_in_every_form(form, case, dtype, device):
+@pytest.mark.parametrize("kind", [Schedule.RECOMPUTE, Schedule.PUBLISH, Schedule.PRODUCE], ids=lambda kind: kind.name)
+def test_tensor_descriptors_are_within_the_budget_in_every_schedule(kind, case, dtype, device):
     if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("this GPU has no tensor memory accelerator")
-    check(Schedule(form, 2 if form == Form.PRODUCE else 1, descriptors=True), case, dtype, device)
+    check(ScheduleConfig(kind, 2 if kind == Schedule.PRODUCE else 1, descriptors=True), case, dtype, device)
 
 
 def check(schedule, case, dtype, device):
@@ -54,13 +55,13 @@ def check(schedule, case, dtype, device):
         with oracle.in_one_chain():
             eager = eager_backend.lora_matmul(*args, *rest, on_output)
         exact = eager_backend.lora_matmul(*exact_args, *rest, on_output)
-        for name, *values in zip(("out", "thin"), got, eager, exact, strict=True):
+        for name, *values in zip(("out", "h"), got, eager, exact, strict=True):
             oracle.within(name, *values)
     assert not counters(torch.device(inputs.x.device), 1).any()
 
 
 def test_same_bits_whatever_was_computed_between(device):
-    cases = [(CASES[1], Schedule(Form.PUBLISH)), (CASES[3], Schedule(Form.PRODUCE, 3)), (CASES[2], SCHEDULES[0])]
+    cases = [(CASES[1], PUBLISH), (CASES[3], SCHEDULES[3]), (CASES[2], RECOMPUTE)]
     draws = [(next(both_ways(oracle.draw(*case[:4], device=device))), schedule) for case, schedule in cases]
     turns = [
         [launch.lora_matmul(*args, None, 0.0, False, config=TILE, schedule=schedule) for args, schedule in draws]
@@ -95,7 +96,7 @@ def test_descriptors_take_16_bit_elements_in_whole_rows_of_16_bytes_and_nothing_
 def test_plain_is_the_bare_product(device):
     inputs = oracle.draw(70, 123, 90, 16, device=device)
     args = next(both_ways(inputs))
-    out, _ = launch.lora_matmul(*args, None, 0.0, False, config=TILE, schedule=Schedule(Form.PLAIN))
+    out, _ = launch.lora_matmul(*args, None, 0.0, False, config=TILE, schedule=ScheduleConfig(Schedule.PLAIN))
     expected = torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias)
     exact = torch.nn.functional.linear(inputs.x.double(), inputs.weight.double(), inputs.bias.double())
     oracle.within("out", out, expected, exact)
@@ -130,21 +131,21 @@ def test_schedule_recomputes_in_narrow_outputs_produces_in_small_launches_and_el
     device = Device((9, 0), 227 * 1024, 132)
     tile = TileConfig(128, 128, 64, 16, 8, 8, 3)
 
-    def form(M, P, Q=4096, aligned=False):
+    def chosen(M, P, Q=4096, aligned=False):
         return default_schedule(Problem(M, P, Q, 16, 2, 2, aligned=aligned), tile, device)
 
-    assert form(8192, 4096) == Schedule(Form.PUBLISH)
-    assert form(8192, 4096, aligned=True) == Schedule(Form.PUBLISH, descriptors=True)
-    assert form(8192, 256, aligned=True) == Schedule(Form.RECOMPUTE, descriptors=False)
-    assert form(16384, 256, aligned=True) == Schedule(Form.RECOMPUTE, descriptors=True)
-    assert form(256, 4096, aligned=True) == Schedule(Form.PRODUCE, 8)
-    assert form(8192, 256) == Schedule(Form.RECOMPUTE)
-    assert form(256, 4096) == Schedule(Form.PRODUCE, 8)
-    assert form(256, 4096, Q=100) == Schedule(Form.PRODUCE, 2)
+    assert chosen(8192, 4096) == PUBLISH
+    assert chosen(8192, 4096, aligned=True) == ScheduleConfig(Schedule.PUBLISH, descriptors=True)
+    assert chosen(8192, 256, aligned=True) == ScheduleConfig(Schedule.RECOMPUTE, descriptors=False)
+    assert chosen(16384, 256, aligned=True) == ScheduleConfig(Schedule.RECOMPUTE, descriptors=True)
+    assert chosen(256, 4096, aligned=True) == ScheduleConfig(Schedule.PRODUCE, 8)
+    assert chosen(8192, 256) == RECOMPUTE
+    assert chosen(256, 4096) == ScheduleConfig(Schedule.PRODUCE, 8)
+    assert chosen(256, 4096, Q=100) == ScheduleConfig(Schedule.PRODUCE, 2)
     for M in (1, 100, 1000, 10_000):
-        schedule = form(M, 4096)
-        programs = -(-M // 128) * (32 + (schedule.split if schedule.form == Form.PRODUCE else 0))
-        assert schedule.form != Form.PRODUCE or programs <= 132
+        schedule = chosen(M, 4096)
+        programs = -(-M // 128) * (32 + (schedule.split if schedule.kind == Schedule.PRODUCE else 0))
+        assert schedule.kind != Schedule.PRODUCE or programs <= 132
 
 
 def test_without_counters_the_launch_recomputes(monkeypatch, device):
@@ -152,8 +153,8 @@ def test_without_counters_the_launch_recomputes(monkeypatch, device):
     monkeypatch.setattr(launch, "counters", lambda *_: None)
     inputs = oracle.draw(70, 123, 130, 4, device=device)
     args = next(both_ways(inputs))
-    got = launch.lora_matmul(*args, None, 0.0, False, config=TILE, schedule=Schedule(Form.PUBLISH))
-    expected = launch.lora_matmul(*args, None, 0.0, False, config=TILE, schedule=Schedule(Form.RECOMPUTE))
+    got = launch.lora_matmul(*args, None, 0.0, False, config=TILE, schedule=PUBLISH)
+    expected = launch.lora_matmul(*args, None, 0.0, False, config=TILE, schedule=RECOMPUTE)
     assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
 
 

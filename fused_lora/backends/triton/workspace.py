@@ -3,7 +3,8 @@
 By counters programs of one launch hand results to each other: all are zero before it, and again after it.
 
 A launch that uses them sets them back itself, so launches on one stream share one set in turn, without a memset.
-Two graphs captured on one stream share its counters too: replay them in turn, as graphs that share memory are.
+Graphs captured on a stream share what it had by then: replay them in turn, as graphs that share memory are, and not
+beside other launches on that stream.
 
 Both are allocated on a thread of their own. A memory pool that is current on the caller's thread must not own either:
 ``torch.compile(mode="reduce-overhead")`` makes one current for its warm-up, before it captures anything, and refuses

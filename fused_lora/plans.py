@@ -126,9 +126,11 @@ def find(
 
 
 def put(operands: tuple[Tensor, ...], dropout_p: float, training: bool, impl: str, chosen: str, drops: bool) -> None:
-    """For a call that was checked, and computed by ``chosen``."""
+    """For a call that was checked, and computed by ``chosen``, unless one like it is known."""
     key = operands[0].shape, operands[1].shape, len(operands), dropout_p, training, impl
-    CALLS.put(key, ((guard(*operands), CallPlan(operands[0], chosen, drops)), *CALLS.get(key, ())[: _MOST_ALIKE - 1]))
+    known = CALLS.get(key, ())
+    if not any(fits(*operands) and plan.holds(operands[0]) for fits, plan in known):
+        CALLS.put(key, ((guard(*operands), CallPlan(operands[0], chosen, drops)), *known[: _MOST_ALIKE - 1]))
 
 
 def watched() -> bool:

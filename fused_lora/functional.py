@@ -231,6 +231,10 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
+# which gradients are wanted: of x, A and B, and neither of W nor of the bias
+_USUAL = (True, False, True, True, False)
+
+
 class _LoRALinear(torch.autograd.Function):
     """(y, h). h is an output, not a hidden intermediate, so that a second derivative finds its way through it."""
 
@@ -247,10 +251,10 @@ class _LoRALinear(torch.autograd.Function):
         else:
             y, h = ops.lora_matmul(x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl)
         ctx.call = scale, dropout_p, impl, plan, x.shape
-        _, needs_W, needs_A, needs_B, *_ = ctx.needs_input_grad
+        needs = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
-        # what the wanted gradients need, and nothing else; the parameters are alive anyway
-        kept_x, kept_h = (x if needs_A or needs_W else None), (h if needs_B else None)
+        # what the wanted gradients need, x for W's and A's and h for B's; the parameters are alive anyway
+        kept_x, kept_h = (x if needs[1] or needs[2] else None), (h if needs[3] else None)
         ctx.save_for_backward(kept_x, weight, lora_A, lora_B, kept_h, seed)
         return y, h
 
@@ -259,17 +263,20 @@ class _LoRALinear(torch.autograd.Function):
         given = dy if dy is not None else dh
         if given is None:
             return (None,) * 10
-        if autocast_dtype(given.device) is not None:
-            # everything is in the compute dtype already; backward may run under another autocast than forward did
-            with torch.autocast(given.device.type, enabled=False):
-                return _LoRALinear._gradients(ctx, dy, dh)
-        return _LoRALinear._gradients(ctx, dy, dh)
-
-    @staticmethod
-    def _gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         scale, dropout_p, impl, plan, x_shape = ctx.call
         needs = ctx.needs_input_grad[:5]
+        if plan is not None and dh is None and needs == _USUAL and not torch.is_grad_enabled():
+            # by far the most calls; autocast would change nothing, as kernels are no operators
+            known = plan.gradients(needs, (dy, weight, lora_A, lora_B, x, h))
+            if known is not None and known.input is not None and known.adapters is not None:
+                dx, g = known.input(dy, weight, lora_B, lora_A, None, scale, seed)
+                dA, dB = known.adapters(x, g, dy, h, scale, seed)
+                return dx, None, dA, dB, None, None, None, None, None, None
+        if autocast_dtype(given.device) is not None:
+            # everything is in the compute dtype already; backward may run under another autocast than forward did
+            with torch.autocast(given.device.type, enabled=False):
+                return _LoRALinear.backward(ctx, dy, dh)
         grads: tuple[Tensor | None, ...]
         second = dh is not None or dy is None or torch.is_grad_enabled()
         # compilers take no second derivatives, but trace backward with grad mode on and a gradient of h
@@ -309,8 +316,8 @@ def _backward(
         seed = whole_mask(seed, dy2.shape[0], weight.shape[1], dropout_p)
     known = None
     if plan is not None:
-        operands = [tensor for tensor in (dy, weight, lora_A, lora_B, x, h) if tensor is not None]
-        known = plan.gradients(needs, operands)
+        operands = tuple(tensor for tensor in (dy, weight, lora_A, lora_B, x, h) if tensor is not None)
+        known = plan.gradients(needs, operands, new=True)
     if needs_x and known is None:
         dx, g = ops.lora_matmul(dy, weight, lora_B, lora_A, None, scale, seed, dropout_p, True, impl)
     elif needs_x and known is not None:

@@ -75,17 +75,21 @@ class CallPlan:
     def _precision_holds(self) -> bool:
         return self._precision is None or self._precision == torch.get_float32_matmul_precision()
 
-    def gradients(self, wanted: tuple[bool, ...], operands: list[Tensor]) -> GradientPlans | None:
-        """The plans of a backward with operands like these, empty the first time; None where forward has none, or
-        where the precision is another by now.
+    def gradients(
+        self, wanted: tuple[bool, ...], operands: tuple[Tensor, ...], *, new: bool = False
+    ) -> GradientPlans | None:  # fmt: skip
+        """The plans of a backward with operands like these; None where forward has none, or where the precision is
+        another by now.
 
-        operands: all that the backward reads.  wanted: which gradients.
+        operands: all that the backward reads.  wanted: which gradients.  new: the first time they are empty, not None.
         """
         if self.forward is None or in_forward_ad() or not self._precision_holds():
             return None
         for fits, known, plans in self._gradients:
             if known == wanted and fits(*operands):
                 return plans
+        if not new:
+            return None
         made = GradientPlans()
         self._gradients = ((guard(*operands), wanted, made), *self._gradients[: _MOST_ALIKE - 1])
         return made

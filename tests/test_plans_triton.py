@@ -10,3 +10,7 @@ def test_a_planned_launch_passes_what_the_jit_would_whatever_changed_before_it(l
     assert compared > 60
     # pointers that are no multiples of 16, and rows that are copied, go through the JIT every time
     assert planned > compared // 2
+
+
+def test_a_backward_like_one_before_goes_straight_to_the_kernels_and_no_other_does(libcuda):
+    stub_process.run("planned_backwards.py", libcuda)

@@ -263,8 +263,9 @@ class _LoRALinear(torch.autograd.Function):
         given = dy if dy is not None else dh
         if given is None:
             return (None,) * 10
-        x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
-        scale, dropout_p, impl, plan, x_shape = ctx.call
+        # unpacked once: activation checkpointing recomputes in it, and refuses to be asked again
+        saved = x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
+        scale, *_, plan, _ = ctx.call
         needs = ctx.needs_input_grad[:5]
         if plan is not None and dh is None and needs == _USUAL and not torch.is_grad_enabled():
             # by far the most calls; autocast would change nothing, as kernels are no operators
@@ -273,26 +274,36 @@ class _LoRALinear(torch.autograd.Function):
                 dx, g = known.input(dy, weight, lora_B, lora_A, None, scale, seed)
                 dA, dB = known.adapters(x, g, dy, h, scale, seed)
                 return dx, None, dA, dB, None, None, None, None, None, None
-        if autocast_dtype(given.device) is not None:
-            # everything is in the compute dtype already; backward may run under another autocast than forward did
-            with torch.autocast(given.device.type, enabled=False):
-                return _LoRALinear.backward(ctx, dy, dh)
-        grads: tuple[Tensor | None, ...]
-        second = dh is not None or dy is None or torch.is_grad_enabled()
-        # compilers take no second derivatives, but trace backward with grad mode on and a gradient of h
-        if second and not torch.compiler.is_compiling():
-            # a second derivative: grad mode is on inside backward exactly when create_graph was asked for
-            mask = None
-            if seed is not None:
-                rows = dh.shape[0] if dh is not None else dy.numel() // weight.shape[0]  # type: ignore[union-attr]
-                mask = dropout_mask(seed, rows, weight.shape[1], dropout_p)
-            grads = reference.eager_backward(dy, dh, x, weight, lora_A, lora_B, h, scale, mask, dropout_p, needs)
-            if grads[0] is not None:
-                grads = (grads[0].view(x_shape), *grads[1:])
-        else:
-            assert dy is not None
-            grads = _backward(dy, x, weight, lora_A, lora_B, h, scale, seed, dropout_p, impl, plan, needs)
-        return (*grads, None, None, None, None, None)
+        if autocast_dtype(given.device) is None:
+            return _gradients(dy, dh, saved, ctx.call, needs)
+        # everything is in the compute dtype already; backward may run under another autocast than forward did
+        with torch.autocast(given.device.type, enabled=False):
+            return _gradients(dy, dh, saved, ctx.call, needs)
+
+
+def _gradients(
+    dy: Tensor | None, dh: Tensor | None, saved: tuple[Tensor, ...], call: tuple[Any, ...],
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """What ``_LoRALinear.backward`` returns.  saved, call: what its forward kept."""
+    x, weight, lora_A, lora_B, h, seed = saved
+    scale, dropout_p, impl, plan, x_shape = call
+    grads: tuple[Tensor | None, ...]
+    second = dh is not None or dy is None or torch.is_grad_enabled()
+    # compilers take no second derivatives, but trace backward with grad mode on and a gradient of h
+    if second and not torch.compiler.is_compiling():
+        # a second derivative: grad mode is on inside backward exactly when create_graph was asked for
+        mask = None
+        if seed is not None:
+            rows = dh.shape[0] if dh is not None else dy.numel() // weight.shape[0]  # type: ignore[union-attr]
+            mask = dropout_mask(seed, rows, weight.shape[1], dropout_p)
+        grads = reference.eager_backward(dy, dh, x, weight, lora_A, lora_B, h, scale, mask, dropout_p, needs)
+        if grads[0] is not None:
+            grads = (grads[0].view(x_shape), *grads[1:])
+    else:
+        assert dy is not None
+        grads = _backward(dy, x, weight, lora_A, lora_B, h, scale, seed, dropout_p, impl, plan, needs)
+    return (*grads, None, None, None, None, None)
 
 
 # past what Function.apply looks for, transforms of torch.func: a plan is found only where there is none

@@ -86,3 +86,11 @@ def test_a_sequence_of_checkpoints_nests_and_keeps_the_generator():
     again = gradients(model, lambda x: checkpoint_sequential(model, 2, x, use_reentrant=False))
     assert torch.equal(after, torch.rand(1))
     assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
+
+
+def test_a_backward_within_autocast_recomputes_a_checkpoint_once():
+    model, x = net(0.0), torch.randn(6, 12, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        # as loops do that call backward before they leave autocast
+        checkpoint(model, x, use_reentrant=False).sum().backward()
+    assert x.grad is not None

@@ -58,6 +58,8 @@ def lora_linear(
     if not torch.compiler.is_compiling():
         plan = plans.find(operands, scale, dropout_p, training, impl)
         if plan is not None:
+            if plan.forward is not None and not plan.drops and not torch.is_grad_enabled():
+                return plan.forward(x, weight, lora_A, lora_B, bias, scale, None, False)[0]
             return _planned(plan, x, weight, lora_A, lora_B, bias, scale, dropout_p)
     distributed = validation.check_operands(x, weight, lora_A, lora_B, bias)
     scale = validation.check_scale(scale)

@@ -94,7 +94,20 @@ def plainly(operator, arithmetic, tensors, rest):
     plain = [None if t is None else t.to(dtype) for t in tensors]
     if arithmetic == "tf32":
         plain = [None if t is None else to_tf32(t) for t in plain]
+        if operator == "lora_matmul":
+            return _in_two_tf32_products(*plain, *rest)
     return getattr(eager_backend, operator)(*plain, *(dtype if isinstance(v, torch.dtype) else v for v in rest))
+
+
+def _in_two_tf32_products(a, w, u, v, bias, scale, seed, dropout_p, on_output):
+    """out and h, whose second product reads h rounded, as a tensor core reads every operand."""
+    dropout = (seed, dropout_p, on_output)
+    out, h = eager_backend.lora_matmul(a, w, u, torch.zeros_like(v), bias, scale, *dropout)
+    nothing, one = v.new_zeros(v.shape), torch.eye(v.shape[0])
+    lora, _ = eager_backend.lora_matmul(
+        to_tf32(h), nothing, one, v, None, scale, *(dropout if on_output else (None, 0.0, False))
+    )  # fmt: skip
+    return out + lora.view(out.shape), h
 
 
 def exactly(operator, tensors, rest, prepare=torch.Tensor.double):

@@ -199,7 +199,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
             weight, A, B = self.weight, adapter.lora_A, adapter.lora_B
             bias = adapter.bias if adapter.trains_bias else self.bias
         return lora_linear(
-            x, self._nk(weight), A, B, adapter.scale, bias,
+            x, self._nk(weight) if self.fan_in_fan_out else weight, A, B, adapter.scale, bias,
             dropout_p=adapter.dropout, training=self.training, impl=self.impl,
         )  # fmt: skip
 

@@ -15,7 +15,16 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .torch_internals import Guard, autocast_dtype, dispatch_modes, guard, in_forward_ad, in_functorch, is_tracing
+from .torch_internals import (
+    FORWARD_AD,
+    Guard,
+    autocast_dtype,
+    dispatch_modes,
+    guard,
+    in_forward_ad,
+    in_functorch,
+    is_tracing,
+)
 
 Value = TypeVar("Value")
 
@@ -115,7 +124,12 @@ def find(
 
     A call whose numbers are no plain floats, or not finite, always takes the long way.
     """
-    if type(scale) is not float or scale - scale != 0.0 or type(dropout_p) is not float or in_forward_ad():
+    if (
+        type(scale) is not float
+        or scale - scale != 0.0
+        or type(dropout_p) is not float
+        or FORWARD_AD._current_level >= 0
+    ):
         return None
     try:
         # the key of put

@@ -45,6 +45,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+# for who asks in every call: ``in_forward_ad`` without a call
+FORWARD_AD: Any = forward_ad
+
+
 def in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
 

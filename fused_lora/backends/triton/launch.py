@@ -215,9 +215,12 @@ class MatmulPlan:
         if keeps_h:
             h = a.new_empty(self._h_shape)
             ph = h.data_ptr()
-        reads = kept.described((a, w), (pa, pw)) if self._descriptors else (pa, pw)
-        varying = (*reads, pu, pv, pb, out.data_ptr(), ph, parts, sync, scale)
-        kept.launch(stream, *varying) if seed is None else kept.launch(stream, *varying, ps)
+        last = (scale,) if seed is None else (scale, ps)
+        if self._descriptors:
+            reads = kept.described((a, w), (pa, pw))
+            kept.launch(stream, *reads, pu, pv, pb, out.data_ptr(), ph, parts, sync, *last)
+        else:
+            kept.launch(stream, pa, pw, pu, pv, pb, out.data_ptr(), ph, parts, sync, *last)
         return out, h
 
     def _through_jit(

@@ -110,7 +110,7 @@ TORCH ?= 2.8.0
 VENV_TORCH := .venv-torch$(TORCH)
 test-torch:
 	@test -x $(VENV_TORCH)/bin/python || $(PYTHON) -m venv $(VENV_TORCH)
-	@$(VENV_TORCH)/bin/python $(PIP_INSTALL) torch==$(TORCH) 'numpy<2.4' regex safetensors setuptools pytest
+	@$(VENV_TORCH)/bin/python $(PIP_INSTALL) torch==$(TORCH) 'numpy<2.4' regex safetensors peft hypothesis setuptools pytest
 	$(VENV_TORCH)/bin/python -m pytest tests/test_compile.py tests/test_compile_cuda.py \
 		tests/kernels/test_workspace.py tests/kernels/test_compiled.py $(ARGS)
 

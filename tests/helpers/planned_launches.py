@@ -36,30 +36,41 @@ class Recorder:
 
         launcher.__call__, straight.Launch.through_jit = record, count
 
-    def of(self, call):
+    def of(self, call, operands=()):
         """The launches of ``call``, each as comparable values, and how many went through the JIT."""
         self.launches, self.jit = [], 0
+        tensors = [operand for operand in operands if isinstance(operand, torch.Tensor)]
+        names = {tensor.data_ptr(): number for number, tensor in enumerate(tensors)}
         results = call()
-        return [plain(args) for args in self.launches], self.jit, results
+        return [plain(args, names) for args in self.launches], self.jit, results
 
 
-def plain(args):
-    """Grid, function and parameters: sizes, strides, flags and scale as they are, of a pointer its alignment."""
+def plain(args, names):
+    """Grid, function and parameters: sizes, strides, flags and scale as they are, of a pointer its alignment and name.
+
+    names: address -> number, of the operands and then by when it was first seen. Scratch, the last but one before
+    scale, has none: a plan's launches share it.
+    """
     grid, function, parameters = args[:3], args[4], args[9:]
-    shown = []
+    shown, pointers = [], {}
     for value in parameters:
+        address = value.data_ptr() if isinstance(value, torch.Tensor) else value
         if isinstance(value, TensorDescriptor):
             shown += ["map", *value.shape, *value.strides]
         elif type(value).__name__ == "PyCUtensorMap":
             shown.append("map")
         elif value is None or (isinstance(value, int) and value == 0):
             shown.append(0)
-        elif isinstance(value, torch.Tensor):
-            shown.append(("pointer", value.data_ptr() % 16))
-        elif isinstance(value, int) and value > 1 << 32:
-            shown.append(("pointer", value % 16))
+        elif isinstance(address, int) and address > 1 << 32:
+            pointers[len(shown)] = address
+            shown.append("pointer")
         else:
             shown.append(value)
+    scratch = next(index for index, value in enumerate(shown) if isinstance(value, float)) - 2
+    shown[scratch] = pointers[scratch] = "scratch"
+    for index, address in pointers.items():
+        if index != scratch:
+            shown[index] = ("pointer", address % 16, names.setdefault(address, len(names)))
     return grid, function, shown
 
 
@@ -120,11 +131,11 @@ def compare(recorder, call, operands):
     """How many launches ``call`` makes, and how many of them by a plan; all pass what the JIT passes."""
     for _ in range(2):
         # a plan starts the kernel that the JIT compiled for its first launch
-        recorder.of(lambda: call(operands))
-    got, jit, _ = recorder.of(lambda: call(operands))
+        recorder.of(lambda: call(operands), operands)
+    got, jit, _ = recorder.of(lambda: call(operands), operands)
     planned = len(got) - jit
     launch.forget_plans()
-    expected, jit, _ = recorder.of(lambda: call(operands))
+    expected, jit, _ = recorder.of(lambda: call(operands), operands)
     assert jit == len(expected) > 0
     assert got == expected, (got, expected)
     return len(got), planned

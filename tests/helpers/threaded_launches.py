@@ -59,8 +59,9 @@ class Launches(threading.local):
         """What a call passes, as comparable values; how many launches went by a plan; what it returned."""
         self.every, self.jit = [], 0
         work, operands = call
+        names = {tensor.data_ptr(): number for number, tensor in enumerate(t for t in operands if torch.is_tensor(t))}
         kept = work(operands)
-        return [plain(args) for args in self.every], len(self.every) - self.jit, kept
+        return [plain(args, names) for args in self.every], len(self.every) - self.jit, kept
 
 
 def main():

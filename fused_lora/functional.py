@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, ops, plans, reference, validation
-from .backends import native
-from .backends.triton import backend as triton
+from .backends import LayerPass, native
 from .dropout import dropout_mask, dropout_threshold, whole_mask
 from .torch_internals import autocast_dtype, dispatch_modes, in_forward_ad, in_functorch
 
@@ -58,7 +57,7 @@ def lora_linear(
     if not torch.compiler.is_compiling():
         plan = plans.find(operands, scale, dropout_p, training, impl)
         if plan is not None:
-            if plan.forward is not None and not plan.drops and not torch.is_grad_enabled():
+            if plan.forward is not None and not plan.drops and not plan.trains:
                 return plan.forward(x, weight, lora_A, lora_B, bias, scale, None, False)[0]
             return _planned(plan, x, weight, lora_A, lora_B, bias, scale, dropout_p)
     distributed = validation.check_operands(x, weight, lora_A, lora_B, bias)
@@ -79,9 +78,24 @@ def lora_linear(
     y = _in_compute_dtype(x, weight, lora_A, lora_B, bias, scale, dropout_p, impl)
     if not torch.compiler.is_compiling() and not plans.watched() and _is_plain(operands, y.dtype):
         # such a call may go straight to its backend
-        drops = dropout_threshold(dropout_p) > 0
-        plans.put(operands, given_p, training, impl, backends.choose(impl, x.device, y.dtype), drops)
+        drops, trains = dropout_threshold(dropout_p) > 0, torch.is_grad_enabled() and _any_requires_grad(*operands)
+        chosen = _choose(impl, x, weight, lora_A, drops, trains)
+        plan = plans.CallPlan(x, chosen, backends.planner(chosen, x.device, drops), drops, trains)
+        plans.put(operands, given_p, training, impl, plan)
     return y
+
+
+def _choose(impl: str, x: Tensor, weight: Tensor, lora_A: Tensor, drops: bool, trains: bool) -> str:
+    """The backend, by what is asked of the layer where that decides, and where no compiler would build a size in."""
+    asked = None
+    if impl == "auto" and _decides(x):
+        (N, K), R = weight.shape, lora_A.shape[0]
+        asked = LayerPass(trains, x.numel() // max(K, 1), K, N, R, lora_A.dtype, drops)
+    return backends.choose(impl, x.device, weight.dtype, asked)
+
+
+def _decides(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling() and isinstance(x.numel(), int)
 
 
 def _is_plain(operands: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
@@ -100,9 +114,9 @@ def _planned(
         dropout_p = 0.0
     if plan.impl == "native":
         return native.lora_linear(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
-    if plan.impl == "triton" and plan.forward is None:
-        plan.forward = triton.plan(x, weight.t(), lora_A.t(), lora_B.t(), bias, seed, dropout_p, False)
-    if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
+    if plan.planner is not None and plan.forward is None:
+        plan.forward = plan.planner.plan(x, weight.t(), lora_A.t(), lora_B.t(), bias, seed, dropout_p, False)
+    if plan.trains:
         return _apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, plan.impl, plan)[0]
     if plan.forward is not None:
         return plan.forward(x, weight, lora_A, lora_B, bias, scale, seed, False)[0]
@@ -157,8 +171,10 @@ def _lora_linear(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
     scale: float, dropout_p: float, impl: str, stream: int,
 ) -> Tensor:  # fmt: skip
-    impl = backends.choose(impl, x.device, weight.dtype)
-    seed = _new_seed(x.device, stream) if dropout_threshold(dropout_p) > 0 else None
+    drops = dropout_threshold(dropout_p) > 0
+    trains = torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias)
+    impl = _choose(impl, x, weight, lora_A, drops, trains)
+    seed = _new_seed(x.device, stream) if drops else None
     if in_functorch() or in_forward_ad():
         return _differentiable(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
     if torch.compiler.is_compiling() and _is_symbolic(scale):
@@ -166,7 +182,7 @@ def _lora_linear(
         lora_B, scale = lora_B * scale, 1.0
     if impl == "native" and _nobody_looks(x, weight, lora_A, lora_B, bias):
         return native.lora_linear(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
-    if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
+    if trains:
         return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p, impl, None)[0]
     return ops.lora_matmul(
         x, weight.t(), lora_A.t(), lora_B.t(), bias, scale, seed, dropout_p, False, impl
@@ -221,7 +237,9 @@ def _nobody_looks(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bia
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _any_requires_grad(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
+def _any_requires_grad(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None = None
+) -> bool:  # fmt: skip
     return (
         lora_A.requires_grad or lora_B.requires_grad or x.requires_grad or weight.requires_grad
         or (bias is not None and bias.requires_grad)
@@ -335,7 +353,8 @@ def _backward(
         dx, g = ops.lora_matmul(dy, weight, lora_B, lora_A, None, scale, seed, dropout_p, True, impl)
     elif needs_x and known is not None:
         if known.input is None:
-            known.input = triton.plan(dy, weight, lora_B, lora_A, None, seed, dropout_p, True)
+            known.input = known.planner.plan(dy, weight, lora_B, lora_A, None, seed, dropout_p, True)
+        assert known.input is not None
         dx, g = known.input(dy, weight, lora_B, lora_A, None, scale, seed)
     elif needs_A:
         g = dy2 @ lora_B.to(dy.dtype)
@@ -346,7 +365,7 @@ def _backward(
             dA, dB = ops.adapter_grad(*given, scale, seed, dropout_p, *dtypes, impl)
         else:
             if known.adapters is None:
-                known.adapters = triton.adapter_grad_plan(*given, seed, dropout_p, *dtypes)
+                known.adapters = known.planner.adapter_grad_plan(*given, seed, dropout_p, *dtypes)
             dA, dB = known.adapters(*given, scale, seed)
     if needs_W:
         assert x is not None

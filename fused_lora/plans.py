@@ -1,8 +1,8 @@
 """Calls of ``lora_linear`` like one before: a look stands for all that was checked and chosen then.
 
 What a check or a choice depends on is compared, exactly: kinds, layouts, shapes, strides, dtypes and devices of all
-operands, which of them want gradients, dropout, ``impl``, autocast, the precision of float32 products, and whether a
-mode, a transform or a tracer watches. Values of tensors are no part of it, nor is scale.
+operands, which of them want gradients, grad mode, dropout, ``impl``, autocast, the precision of float32 products, and
+whether a mode, a transform or a tracer watches. Values of tensors are no part of it, nor is scale.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from .torch_internals import (
     FORWARD_AD,
@@ -56,19 +56,39 @@ class Cache(Generic[Value]):
 
 # of (x, weight, lora_A, lora_B, bias, scale, seed, keeps_h), which returns (y, h)
 Forward = Callable[..., tuple[Tensor, Tensor | None]]
+# of (x, g, dy, h, scale, seed), which returns (dA, dB)
+Gradients = Callable[..., tuple[Tensor | None, Tensor | None]]
+
+
+class Planner(Protocol):
+    """What of a backend makes plans. ``backends.Backend`` says what is computed."""
+
+    def plan(
+        self, a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None,
+        seed: Tensor | None, dropout_p: float, is_input_gradient: bool, /,
+    ) -> Forward | None:  # fmt: skip
+        """Of ``lora_matmul``; None where every call is to be looked at anew. A plan takes weight, lora_A and lora_B (in
+        an input gradient lora_B before lora_A) as they are, not transposed."""
+
+    def adapter_grad_plan(
+        self, x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | None,
+        seed: Tensor | None, dropout_p: float, dtype_A: torch.dtype, dtype_B: torch.dtype, /,
+    ) -> Gradients:  # fmt: skip
+        """Of ``adapter_grad``."""
 
 
 class CallPlan:
     """What is known of calls like one.
 
-    impl: the backend that computes.  drops: whether there is a dropout mask to draw.
+    impl: the backend that computes.  planner: what of it makes plans, if anything does.
+    drops: whether there is a dropout mask to draw.  trains: whether a gradient is wanted.
     forward: the backend's own plan of the forward; None before there is one, and where it makes none.
     """
 
-    __slots__ = ("_autocast", "_gradients", "_precision", "drops", "forward", "impl", "settled")
+    __slots__ = ("_autocast", "_gradients", "_precision", "drops", "forward", "impl", "planner", "settled", "trains")
 
-    def __init__(self, x: Tensor, impl: str, drops: bool) -> None:
-        self.impl, self.drops = impl, drops
+    def __init__(self, x: Tensor, impl: str, planner: Planner | None, drops: bool, trains: bool) -> None:
+        self.impl, self.planner, self.drops, self.trains = impl, planner, drops, trains
         self.forward: Forward | None = None
         self._gradients: tuple[tuple[Guard, tuple[bool, ...], GradientPlans], ...] = ()
         self._precision = torch.get_float32_matmul_precision() if x.dtype == torch.float32 else None
@@ -92,24 +112,26 @@ class CallPlan:
 
         operands: all that the backward reads.  wanted: which gradients.  new: the first time they are empty, not None.
         """
-        if self.forward is None or in_forward_ad() or not self._precision_holds():
+        if self.forward is None or in_forward_ad() or in_functorch() or not self._precision_holds():
             return None
         for fits, known, plans in self._gradients:
             if known == wanted and fits(*operands):
                 return plans
         if not new:
             return None
-        made = GradientPlans()
+        assert self.planner is not None
+        made = GradientPlans(self.planner)
         self._gradients = ((guard(*operands), wanted, made), *self._gradients[: _MOST_ALIKE - 1])
         return made
 
 
 @dataclass
 class GradientPlans:
-    """A backend's plans of the input gradient and of the adapters', once they are made."""
+    """A backend's plans of the input gradient and of the adapters', once they are made.  planner: of the forward's."""
 
+    planner: Planner
     input: Forward | None = None
-    adapters: Callable[..., tuple[Tensor | None, Tensor | None]] | None = None
+    adapters: Gradients | None = None
 
 
 # those of one key differ in strides, dtypes, or in who wants gradients
@@ -133,7 +155,7 @@ def find(
         return None
     try:
         # the key of put
-        key = operands[0].shape, operands[1].shape, len(operands), dropout_p, training, impl
+        key = operands[0].shape, operands[1].shape, len(operands), dropout_p, training, impl, is_grad_enabled()
         for fits, plan in CALLS.get(key, ()):
             if fits(*operands) and (plan.settled or plan.holds(operands[0])):
                 return plan
@@ -143,12 +165,12 @@ def find(
     return None
 
 
-def put(operands: tuple[Tensor, ...], dropout_p: float, training: bool, impl: str, chosen: str, drops: bool) -> None:
-    """For a call that was checked, and computed by ``chosen``, unless one like it is known."""
-    key = operands[0].shape, operands[1].shape, len(operands), dropout_p, training, impl
+def put(operands: tuple[Tensor, ...], dropout_p: float, training: bool, impl: str, plan: CallPlan) -> None:
+    """For a call that was checked, and computed as the plan says, unless one like it is known."""
+    key = operands[0].shape, operands[1].shape, len(operands), dropout_p, training, impl, is_grad_enabled()
     known = CALLS.get(key, ())
-    if not any(fits(*operands) and plan.holds(operands[0]) for fits, plan in known):
-        CALLS.put(key, ((guard(*operands), CallPlan(operands[0], chosen, drops)), *known[: _MOST_ALIKE - 1]))
+    if not any(fits(*operands) and one.holds(operands[0]) for fits, one in known):
+        CALLS.put(key, ((guard(*operands), plan), *known[: _MOST_ALIKE - 1]))
 
 
 def watched() -> bool:

@@ -24,6 +24,9 @@ is_tracing: Callable[[], bool] = torch._C._is_tracing
 current_device: Callable[[], int | None] = getattr(torch._C, "_cuda_getDevice", lambda: None)
 raw_stream: Callable[[int | None], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
+# (tensor, sizes): the same memory in another shape, and no view to autograd; nobody else may hold the tensor
+unsafe_view: Callable[[Tensor, tuple[int, ...]], Tensor] = torch.ops.aten._unsafe_view.default._op
+
 
 def guard(*tensors: Tensor) -> Guard:
     """Whether other tensors are like these, in as many arguments: of their very classes, layouts, shapes, strides,

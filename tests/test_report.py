@@ -140,7 +140,7 @@ def test_a_table_without_a_gpu_file_says_not_measured_and_with_one_gives_it(chec
     assert "| … step | 1.10 (1.09–1.11) | 1.50 |" in readme
     # a file without a wall says whose time it may hold
     for text in (readme, page):
-        assert "`ours-triton`, is ahead of the fastest of eager in 1 of 1 groups, level in 0 and behind in 0**" in text
+        assert "`ours-triton` is ahead of the fastest of eager in 1 of 1 groups, level in 0 and behind in 0**" in text
         assert "the host 0.1 ms ahead" in text
     assert (checkout / "docs" / "pictures" / "measured-some-gpu-2026-02-28.svg").exists()
 

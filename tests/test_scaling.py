@@ -15,7 +15,7 @@ from fused_lora.bench.results import Environment, ResultsFile, Row, load_all
 from fused_lora.bench.shapes import FORWARD, STEP, Shape
 from fused_lora.bench.workloads import LayerWorkload
 from fused_lora.codegen import record
-from tools import compiled, predict, scaling, scaling_tables, traffic
+from tools import compiled, model_error, predict, scaling, scaling_tables, traffic
 from tools.compiled import resident
 from tools.traffic import ADDMM, EAGER, FROZEN, OURS, PEFT, Layer
 
@@ -129,7 +129,7 @@ def swept(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "plan_for", lambda device, quick: measure.Plan(0.0, 2, 2, 0.0))
     path = tmp_path / "scaling.json"
     assert scaling.main(["--device", "cpu", "--seconds", "0", "--out", str(path)]) == 0
-    return {"scaling": {"scaling.json": ResultsFile.load(path)}, "codegen": {}}
+    return {"scaling": {"scaling.json": ResultsFile.load(path)}, "codegen": {}, "layers": {}}
 
 
 def test_every_place_of_a_sweep_is_measured_and_published(swept):
@@ -137,7 +137,7 @@ def test_every_place_of_a_sweep_is_measured_and_published(swept):
     for axis, values in SMALL.values.items():
         table = re.search(rf"### By [^\n]*\n\n!\[[^\n]*-{axis}\.svg\)\n\n(.*?)\n(\n|$)", page, re.DOTALL)[1]
         assert [int(line.split("|")[1]) for line in table.splitlines()[2:]] == list(values)
-    assert "**not measured**: no file in `benchmarks/results/scaling/` is a GPU's" in scaling_tables.errors(swept)
+    assert "**not measured**: no file in `benchmarks/results/` is a GPU's" in model_error.errors(swept, [])
     assert "A model, not a measurement" in scaling_tables.model(swept)
     # the frozen baseline keeps nothing, ours x and h
     kept = scaling_tables.kept(swept)
@@ -150,11 +150,29 @@ def test_every_place_of_a_sweep_is_measured_and_published(swept):
 def test_a_gpus_file_is_set_beside_the_model(swept):
     (file,) = swept["scaling"].values()
     gpu = Environment("NVIDIA H100 80GB HBM3", "2.13.0", "3.7.1", "13.0", "3.11.7", 8, "2026-02-28")
-    found = scaling_tables.errors({"scaling": {"gpu.json": dataclasses.replace(file, environment=gpu)}, "codegen": {}})
+    files = swept | {"scaling": {"gpu.json": dataclasses.replace(file, environment=gpu)}}
+    found = model_error.errors(files, [])
     assert "not measured" not in found
     row = next(row for row in file.rows if row.candidate == "frozen" and row.shape.startswith("M=6"))
     model = predict.step_ms(FROZEN, Layer(6, 20, 12, 3), predict.gpu_called("H100"))
     assert f"| M=6 | frozen | {row.median:.4g} | {model:.4g} | {model / row.median:.2f} |" in found
+
+
+def test_a_gpus_layers_are_set_beside_the_model():
+    gpu = Environment("NVIDIA H100 80GB HBM3", "2.13.0", "3.7.1", "13.0", "3.11.7", 8, "2026-02-28")
+    h100, layer = predict.gpu_called(gpu.device), Layer(8192, 4096, 4096, 16)
+    twice = 2 * predict.step_ms(FROZEN, layer, h100)
+    rows = [
+        Row("step", f"{name} (M=8192 K=4096 N=4096 R=16)", "bfloat16", candidate, 5, ms, ms, ms)
+        for name, ms in (("one", twice), ("other", twice / 4))
+        for candidate in ("frozen", "ours-triton", "addmm")
+    ]
+    rows += [dataclasses.replace(row, dtype="bfloat16+float32", median=9.0, p80=9.0) for row in rows]
+    file = ResultsFile("layers", "fused-lora bench", gpu, rows)
+    found = model_error.errors({"layers": {"gpu.json": file}, "scaling": {}}, [])
+    assert "| step | frozen | 2 | 1.25 | 0.80–1.70 | 0.50–2.00 |" in found
+    # ours and addmm took as long: the model that has ours ahead is right by the order of names
+    assert "the model says right in 2 of 2 groups" in found
 
 
 def test_adapters_that_are_loaded_change_no_result():

@@ -28,7 +28,7 @@ def test_every_candidate_is_right(spec):
     group = runner.run_group(workload, HASTY)
     assert group.failed == {}
     assert {row.candidate for row in group.rows} | set(group.absent) == set(models.NAMES)
-    assert set(group.absent) <= {"ours-triton", "ours-native"}
+    assert set(group.absent) <= {"ours-auto", "ours-triton", "ours-native"}
 
 
 def test_every_step_is_the_same_step_and_the_base_is_not_written():
@@ -70,6 +70,7 @@ def test_the_candidates_are_made_as_a_user_makes_them_and_share_what_is_frozen()
     workload = models.ModelWorkload(MIXED, CPU)
     made = {name: workload.build(name)[0] for name in (workload.ours(), "ours-in-peft", "peft", "eager")}
     assert type(made[workload.ours()].q_proj) is FusedLoRALinear
+    assert workload.build("ours-auto")[0].q_proj.impl == "auto"
     assert type(made["peft"].get_base_model().q_proj) is lora.Linear
     assert type(made["ours-in-peft"].get_base_model().q_proj) is FusedLinear
     frozen = workload.net.q_proj.weight.data_ptr()

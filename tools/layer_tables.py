@@ -22,6 +22,7 @@ from fused_lora.bench.results import ResultsFile, Row
 from fused_lora.bench.shapes import DECODE, FORWARD, STEP, TRAIN
 from fused_lora.bench.table import NOTHING, cells, markdown
 
+from . import auto_table
 from .files import NOT_MEASURED, Files, source
 from .models import MODEL
 from .other_tables import repeats_in_words
@@ -97,7 +98,8 @@ def _ratio(row: Row | None, frozen: Row | None, ours: bool) -> str:
 
 
 def in_words(file: ResultsFile) -> str:
-    """Where a GPU's file has the default, layer by layer, against the baselines; and what its times are."""
+    """Where a GPU's file has the fused kernels, layer by layer, against the baselines; what "auto" takes; what the
+    times are."""
     layers = [group for group in groups_of(file) if group.pass_ != MODEL]
     default, native, present = our_default(file), f"{OURS_PREFIX}native", candidates_of(file.rows)
     names = [name for name in BASELINES if name in present]
@@ -105,7 +107,7 @@ def in_words(file: ResultsFile) -> str:
     won = {name: _tokens_won(Tally.of(layers, [name])) for name in names}
     fewest = min(itertools.chain(*won.values()), default=None)
     words = (
-        f"**The default, `{default}`, is ahead of the fastest of {', '.join(names)} in {tally.ahead} of "
+        f"**`{default}` is ahead of the fastest of {', '.join(names)} in {tally.ahead} of "
         f"{len(tally.places)} groups, level in {tally.level} and behind in {tally.behind}**; ahead of each alone: "
         + ", ".join(f"{name} in {len(found)}" for name, found in won.items())
         + (". " if fewest is None else f", none of them under {fewest:,} tokens. ")
@@ -114,7 +116,7 @@ def in_words(file: ResultsFile) -> str:
         found = _tokens_won(Tally.of(layers, [default], ours=native))
         where = f", none of them above {max(found):,} tokens" if found else ""
         words += f"`{native}` is ahead of it in {len(found)}{where}. "
-    return words + _clocks(file, layers)
+    return words + auto_table.words(file) + _clocks(file, layers)
 
 
 def _tokens_won(tally: Tally) -> list[int]:

@@ -31,7 +31,9 @@ from fused_lora.models.apply import apply_lora
 MODEL = "model"
 FULL, FUSED_PEFT = "full", f"{OURS_PREFIX}in-peft"
 OUR_IMPLS = ("triton", "native", "eager")
-LORA_NAMES = (FROZEN, *(f"{OURS_PREFIX}{impl}" for impl in OUR_IMPLS), FUSED_PEFT, PEFT, EAGER)
+# layer by layer what is fastest for its sizes
+AUTO = f"{OURS_PREFIX}auto"
+LORA_NAMES = (FROZEN, AUTO, *(f"{OURS_PREFIX}{impl}" for impl in OUR_IMPLS), FUSED_PEFT, PEFT, EAGER)
 NAMES = (*LORA_NAMES, FULL)
 SCALE = 2
 
@@ -72,6 +74,8 @@ class ModelWorkload:
         return our_choice(next(iter(self.weights.values())))
 
     def why_not(self, name: str) -> str | None:
+        if name == AUTO:
+            return f"on a CPU it is {self.ours()}" if self.device.type == "cpu" else None
         if name in (FROZEN, FULL, EAGER):
             return None
         return CANDIDATES[PEFT if name == FUSED_PEFT else name].why_not(next(iter(self.weights.values())))

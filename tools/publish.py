@@ -1,4 +1,5 @@
-"""``make report``: every table and plot of measured numbers in README and docs, from the files in benchmarks/results/.
+"""``make report``: what is made of the files in benchmarks/results/: every table and plot of measured numbers in README
+and docs, and the table that ``impl="auto"`` chooses by.
 
     python -m tools.publish [--check]
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from fused_lora.bench.results import FOLDERS, load_all
 
-from . import host_tables, layer_tables, other_tables, scaling_tables
+from . import auto_table, host_tables, layer_tables, model_error, other_tables, scaling_tables
 from .files import Files
 
 CHECKOUT = Path(__file__).parents[1]
@@ -31,13 +32,14 @@ BLOCKS: dict[str, dict[str, Callable[[Files], str]]] = {
     "docs/peft.md": {"suite": other_tables.peft_suite},
     "docs/compile.md": {"overhead": other_tables.compiled_steps, "call": other_tables.cost_of_a_call},
     "docs/distributed.md": {"memory": other_tables.memory_by_strategy},
+    "docs/gpu.md": {"auto": auto_table.choices},
     "docs/host.md": {"host": host_tables.tables},
     "docs/codegen.md": {"launches": other_tables.launches},
     "docs/scaling.md": {
         "measured": scaling_tables.measured,
         "kept": scaling_tables.kept,
         "model": scaling_tables.model,
-        "error": scaling_tables.errors,
+        "error": lambda files: model_error.errors(files, scaling_tables.compiled_rows(files)),
     },
 }
 
@@ -69,6 +71,7 @@ def outputs(checkout: Path) -> dict[Path, str]:
         for marker, content in blocks.items():
             text = _between(text, name, marker, content(files))
         made[checkout / name] = text
+    made[checkout / auto_table.PATH] = auto_table.text(files)
     pictures = checkout / "docs" / "pictures"
     plots = layer_tables.plots(files) | scaling_tables.plots(files)
     return made | {pictures / name: plot for name, plot in plots.items()}

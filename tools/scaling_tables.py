@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from fused_lora.bench import charts
-from fused_lora.bench.baselines import EAGER, FROZEN
+from fused_lora.bench.baselines import FROZEN
 from fused_lora.bench.charts import Curve
-from fused_lora.bench.groups import candidates_of, is_gpu, our_default
+from fused_lora.bench.groups import candidates_of, our_default
 from fused_lora.bench.results import ResultsFile, Row
 from fused_lora.bench.table import NOTHING, markdown, size
 from fused_lora.codegen.record import sizes
@@ -197,33 +197,6 @@ def _tiles(known: Sequence[Row]) -> str:
         "idle", "pace",
     )  # fmt: skip
     return f"{_COMPILED}\n\n{markdown(heads, lines)}"
-
-
-def errors(files: Files) -> str:
-    """Measured beside modelled."""
-    known = compiled_rows(files)
-    parts = [
-        _errors(file, gpu, known)
-        for file in files["scaling"].values()
-        if is_gpu(file) and (gpu := predict.gpu_called(file.environment.device)) is not None
-    ]
-    return "\n".join(parts) or f"{NOT_MEASURED}: no file in `benchmarks/results/scaling/` is a GPU's.\n"
-
-
-def _errors(file: ResultsFile, gpu: Gpu, known: Sequence[Row]) -> str:
-    ways: Mapping[str, str] = {
-        FROZEN: traffic.FROZEN, our_default(file): traffic.OURS, "addmm": traffic.ADDMM, EAGER: traffic.EAGER
-    }  # fmt: skip
-    lines = []
-    for axis in AXES[:-1]:
-        for value, by in _points(file, axis).items():
-            for candidate in (name for name in ways if name in by):
-                row = by[candidate]
-                modelled = predict.step_ms(ways[candidate], Layer(**_sizes(row)), gpu, known)
-                numbers = (f"{row.median:.4g}", f"{modelled:.4g}", f"{modelled / row.median:.2f}")
-                lines.append([f"{axis}={value}", candidate, *numbers])
-    heads = ["sizes", "way", "measured, ms", "model, ms", "model ÷ measured"]
-    return f"On {file.environment.device}:\n\n{markdown(heads, lines)}"
 
 
 _ASSUMPTIONS = (

@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import eager, native
+from ..plans import Planner
+from . import eager, environment, in_place, measured, native
+from .measured import LayerPass as LayerPass
 from .triton import backend as triton
 
 
@@ -58,29 +60,60 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+def planner(impl: str, device: torch.device, drops: bool) -> Planner | None:
+    """What of a backend makes plans of calls that repeat, or None.  drops: whether there is a dropout mask to draw."""
+    if impl == "triton":
+        return triton
+    return in_place if impl == "eager" and device.type == "cuda" and not drops else None
+
+
+def choose(impl: str, device: torch.device, dtype: torch.dtype, asked: LayerPass | None = None) -> str:
     """The backend that runs: the one asked for, or RuntimeError; for "auto", by this rule:
 
-    on a CPU "native" where the extension is built; on a CUDA device "triton" where it can run, else "native" where it
-    can; everywhere else "eager". On an H100 (benchmarks/results) "native" is faster than "triton" at small M,
-    where the host decides, and as fast or slower above. The rule is for the sizes that are trained.
+    on a CPU "native" where the extension is built; on a CUDA device what ``measured.py`` knows to be the fastest for
+    what is asked; everywhere else "eager". Where nothing was measured, and without ``asked``, a CUDA device runs
+    "triton" where it can, else "native" where it can.
 
-    On a CPU it is measured (benchmarks/results/native): beside "eager", a step of RichBoyNet and a token's forward take
-    a third to a half less, and a step of 512 tokens the same.
+    asked: None under a compiler. A size would be built into its graph, which other sizes would then recompile; and what
+    it would be chosen by is the host's time, which a compiled graph saves anyway.
+
+    On a CPU the rule is measured (benchmarks/results/native): beside "eager", a step of RichBoyNet and a token's
+    forward take a third to a half less, and a step of 512 tokens the same.
     """
     if impl == "auto":
         # the CPU comes first: there a microsecond counts
         if device.type == "cpu":
             return "native" if native.available() and dtype in native.DTYPES else "eager"
-        if device.type != "cuda":
-            return "eager"
-        # a loop: Dynamo of torch 2.8 knows no next() with a default
-        for name in ("triton", "native"):
-            if why_not(name, device, dtype) is None:
-                return name
-        return "eager"
+        return "eager" if device.type != "cuda" else _fastest(device, dtype, asked)
     if impl != "eager":
         why = why_not(impl, device, dtype)
         if why is not None:
             raise RuntimeError(f"impl={impl!r} cannot run here: {why}")
     return impl
+
+
+def _fastest(device: torch.device, dtype: torch.dtype, asked: LayerPass | None) -> str:
+    names = able(device, dtype)
+    if asked is None or names == ("eager",):
+        return names[0]
+    return measured.choose(environment.capability(device), dtype, asked, names)
+
+
+def able(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends that can run, in the order in which they are taken where nothing was measured."""
+    found = []
+    # a loop: Dynamo of torch 2.8 takes no generator here
+    for name in measured.BACKENDS:
+        if why_not(name, device, dtype) is None:
+            found.append(name)
+    return tuple(found)
+
+
+def runs(impl: str, device: torch.device, dtype: torch.dtype, asked: LayerPass) -> tuple[str, ...]:
+    """The backends that :func:`choose` takes for a layer, with gradients and without, from the fewest tokens to the
+    most. ``asked`` is one of its passes."""
+    found: dict[str, None] = {}
+    for gradients in (False, True):
+        for M in measured.TOKENS:
+            found[choose(impl, device, dtype, asked._replace(gradients=gradients, M=M))] = None
+    return tuple(found)

@@ -26,7 +26,7 @@ def lora_matmul(
     dropout_on_output: bool,
 ) -> tuple[Tensor, Tensor]:
     """See ``Backend``. seed: also a :func:`fused_lora.dropout.whole_mask`, made once for several calls."""
-    a2 = _rows(a)
+    a2 = rows(a)
     # a mode that watches operators may keep their results, as selective checkpointing does: do not change them in place
     if a.dim() == 2 and dispatch_modes() == 0:
         out = out2 = _base_product(a, w, bias, dropout_on_output)
@@ -70,10 +70,10 @@ def adapter_grad(
     """See ``Backend``."""
     dA = dB = None
     if x is not None and g is not None:
-        dA = _gradient(g, _rows(x), scale, seed, dropout_p).to(dtype_A)
+        dA = _gradient(g, rows(x), scale, seed, dropout_p).to(dtype_A)
     if dy is not None and h is not None:
         # hᵀ dy, not dyᵀ h: the narrow matrix on the left is the faster product on a CPU
-        dB = _gradient(h, _rows(dy), scale, None, 0.0).t().to(dtype_B).contiguous()
+        dB = _gradient(h, rows(dy), scale, None, 0.0).t().to(dtype_B).contiguous()
     return dA, dB
 
 
@@ -105,6 +105,6 @@ def _base_product(a: Tensor, w: Tensor, bias: Tensor | None, is_input_gradient: 
     return torch.mm(a, w)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """(..., C) as (M, C): a view wherever the strides allow it."""
     return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x

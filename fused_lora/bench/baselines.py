@@ -339,5 +339,6 @@ CANDIDATES = {
 
 
 def our_choice(weights: Weights) -> str:
-    """The candidate that ``impl="auto"`` means for these weights."""
+    """The candidate that ``impl="auto"`` means for these weights; on a GPU, whatever the sizes: as
+    ``groups.our_default``."""
     return OURS_PREFIX + backends.choose("auto", weights.weight.device, weights.weight.dtype)

@@ -12,7 +12,7 @@ from .results import ResultsFile, Row, Spread
 
 @dataclass(frozen=True)
 class Group:
-    """The results of a workload, without tensors. ours: the candidate that a user of ours gets by default.
+    """The results of a workload, without tensors. ours: the candidate of ours that standings are about.
 
     failed: candidates that are wrong, and how.  absent: those that can't run here, and why.
     """
@@ -52,7 +52,8 @@ def has_wall(file: ResultsFile) -> bool:
 
 
 def our_default(file: ResultsFile) -> str:
-    """The candidate that ``impl="auto"`` means where the file comes from."""
+    """The candidate that standings are about: what ``impl="auto"`` takes on a CPU; on a GPU, where that is chosen by
+    size, the fused kernels."""
     built = any(row.candidate == f"{OURS_PREFIX}native" for row in file.rows)
     return OURS_PREFIX + ("triton" if is_gpu(file) else "native" if built else "eager")
 
@@ -89,7 +90,7 @@ def wall(row: Row) -> Spread | None:
 
 @dataclass(frozen=True)
 class Standing:
-    """Our default candidate against the fastest baseline of its group.
+    """Our candidate against the fastest baseline of its group.
 
     lead: 0.1 is 10 % less time than the baseline's.  clear: their p20-p80 ranges do not overlap.
     """

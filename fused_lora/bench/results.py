@@ -32,6 +32,8 @@ FOLDERS = {
 
 @dataclass(frozen=True)
 class Environment:
+    """compute_capability: a GPU's, as "9.0"; older files have none."""
+
     device: str
     torch_version: str
     triton_version: str | None
@@ -39,6 +41,7 @@ class Environment:
     python_version: str
     threads: int
     date: str
+    compute_capability: str | None = None
 
     @classmethod
     def here(cls, device: torch.device, dry: bool = False) -> Environment:
@@ -52,6 +55,7 @@ class Environment:
             python_version=platform.python_version(),
             threads=torch.get_num_threads(),
             date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            compute_capability="{}.{}".format(*torch.cuda.get_device_capability(device)) if on_gpu else None,
         )
 
     @property

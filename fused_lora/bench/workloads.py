@@ -50,7 +50,7 @@ class Workload(Protocol):
         """Whether the candidate has an adapter, so that its results are LoRA's."""
 
     def ours(self) -> str:
-        """The candidate that a user of ours gets by default."""
+        """The candidate of ours that standings are about: ``baselines.our_choice``."""
 
     def why_not(self, name: str) -> str | None:
         """Why this candidate can't compute it, or None."""

@@ -7,9 +7,14 @@ import importlib.metadata
 import json
 import platform
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from .. import backends
+from ..backends import environment, measured
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +54,33 @@ def collect() -> dict[str, Any]:
             "entries": dict(Counter(entry.device for entry in table.entries.values())),
         },
         "auto": {device: backends.choose("auto", torch.device(device), torch.float32) for device in devices},
+        "measured": {
+            f"{major}.{minor}": {name: value for name, value in table._asdict().items() if name != "rows"}
+            | {"choices": _choices(table, [name for name in measured.BACKENDS if name in table.backends])}
+            for (major, minor), table in measured.tables().items()
+        },
+        "generations": {device: _generation(torch.device(device)) for device in devices[1:]},
+    }
+
+
+def _choices(table: measured.Table, able: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Pass -> what serves which numbers of tokens, of the backends that are able."""
+    found = {}
+    for pass_, gradients in (("without gradients", False), ("with gradients", True)):
+        asked = measured.EXAMPLE._replace(gradients=gradients)
+        found[pass_] = [one._asdict() for one in measured.served(table, asked.adapter_dtype, asked, able)]
+    return found
+
+
+def _generation(device: torch.device) -> dict[str, Any]:
+    """A GPU's compute capability, the one whose table counts for it, and what is chosen of what can run on it."""
+    capability = environment.capability(device)
+    nearest = measured.nearest(capability, measured.tables())
+    able = backends.able(device, measured.EXAMPLE.adapter_dtype)
+    return {
+        "own": "{}.{}".format(*capability),
+        "table": None if nearest is None else "{}.{}".format(*nearest),
+        "choices": {} if nearest is None else _choices(measured.tables()[nearest], able),
     }
 
 
@@ -65,10 +97,35 @@ def _text(facts: dict[str, Any]) -> str:
     lines.append("Devices")
     lines += [f"  {device:<13} {name}" for device, name in facts["devices"].items()]
     for device in facts["devices"]:
-        lines.append(f"Implementations on {device} (impl='auto' takes {facts['auto'][device]!r})")
+        takes = facts["auto"][device] if device == "cpu" else "what was measured, below"
+        lines.append(f"Implementations on {device} (impl='auto' takes {takes})")
         for impl, reasons in facts["implementations"].items():
             why = reasons[device]
             lines.append(f"  {impl:<13} {'can run' if why is None else f'cannot run: {why}'}")
+    lines += _measured(facts)
     lines.append(f"Tuned choices in {facts['tuned']['file'] or 'no file'}")
     lines += [f"  {count:<13} for {device}" for device, count in facts["tuned"]["entries"].items()] or ["  none"]
     return "\n".join(lines)
+
+
+def _measured(facts: dict[str, Any]) -> list[str]:
+    """What impl='auto' takes on GPUs, and by which files."""
+    asked = measured.EXAMPLE
+    lines = [f"Measured choices of impl='auto', for {asked.K}x{asked.N}, rank {asked.R}, bfloat16"]
+    for generation, about in facts["measured"].items():
+        lines.append(f"  {generation}: {about['gpu']}, {about['date']}, {about['file']}; time: {about['clock']}")
+        lines += _told(about["choices"])
+    if not facts["measured"]:
+        lines.append("  nothing was measured on a GPU: the Triton kernels run where they can")
+    for device, of in facts["generations"].items():
+        whose = "its own" if of["table"] == of["own"] else f"that of {of['table']}: {of['own']} has no file"
+        if of["table"] is not None:
+            lines += [f"  {device} takes, of what can run on it, by a table that is {whose}", *_told(of["choices"])]
+    return lines
+
+
+def _told(choices: dict[str, list[dict[str, Any]]]) -> list[str]:
+    return [
+        f"    {pass_:<18} " + "; ".join(f"M {one['first']} to {one['last']}: {one['backend']}" for one in found)
+        for pass_, found in choices.items()
+    ]

@@ -31,8 +31,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends, validation
 from ..adapter import is_conv1d
+from ..backends import LayerPass
 from ..functional import concatenate_adapters, lora_linear, plus_adapter
-from ..models.overview import LayerRow, Summary
+from ..models.overview import BY_SIZE, LayerRow, Summary
 from ..torch_internals import autocast_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -290,11 +291,16 @@ def _adapter_parameters(layer: Any) -> list[nn.Parameter]:
 def _row(path: str, layer: Any) -> LayerRow:
     names = [name for name in layer.active_adapters if name in layer.r]
     implementation, why = "peft", _why_peft(layer)
-    if why is None:
-        weight = layer.base_layer.weight
-        implementation = backends.choose(layer.impl, weight.device, weight.dtype)
-        if implementation == "eager":
-            why = backends.why_not("triton", weight.device, weight.dtype) or "impl='eager' was asked for"
+    call = None if why is not None else _call_of(layer)
+    if isinstance(call, _Call):
+        (N, K), weight, drops = call.weight.shape, call.weight, call.dropout_p > 0.0
+        asked = LayerPass(True, 1, K, N, call.lora_A.shape[0], call.lora_A.dtype, drops)
+        found = backends.runs(layer.impl, weight.device, weight.dtype, asked)
+        implementation = " or ".join(found)
+        if "eager" in found:
+            why = backends.why_not("triton", weight.device, weight.dtype) or (
+                BY_SIZE if layer.impl == "auto" else "impl='eager' was asked for"
+            )
     return LayerRow(
         path, layer.out_features, layer.in_features, "+".join(names) or None,
         sum(layer.r[name] for name in names) or None, layer.lora_alpha[names[0]] if len(names) == 1 else None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .. import backends
+from ..backends import LayerPass
 from ..layer import FusedLoRALinear
 from ..switching import adapted_modules, base_modules
 from .modules_to_save import Trained
@@ -134,6 +135,9 @@ def _weighed(name: str, strength: float) -> str:
     return name if strength == 1.0 else f"{strength:g}·{name}"
 
 
+BY_SIZE = "'auto' takes what was measured to be the fastest for so many tokens: `fused-lora info`"
+
+
 def _implementation(layer: FusedLoRALinear) -> tuple[str, str | None]:
     """What a forward runs now, and why it is not the fused kernel."""
     if layer.disabled:
@@ -146,12 +150,18 @@ def _implementation(layer: FusedLoRALinear) -> tuple[str, str | None]:
     unavailable = backends.why_not(layer.impl, device, dtype) if layer.impl != "auto" else None
     if unavailable is not None:
         return "nothing", f"impl={layer.impl!r} was asked for, which raises: {unavailable}"
-    implementation = backends.choose(layer.impl, device, dtype)
-    if implementation == "triton":
-        return implementation, None
+    (N, K), (adapter, *_) = layer.weight.shape, layer.active_modules()
+    rank = sum(other.rank for other in layer.active_modules())
+    drops = layer.training and adapter.dropout > 0.0
+    found = backends.runs(layer.impl, device, dtype, LayerPass(True, 1, K, N, rank, adapter.lora_A.dtype, drops))
+    if found == ("triton",):
+        return "triton", None
     if layer.impl != "auto":
-        return implementation, f"impl={layer.impl!r} was asked for"
-    return implementation, backends.why_not("triton", device, dtype) or f"on a CPU 'auto' takes {implementation!r}"
+        return found[0], f"impl={layer.impl!r} was asked for"
+    why = backends.why_not("triton", device, dtype) or (
+        f"on a CPU 'auto' takes {found[0]!r}" if device.type == "cpu" else BY_SIZE
+    )
+    return " or ".join(found), why
 
 
 def _trained(path: str, module: object) -> list[str]:

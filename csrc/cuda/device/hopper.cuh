@@ -4,9 +4,11 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "../hopper/tensor_maps.h"
 #include "primitives.cuh"
 
 namespace fused_lora::cuda {
@@ -193,6 +195,41 @@ __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.al
 template <int PENDING>
 __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(PENDING) : "memory");
+}
+
+// ---- on the host
+
+// The driver's function, asked for by name: the library is then built and imported where no driver is.
+inline auto tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    const cudaError_t failed =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+    return failed == cudaSuccess && status == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)
+               : nullptr;
+  }();
+  return encoder;
+}
+
+// Whether there is a driver of CUDA 12 or later.
+inline bool driver_makes_tensor_maps() { return tensor_map_encoder() != nullptr; }
+
+// Of elements of bfloat16 or half: zero fills what is beyond the edge, and both are zero alike. Returns 0 or a CUresult.
+inline int encode_tensor_map(TensorMap* map, const TileMap& tile, bool bfloat16) {
+  const auto encoder = tensor_map_encoder();
+  if (encoder == nullptr) return CUDA_ERROR_NOT_FOUND;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(tile.inner), static_cast<cuuint64_t>(tile.outer)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(tile.row_bytes)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(tile.box_inner), static_cast<cuuint32_t>(tile.box_outer)};
+  const cuuint32_t every[] = {1, 1};
+  const auto swizzle = tile.swizzle_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                       : tile.swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                  : CU_TENSOR_MAP_SWIZZLE_32B;
+  return encoder(map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+                 const_cast<void*>(tile.data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 // One launch in clusters of two blocks. Returns a cudaError_t.

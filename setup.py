@@ -2,7 +2,7 @@
 
 CUDA sources join where nvcc is and PyTorch is a CUDA build. FUSED_LORA_CUDA_ARCHS: for which compute capabilities, as
 80 for 8.0, or "all"; of the last the PTX goes along, for GPUs to come. Unset, it is for the GPUs that are here, or for
-all where none is. 90a is Hopper with instructions that are its alone: csrc/cuda/hopper is compiled where it is asked for.
+all where none is. 90a is Hopper with its own instructions: csrc/cuda/hopper is compiled where it is asked for.
 """
 
 import os

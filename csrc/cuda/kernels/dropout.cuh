@@ -27,12 +27,24 @@ struct Dropout {
   }
 
   __device__ bool keeps(int64_t element) const {
-    const uint64_t word = static_cast<uint64_t>(element) >> 1;
-    uint32_t bits = mix(static_cast<uint32_t>(word) ^ key_low) ^ key_high;
-    bits = mix(bits ^ static_cast<uint32_t>(word >> 32));
-    const auto lane = static_cast<int16_t>(element & 1 ? bits >> 16 : bits & 0xFFFF);
-    return lane >= threshold - 32768;
+    const uint32_t bits = hash(element);
+    return keeps_lane(element & 1 ? bits >> 16 : bits);
   }
+
+  // Two 16-bit elements, of which the first is even: ones in the half of each that is kept. They share a hash.
+  __device__ uint32_t keeps_pair(int64_t element) const {
+    const uint32_t bits = hash(element);
+    return (keeps_lane(bits) ? 0x0000FFFF : 0) | (keeps_lane(bits >> 16) ? 0xFFFF0000 : 0);
+  }
+
+ private:
+  __device__ uint32_t hash(int64_t element) const {
+    const uint64_t word = static_cast<uint64_t>(element) >> 1;
+    const uint32_t bits = mix(static_cast<uint32_t>(word) ^ key_low) ^ key_high;
+    return mix(bits ^ static_cast<uint32_t>(word >> 32));
+  }
+
+  __device__ bool keeps_lane(uint32_t bits) const { return static_cast<int16_t>(bits) >= threshold - 32768; }
 };
 
 }  // namespace fused_lora::cuda

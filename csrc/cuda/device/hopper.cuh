@@ -151,8 +151,34 @@ __device__ inline void fence_shared_for_tma() { asm volatile("fence.proxy.async.
 // this thread's stores, to every block of the GPU
 __device__ inline void fence_device() { __threadfence(); }
 
+// Two sums to the nearest 16-bit elements, ties to even, next to each other.
+__device__ inline uint32_t round_pair(float first, float second, BFloat16) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+__device__ inline uint32_t round_pair(float first, float second, Half) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+
 // Two 16-bit elements to memory, that another block's TMA reads.
 __device__ inline void store_pair(void* global, uint32_t pair) { *static_cast<uint32_t*>(global) = pair; }
+
+// 16 bytes of shared memory, as they lie there.
+__device__ inline void load_vector(uint32_t (&words)[4], const void* shared) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address(shared))
+               : "memory");
+}
+__device__ inline void store_vector(void* shared, const uint32_t (&words)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(shared_address(shared)), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
 
 // ---- warps with different work
 

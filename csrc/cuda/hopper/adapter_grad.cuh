@@ -69,18 +69,16 @@ struct GradTile {
 // Zero what the mask drops of a warpgroup's panel, whose first element is number `first` of a matrix with `columns`,
 // both even: two neighbours share a draw.
 __device__ inline void drop_panel(unsigned char* panel, const Dropout& dropout, int64_t first, int64_t columns) {
-  struct alignas(16) Vector {
-    uint32_t pairs[4];
-  };
   // the swizzle: a row's eight vectors are in an order that the row's number, modulo 8, gives
   const int thread = thread_index() % 128, token = thread / 8;
   int64_t element = first + token * columns + (thread % 8 ^ token % 8) * 8;
 #pragma unroll 1
   for (int index = thread; index < 64 * 8; index += 128, element += 16 * columns) {
-    Vector vector = reinterpret_cast<Vector*>(panel)[index];
+    uint32_t pairs[4];
+    load_vector(pairs, panel + 16 * index);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) vector.pairs[i] &= dropout.kept_bits(element + 2 * i);
-    reinterpret_cast<Vector*>(panel)[index] = vector;
+    for (int i = 0; i < 4; ++i) pairs[i] &= dropout.keeps_pair(element + 2 * i);
+    store_vector(panel + 16 * index, pairs);
   }
 }
 
@@ -109,7 +107,7 @@ __global__ void __launch_bounds__(Tile::Shape::THREADS, Tile::BLOCKS)
     }
     publish_barriers();
   }
-  sync_block();
+  sync_cluster();
 
   // Backwards, and the parts in turn: part 0 has the last block of tokens, part 1 the one before, and so on.
   const int blocks = ceil_div(gradients.M, Tile::TOKENS), parts = gradients.split;

@@ -27,24 +27,24 @@ struct Dropout {
   }
 
   __device__ bool keeps(int64_t element) const {
-    const uint32_t draws = draws_of(static_cast<uint64_t>(element) >> 1);
-    return keeps_lane(element & 1 ? draws >> 16 : draws & 0xFFFF);
+    const uint32_t bits = hash(element);
+    return keeps_lane(element & 1 ? bits >> 16 : bits);
   }
 
-  // Of an even element and its neighbour, in a register's lower and upper half: ones where it is kept, else zeros.
-  __device__ uint32_t kept_bits(int64_t element) const {
-    const uint32_t draws = draws_of(static_cast<uint64_t>(element) >> 1);
-    return (keeps_lane(draws & 0xFFFF) ? 0xFFFF : 0) | (keeps_lane(draws >> 16) ? 0xFFFF0000 : 0);
+  // Two 16-bit elements, of which the first is even: ones in the half of each that is kept. They share a hash.
+  __device__ uint32_t keeps_pair(int64_t element) const {
+    const uint32_t bits = hash(element);
+    return (keeps_lane(bits) ? 0x0000FFFF : 0) | (keeps_lane(bits >> 16) ? 0xFFFF0000 : 0);
   }
 
  private:
-  // One draw of 32 bits serves two elements.
-  __device__ uint32_t draws_of(uint64_t word) const {
+  __device__ uint32_t hash(int64_t element) const {
+    const uint64_t word = static_cast<uint64_t>(element) >> 1;
     const uint32_t bits = mix(static_cast<uint32_t>(word) ^ key_low) ^ key_high;
     return mix(bits ^ static_cast<uint32_t>(word >> 32));
   }
 
-  __device__ bool keeps_lane(uint32_t lane) const { return static_cast<int16_t>(lane) >= threshold - 32768; }
+  __device__ bool keeps_lane(uint32_t bits) const { return static_cast<int16_t>(bits) >= threshold - 32768; }
 };
 
 }  // namespace fused_lora::cuda

@@ -1,19 +1,23 @@
 // Which kernels serve a launch: Hopper's own where the library has them and the GPU is one, else the portable ones.
 #pragma once
 
+#include "hopper/adapter_grad.h"
 #include "hopper/launches.h"
 
 namespace fused_lora::cuda {
 
 #ifndef FUSED_LORA_HOPPER
 // setup.py compiles hopper/ for compute capability 9.0a alone; without it, these stand for it
-inline const char* hopper_why_not(Arithmetic, const LoraMatmulArguments&) {
+template <typename Arguments>
+const char* hopper_why_not(Arithmetic, const Arguments&) {
   return "the extension was built without Hopper's kernels: 90a is not among its FUSED_LORA_CUDA_ARCHS";
 }
 inline HopperPlan plan_hopper_matmul(Arithmetic, const LoraMatmulArguments&, int32_t) { return {}; }
+inline Plan plan_hopper_adapter_grad(int64_t, int64_t, int64_t, int64_t, bool, int32_t) { return {}; }
 inline int launch_hopper_matmul(Arithmetic, const HopperPlan&, const LoraMatmulArguments&, void*) {
   return kTensorMapRefused;
 }
+inline int launch_hopper_adapter_grad(Arithmetic, const AdapterGradArguments&, void*) { return kTensorMapRefused; }
 #endif
 
 // Null where Hopper's kernels serve; capability: the GPU's, 90 for 9.0.

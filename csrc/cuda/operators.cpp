@@ -194,24 +194,25 @@ struct Matmul {
   void launch(at::Tensor& out, at::Tensor& h) {
     arguments.out = out.mutable_data_ptr(), arguments.h = h.mutable_data_ptr();
     const auto stream = c10::cuda::getCurrentCUDAStream();
+    const std::array<int64_t, 4> sizes{arguments.M, arguments.P, arguments.Q, arguments.R};
+    const auto [M, P, Q, R] = sizes;
+    const int32_t sms = facts_of(a2.device()).sms;
+    // the driver has the last word on what its tensor maps take; the portable kernels need none
+    int status = kTensorMapRefused;
     if (why_not_hopper() == nullptr) {
-      HopperPlan plan = plan_hopper_matmul(arithmetic, arguments, facts_of(a2.device()).sms);
+      HopperPlan plan = plan_hopper_matmul(arithmetic, arguments, sms);
       plan.blocks = static_cast<int32_t>(std::min<int64_t>(plan.blocks, most_blocks));
       const Scratch scratch(plan, a2.device(), stream, arguments);
-      const int status = launch_hopper_matmul(arithmetic, plan, arguments, stream);
-      // the driver has the last word on what its tensor maps take; the portable kernels need none
-      if (status != kTensorMapRefused) return check(status);
+      status = launch_hopper_matmul(arithmetic, plan, arguments, stream);
     }
-    const auto [M, P, Q, R] = sizes();
-    const Plan plan = plan_lora_matmul(arithmetic, M, P, Q, R, facts_of(a2.device()).sms);
-    const Scratch scratch(plan, a2.device(), stream, arguments);
-    arguments.split = plan.split;
-    check(launch_lora_matmul(arithmetic, plan, arguments, stream));
+    if (status == kTensorMapRefused) {
+      const Plan plan = plan_lora_matmul(arithmetic, M, P, Q, R, sms);
+      const Scratch scratch(plan, a2.device(), stream, arguments);
+      arguments.split = plan.split;
+      status = launch_lora_matmul(arithmetic, plan, arguments, stream);
+    }
+    check_launch(status, "lora_matmul", "(M, P, Q, R)", sizes);
   }
-
- private:
-  std::array<int64_t, 4> sizes() const { return {arguments.M, arguments.P, arguments.Q, arguments.R}; }
-  void check(int status) const { check_launch(status, "lora_matmul", "(M, P, Q, R)", sizes()); }
 };
 
 std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Tensor& w, const at::Tensor& u,
@@ -240,6 +241,26 @@ std::string explain(const at::Tensor& a, const at::Tensor& w, const at::Tensor& 
 // A gradient as its kernel stores it: float32 unless it is of the operands' dtype.
 at::Tensor gradient(at::IntArrayRef shape, at::ScalarType wanted, const at::Tensor& like) {
   return at::empty(shape, like.options().dtype(wanted == like.scalar_type() ? wanted : at::kFloat));
+}
+
+void launch(Arithmetic arithmetic, AdapterGradArguments& arguments, at::Device device) {
+  const std::array<int64_t, 4> sizes{arguments.M, arguments.dA.columns, arguments.dB.columns, arguments.R};
+  const auto [M, K, N, R] = sizes;
+  const auto [sms, capability] = facts_of(device);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const auto launched = [&](const Plan& plan, const auto& launch_it) {
+    const Scratch scratch(plan, device, stream, arguments);
+    arguments.split = plan.split;
+    return launch_it(arithmetic, arguments, stream);
+  };
+  int status = kTensorMapRefused;
+  if (why_not_hopper(capability, arithmetic, arguments) == nullptr) {
+    const bool drops = arguments.dropout.seed != nullptr && K > 0;
+    status = launched(plan_hopper_adapter_grad(M, K, N, R, drops, sms), launch_hopper_adapter_grad);
+  }
+  if (status == kTensorMapRefused)
+    status = launched(plan_adapter_grad(arithmetic, M, K, N, R, sms), launch_adapter_grad);
+  check_launch(status, "adapter_grad", "(M, K, N, R)", sizes);
 }
 
 std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
@@ -281,15 +302,9 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
   }
   const int64_t elements = (dA ? dA->numel() : 0) + (dB ? dB->numel() : 0);
   if (elements > 0) {
-    const auto stream = c10::cuda::getCurrentCUDAStream();
-    const std::array<int64_t, 4> sizes{arguments.M, arguments.dA.columns, arguments.dB.columns, arguments.R};
-    const auto [M, K, N, R] = sizes;
-    const Plan plan = plan_adapter_grad(arithmetic, M, K, N, R, facts_of(like.device()).sms);
-    const Scratch scratch(plan, like.device(), stream, arguments);
     arguments.scale = static_cast<float>(scale);
     arguments.dropout = dropout;
-    arguments.split = plan.split;
-    check_launch(launch_adapter_grad(arithmetic, arguments, stream), "adapter_grad", "(M, K, N, R)", sizes);
+    launch(arithmetic, arguments, like.device());
   }
   return {dA ? std::make_optional(in_dtype(*dA, dtype_A)) : dA, dB ? std::make_optional(in_dtype(*dB, dtype_B)) : dB};
 }

@@ -131,13 +131,17 @@ struct Stages {
   template <int N>
   using Product = Wgmma<N, typename Shape::Element, !ALONG>;
 
-  __device__ uint64_t a() const {
-    return matrix_descriptor(memory.a(place.stage) + consumer * ROWS * SPAN, 16, 8 * SPAN, Swizzle::k128);
+  __device__ uint64_t a(Place<Shape> at) const {
+    return matrix_descriptor(memory.a(at.stage) + consumer * ROWS * SPAN, 16, 8 * SPAN, Swizzle::k128);
   }
-  __device__ uint64_t w() const { return matrix_descriptor(memory.w(place.stage), LEADING, 8 * SPAN, Swizzle::k128); }
-  __device__ uint64_t u() const { return matrix_descriptor(memory.u(place.stage), LEADING, 8 * U_SPAN, U_SWIZZLE); }
+  __device__ uint64_t w(Place<Shape> at) const {
+    return matrix_descriptor(memory.w(at.stage), LEADING, 8 * SPAN, Swizzle::k128);
+  }
+  __device__ uint64_t u(Place<Shape> at) const {
+    return matrix_descriptor(memory.u(at.stage), LEADING, 8 * U_SPAN, U_SWIZZLE);
+  }
 
-  __device__ void await_full() const { await_phase(&memory.barriers().full[place.stage], place.phase); }
+  __device__ void await_full(Place<Shape> at) const { await_phase(&memory.barriers().full[at.stage], at.phase); }
 
   // The wgmma of this stage is committed. The one before it is done when only one is left in flight, and then its stage
   // may be filled: the tensor cores never run dry.

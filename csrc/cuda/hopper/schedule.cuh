@@ -50,7 +50,7 @@ struct Schedule {
   }
 
   __device__ bool computes_h(const Work& work) const { return publishers == 0 || work.column <= 0; }
-  // h as wgmma takes its first operand from registers: with several blocks of h it has but one of them there
+  // all of it: with several blocks of h, the others are other items' work, and it comes from memory
   __device__ bool has_own_h(const Work& work) const { return computes_h(work) && blocks == 1; }
 
   // ---- h of a block's 128 rows: each consumer of each of its blocks of ranks raises the flag by one

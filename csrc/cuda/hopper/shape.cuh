@@ -23,6 +23,7 @@ constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
 constexpr int BLOCK_M = 128, ROWS = BLOCK_M / CONSUMERS;
 constexpr int BLOCK_Q = 64;      // of one step of the main loop: 128 bytes, the widest swizzle
 constexpr int BLOCK_R = BLOCK_Q;  // the LoRA step is one of the same kind
+constexpr int MOST_RANKS = 256;
 constexpr int CHUNK = 64;        // columns of out that are rounded and stored at once
 constexpr int CHUNK_BYTES = 64 * 64 * 2;
 constexpr int STAGINGS = 2;      // chunks of a consumer: one is filled while the other is stored
@@ -59,6 +60,7 @@ struct Shape {
     return bytes(stages) <= MOST_SHARED_BYTES ? stages : most_stages(stages - 1);
   }
   static constexpr int STAGES = most_stages(8), SHARED_BYTES = bytes(STAGES);
+  static_assert(STAGES * BLOCK_R >= MOST_RANKS, "all blocks of h v must be there at once");
   static constexpr int BARRIERS_AT = SHARED_BYTES - BARRIER_BYTES - ALIGNMENT;
 };
 
@@ -108,7 +110,7 @@ struct Memory {
 // 8 · i + row gives row `row` of 8×8 matrix i; the matrices go down first, then right. In bytes from the start of a tile
 // whose rows are SPAN bytes, with the swizzle of 128 bytes.  column: of 8 elements.
 __device__ inline int swizzled(int first_row, int column) {
-  const int lane = thread_index() % 32, row = first_row + lane / 8 % 2 * 8 + lane % 8;
+  const int lane = computed_anew(thread_index() % 32), row = first_row + lane / 8 % 2 * 8 + lane % 8;
   return row * SPAN + ((column + lane / 16) ^ (row % 8)) * 16;
 }
 

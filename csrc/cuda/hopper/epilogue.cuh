@@ -11,6 +11,7 @@ __device__ void store_out(Consumer<Shape>& consumer, const Work& work, const typ
   using Element = typename Shape::Element;
   const Arguments& arguments = consumer.arguments;
   const auto* bias = static_cast<const Element*>(arguments.bias);
+  const Dropout dropout(arguments.dropout, Shape::DROPS_OUTPUT);
   const float scale = arguments.scale * (Shape::DROPS_OUTPUT ? arguments.dropout.keep_scale : 1.0f);
   const int64_t P = arguments.P, row = consumer.row(work) * P;
   const int first_m = (work.row * CLUSTER + consumer.rank) * BLOCK_M + consumer.consumer * ROWS;
@@ -19,15 +20,17 @@ __device__ void store_out(Consumer<Shape>& consumer, const Work& work, const typ
   if constexpr (Shape::APART) consumer.await_low_rank();
 #pragma unroll
   for (int chunk = 0; chunk < Shape::COLUMNS / CHUNK; ++chunk) {
-    float product[CHUNK / 2];
-    if constexpr (Shape::APART) consumer.multiply_chunk(chunk, product);
     const int first_p = work.column * Shape::COLUMNS + chunk * CHUNK;
     unsigned char* staging = consumer.memory.staging(consumer.consumer, chunk % STAGINGS);
     // the store that reads this staging is the last but one
     if (leads) await_stores_read<STAGINGS - 1>();
     sync_warpgroup(1 + consumer.consumer);
+    float product[APART_COLUMNS / 2];
 #pragma unroll
     for (int column = 0; column < CHUNK / 8; column += 2) {
+      if (Shape::APART && column * 8 % APART_COLUMNS == 0) {
+        consumer.multiply_apart(chunk * CHUNK + column * 8, product);
+      }
       uint32_t pairs[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -36,10 +39,10 @@ __device__ void store_out(Consumer<Shape>& consumer, const Work& work, const typ
         float first = sums[chunk * (CHUNK / 2) + at], second = sums[chunk * (CHUNK / 2) + at + 1];
         if constexpr (Shape::APART) {
           const uint32_t kept =
-              Shape::DROPS_OUTPUT ? consumer.dropout.keeps_pair(row + i % 2 * 8 * P + p) : 0xFFFFFFFF;
+              Shape::DROPS_OUTPUT ? dropout.keeps_pair(row + i % 2 * 8 * P + p) : 0xFFFFFFFF;
           // left out where dropped, not multiplied by zero: it may be infinite
-          if (kept & 0xFFFF) first += scale * product[at];
-          if (kept >> 16) second += scale * product[at + 1];
+          if (kept & 0xFFFF) first += scale * product[at % (APART_COLUMNS / 2)];
+          if (kept >> 16) second += scale * product[at % (APART_COLUMNS / 2) + 1];
         }
         if (bias != nullptr && p < P) {
           first += to_float(bias[p]);

@@ -19,7 +19,6 @@ struct Consumer {
   Memory<Shape> memory;
   int consumer, rank;
   Stages<Shape> stages;
-  Dropout dropout;
   int with_h = 0;
 
   __device__ Consumer(const Arguments& arguments, const Schedule& schedule, Memory<Shape> memory, int consumer,
@@ -29,8 +28,7 @@ struct Consumer {
         memory(memory),
         consumer(consumer),
         rank(rank),
-        stages{memory, consumer},
-        dropout(arguments.dropout, Shape::DROPS_INPUT || Shape::DROPS_OUTPUT) {}
+        stages{memory, consumer} {}
 
   // Anew in each tile: what follows from it, kept from tile to tile, would leave too few registers for sums.
   __device__ static int thread() { return computed_anew(thread_index() % WARPGROUP); }
@@ -46,6 +44,8 @@ struct Consumer {
   __device__ void multiply(const Work& work, OutSums& sums, HSums& h) {
     using Stages = hopper::Stages<Shape>;
     const int steps = tiles(arguments.Q, BLOCK_Q);
+    // made where it is used, as in the epilogue: its keys would take registers from all else
+    const Dropout dropout(arguments.dropout, H && Shape::DROPS_INPUT);
     for (int step = 0; step < steps; ++step) {
       stages.await_full(stages.place);
       const uint64_t a = stages.a(stages.place), w = stages.w(stages.place), u = stages.u(stages.place);
@@ -66,7 +66,7 @@ struct Consumer {
       }
       wgmma_commit();
       if constexpr (H && Shape::DROPS_INPUT) {
-        multiply_dropped(work, step, u, h);
+        multiply_dropped(work, dropout, step, u, h);
       } else {
         stages.pass();
       }
@@ -114,23 +114,25 @@ struct Consumer {
     stages.finish();
   }
 
-  // The other way (Shape::APART), a chunk of out's columns at a time, for there are no registers for more: h v of the
-  // chunk, over all blocks of ranks. Their stages are there at once, and stay until all chunks have been.
+  // The other way (Shape::APART): h v of a few of out's columns at a time, for there are no registers for more, over all
+  // blocks of ranks. Their stages are there at once, and stay until all columns have been.
   __device__ void await_low_rank() {
     stages.finish();
     Place<Shape> place = stages.place;
     for (int block = 0; block < schedule.blocks; ++block, place.advance()) stages.await_full(place);
   }
-  __device__ void multiply_chunk(int chunk, float (&product)[CHUNK / 2]) {
+  __device__ void multiply_apart(int column, float (&product)[APART_COLUMNS / 2]) {
     using Stages = hopper::Stages<Shape>;
     Place<Shape> place = stages.place;
-    wgmma_fence();
+#pragma unroll 1
     for (int block = 0; block < schedule.blocks; ++block, place.advance()) {
-      const uint64_t v = stages.w(place) + chunk * Stages::CHUNK_STEP;
-      multiply_by_v<CHUNK>(product, stages.a(place), v, block > 0);
+      wgmma_fence();
+      const uint64_t v = stages.w(place) + Stages::to_column(column);
+      multiply_by_v<APART_COLUMNS>(product, stages.a(place), v, block > 0);
+      wgmma_commit();
+      // here and not after the loop, where the compiler does not see that all are done, and waits for each wgmma
+      wgmma_wait<0>();
     }
-    wgmma_commit();
-    wgmma_wait<0>();
   }
   __device__ void pass_low_rank() {
     for (int block = 0; block < schedule.blocks; ++block) stages.pass();
@@ -139,7 +141,7 @@ struct Consumer {
 
  private:
   // h += D(a) u: a's elements pass through registers on their way to the tensor cores, where the mask falls on them.
-  __device__ void multiply_dropped(const Work& work, int step, uint64_t u, HSums& h) {
+  __device__ void multiply_dropped(const Work& work, const Dropout& dropout, int step, uint64_t u, HSums& h) {
     using Stages = hopper::Stages<Shape>;
     const unsigned char* tile = memory.a(stages.place.stage) + consumer * ROWS * SPAN;
     const int64_t first = static_cast<int64_t>(row(work)) * arguments.Q + step * BLOCK_Q + column_of_pair();

@@ -125,8 +125,13 @@ struct Stages {
   static constexpr int U_SPAN = ALONG || Shape::RANKS >= 64 ? SPAN : Shape::RANKS * 2;
   static constexpr int LEADING = ALONG ? 16 : 64 * SPAN;
   static constexpr int W_STEP = (ALONG ? 32 : 16 * SPAN) >> 4, U_STEP = (ALONG ? 32 : 16 * U_SPAN) >> 4;
-  static constexpr int A_STEP = 32 >> 4, CHUNK_STEP = CHUNK * SPAN >> 4;
+  static constexpr int A_STEP = 32 >> 4;
   static constexpr Swizzle U_SWIZZLE = U_SPAN == 128 ? Swizzle::k128 : U_SPAN == 64 ? Swizzle::k64 : Swizzle::k32;
+
+  // from the first column of w's tile to a multiple of 32: contiguous along it, they lie in chunks of 64
+  __device__ static constexpr int to_column(int column) {
+    return (ALONG ? column * SPAN : column / CHUNK * CHUNK_BYTES + column % CHUNK * 2) >> 4;
+  }
 
   template <int N>
   using Product = Wgmma<N, typename Shape::Element, !ALONG>;

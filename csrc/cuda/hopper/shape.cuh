@@ -26,6 +26,7 @@ constexpr int BLOCK_R = BLOCK_Q;  // the LoRA step is one of the same kind
 constexpr int MOST_RANKS = 256;
 constexpr int CHUNK = 64;        // columns of out that are rounded and stored at once
 constexpr int CHUNK_BYTES = 64 * 64 * 2;
+constexpr int APART_COLUMNS = 32;  // of h v where it is summed apart
 constexpr int STAGINGS = 2;      // chunks of a consumer: one is filled while the other is stored
 constexpr int SPAN = 128;        // bytes of a row of a tile, and of the swizzle
 

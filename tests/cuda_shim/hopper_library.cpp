@@ -1,5 +1,5 @@
 // Hopper's kernels on the host, for ctypes.
-#include "lora_matmul.cu"
+#include "launch.cu"
 #include "lora_matmul_forward_bfloat16.cu"
 #include "lora_matmul_forward_half.cu"
 #include "lora_matmul_input_grad_bfloat16.cu"

@@ -180,6 +180,8 @@ __device__ inline void take_registers() {
 
 // The 128 threads of a warpgroup. id: 1 to 15, one for each group that waits at the same time.
 __device__ inline void sync_warpgroup(int id) { asm volatile("bar.sync %0, 128;" : : "r"(id) : "memory"); }
+// of two warpgroups
+__device__ inline void sync_two_warpgroups(int id) { asm volatile("bar.sync %0, 256;" : : "r"(id) : "memory"); }
 
 // Four 8×8 matrices of 16-bit elements from mma's fragments to shared memory: load_matrices the other way.
 __device__ inline void store_matrices(void* row, const uint32_t (&fragments)[4]) {

@@ -9,9 +9,8 @@ namespace fused_lora::cuda::hopper {
 
 template <typename Shape>
 __device__ void consume(Consumer<Shape>& consumer) {
-  auto& barriers = consumer.memory.barriers();
   Tickets<Shape> tickets{consumer.memory};
-  for (int with_h = 0;;) {
+  for (;;) {
     const int ticket = tickets.next_of_consumer(consumer.consumer);
     if (ticket >= consumer.schedule.tickets()) break;
     const Work work = consumer.schedule.work(ticket);
@@ -21,7 +20,7 @@ __device__ void consume(Consumer<Shape>& consumer) {
       typename Consumer<Shape>::HSums h;
       if (consumer.thread() == 0) {
         await_stores_read<0>();
-        arrive(&barriers.stored);
+        arrive(&consumer.memory.barriers().stored);
       }
       if (work.is_h_alone()) {
         consumer.template multiply<false, true>(work, sums, h);
@@ -29,8 +28,7 @@ __device__ void consume(Consumer<Shape>& consumer) {
         consumer.template multiply<true, true>(work, sums, h);
       }
       // out's chunks will lie where the other consumer may still read tiles of u: both go on when both are done
-      if (consumer.thread() % 32 == 0) arrive(&barriers.multiplied);
-      await_phase(&barriers.multiplied, with_h++ & 1);
+      sync_two_warpgroups(BOTH_CONSUMERS);
       consumer.round_h(work, h);
       if (work.is_h_alone()) continue;
     } else {

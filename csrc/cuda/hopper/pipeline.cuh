@@ -32,7 +32,6 @@ __device__ void init_barriers(const Memory<Shape>& memory) {
     init_barrier(&barriers.heard[slot], CLUSTER * (1 + CONSUMERS));
   }
   init_barrier(&barriers.stored, CONSUMERS);
-  init_barrier(&barriers.multiplied, CONSUMERS * WARPGROUP / 32);
   publish_barriers();
 }
 

@@ -16,6 +16,8 @@
 namespace fused_lora::cuda::hopper {
 
 constexpr int CLUSTER = 2, CONSUMERS = 2, WARPGROUP = 128;
+// named barriers: 1 and 2 of a consumer's own threads, and of both
+constexpr int BOTH_CONSUMERS = 1 + CONSUMERS;
 constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
 // 128 accumulators of out, 32 of h or of its product by v, and what addresses need; 240 × 64 Ki / 384 do not divide
 constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
@@ -82,7 +84,6 @@ struct Memory {
     Barrier full[Shape::STAGES], empty[Shape::STAGES];  // of each stage: its tiles have come; nobody reads them
     Barrier told[2], heard[2];                          // of each slot: a ticket is there; everybody has read it
     Barrier stored;                                     // out's chunks have left, tiles of u may come
-    Barrier multiplied;                                 // tiles of u have been read, out's chunks may come
     int ticket[2];
   };
   static_assert(sizeof(Barriers) <= Shape::BARRIER_BYTES, "barriers outgrow their place");

@@ -230,7 +230,8 @@ inline auto tensor_map_encoder() {
 // Whether there is a driver of CUDA 12 or later.
 inline bool driver_makes_tensor_maps() { return tensor_map_encoder() != nullptr; }
 
-// Of elements of bfloat16 or half: zero fills what is beyond the edge, and both are zero alike. Returns 0 or a CUresult.
+// Of elements of bfloat16 or half: zero fills what is beyond the edge, and both are zero alike. Returns 0 or a
+// CUresult.
 inline int encode_tensor_map(TensorMap* map, const TileMap& tile, bool bfloat16) {
   const auto encoder = tensor_map_encoder();
   if (encoder == nullptr) return CUDA_ERROR_NOT_FOUND;

@@ -1,5 +1,5 @@
-// From sums to out: what of the low-rank product was summed apart, bias, rounding, and a way through shared memory, from
-// which the TMA stores whole lines and leaves out what is beyond M and P. It stores while the consumer goes on.
+// From sums to out: what of the low-rank product was summed apart, bias, rounding, and a way through shared memory,
+// from which the TMA stores whole lines and leaves out what is beyond M and P. It stores while the consumer goes on.
 #pragma once
 
 #include "low_rank.cuh"
@@ -38,8 +38,7 @@ __device__ void store_out(Consumer<Shape>& consumer, const Work& work, const typ
         // sums themselves stay untouched: what else than wgmma writes to them makes the compiler wait for every wgmma
         float first = sums[chunk * (CHUNK / 2) + at], second = sums[chunk * (CHUNK / 2) + at + 1];
         if constexpr (Shape::APART) {
-          const uint32_t kept =
-              Shape::DROPS_OUTPUT ? dropout.keeps_pair(row + i % 2 * 8 * P + p) : 0xFFFFFFFF;
+          const uint32_t kept = Shape::DROPS_OUTPUT ? dropout.keeps_pair(row + i % 2 * 8 * P + p) : 0xFFFFFFFF;
           // left out where dropped, not multiplied by zero: it may be infinite
           if (kept & 0xFFFF) first += scale * product[at % (APART_COLUMNS / 2)];
           if (kept >> 16) second += scale * product[at % (APART_COLUMNS / 2) + 1];

@@ -1,7 +1,7 @@
 // What a consumer multiplies: a by w and, for who computes h, by u; then h by v, which is the LoRA step.
 //
-// A thread has rows row() and row() + 8 of its consumer's 64, and of every 8 columns two neighbours: in sums, and in the
-// fragments of ldmatrix and stmatrix alike.
+// A thread has rows row() and row() + 8 of its consumer's 64, and of every 8 columns two neighbours: in sums, and in
+// the fragments of ldmatrix and stmatrix alike.
 #pragma once
 
 #include "pipeline.cuh"
@@ -43,7 +43,7 @@ struct Consumer {
   template <bool OUT, bool H>
   __device__ void multiply(const Work& work, OutSums& sums, HSums& h) {
     using Stages = hopper::Stages<Shape>;
-    const int steps = tiles(arguments.Q, BLOCK_Q);
+    const int steps = ceil_div(arguments.Q, BLOCK_Q);
     // made where it is used, as in the epilogue: its keys would take registers from all else
     const Dropout dropout(arguments.dropout, H && Shape::DROPS_INPUT);
     for (int step = 0; step < steps; ++step) {
@@ -104,6 +104,7 @@ struct Consumer {
 
   // sums += scaled_h v: a step of the main loop.
   __device__ void add_low_rank(OutSums& sums) {
+#pragma unroll 1
     for (int block = 0; block < schedule.blocks; ++block) {
       stages.await_full(stages.place);
       wgmma_fence();
@@ -114,8 +115,8 @@ struct Consumer {
     stages.finish();
   }
 
-  // The other way (Shape::APART): h v of a few of out's columns at a time, for there are no registers for more, over all
-  // blocks of ranks. Their stages are there at once, and stay until all columns have been.
+  // The other way (Shape::APART): h v of a few of out's columns at a time, for there are no registers for more, over
+  // all blocks of ranks. Their stages are there at once, and stay until all columns have been.
   __device__ void await_low_rank() {
     stages.finish();
     Place<Shape> place = stages.place;

@@ -1,7 +1,7 @@
 // The stages through which tiles pass from memory to the tensor cores, and the producer that fills them.
 //
-// A stage holds a tile of a (128 × 64), one of w (64 × COLUMNS) and, for who computes h, one of u (64 × RANKS): 64 of the
-// contraction. The LoRA step is a stage like any other: its a is h (or scale · h), its w is v.
+// A stage holds a tile of a (128 × 64), one of w (64 × COLUMNS) and, for who computes h, one of u (64 × RANKS): 64 of
+// the contraction. The LoRA step is a stage like any other: its a is h (or scale · h), its w is v.
 #pragma once
 
 #include "schedule.cuh"
@@ -47,7 +47,7 @@ struct Producer {
   __device__ void run() {
     auto& barriers = memory.barriers();
     Tickets<Shape> tickets{memory};
-    const int steps = tiles(arguments.Q, BLOCK_Q);
+    const int steps = ceil_div(arguments.Q, BLOCK_Q);
     for (int with_h = 0;;) {
       const int ticket = tickets.next_of_producer();
       if (ticket >= schedule.tickets()) return;

@@ -16,8 +16,8 @@
 // up to 20 MB, is found in L2 before anything displaces it: 4 to 6 µs less.
 #pragma once
 
-#include "../device/hopper.cuh"
-#include "../device/wgmma.cuh"
+#include "hopper.cuh"
+#include "wgmma.cuh"
 #include "../kernels/reduction.cuh"
 
 namespace fused_lora::cuda::hopper {

@@ -1,4 +1,4 @@
-// The adapter gradients on Hopper, in plain C++: what adapter_grad.cu offers beside kernels/launches.h's portable kernel.
+// The adapter gradients on Hopper, in plain C++, beside the portable kernel of kernels/launches.h.
 #pragma once
 
 #include "launches.h"

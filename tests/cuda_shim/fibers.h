@@ -97,8 +97,8 @@ struct Fiber {
     std::vector<size_t> unfenced;
     // stores to other blocks' shared memory that it has not released
     std::vector<std::pair<int*, int>> remote;
-    // wgmma.cuh: how many of its warpgroup's products it has issued, and groups of them committed
-    int64_t issued = 0, committed = 0;
+    // products.h: how many of its warpgroup's products it has issued and awaited, and groups of them committed
+    int64_t issued = 0, awaited = 0, committed = 0;
     bool registers_ordered = false;
   } state;
 };

@@ -222,7 +222,7 @@ inline void wgmma_fence() { me().state.registers_ordered = true; }
 inline void wgmma_commit() { products().commit(me()); }
 template <int PENDING>
 inline void wgmma_wait() {
-  with_warpgroup([] { products().await(on_hopper().warpgroups[warpgroup_index()].here, PENDING); });
+  products().await(me(), PENDING);
 }
 
 // ---- on the host
@@ -245,13 +245,7 @@ int launch_in_clusters(int cluster_blocks, void (*kernel)(Arguments), int blocks
   shim::Machine& machine = shim::Machine::here();
   shim::Visibility::here().begin();
   machine.on_start = [&](shim::Block& block) { block.hopper = std::make_shared<shim::Hopper>(block, threads); };
-  machine.on_thread_end = [](shim::Fiber& fiber) {
-    for (const auto& read : fiber.state.reads) {
-      shim::require(read->done, "a thread leaves before its stores have read shared memory");
-    }
-    const auto& products = shim::Hopper::of(*fiber.block).products[fiber.thread / shim::WARPGROUP];
-    shim::require(products == nullptr || products->done == fiber.state.issued, "a thread leaves amid its wgmmas");
-  };
+  machine.on_thread_end = [](shim::Fiber& fiber) { shim::Hopper::of(*fiber.block).end(fiber); };
   const int outcome = machine.run(blocks, cluster_blocks, threads, shared_bytes, [&] { kernel(arguments); });
   machine.on_start = nullptr;
   machine.on_thread_end = nullptr;

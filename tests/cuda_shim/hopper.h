@@ -108,6 +108,15 @@ struct Hopper {
     return barriers[index];
   }
 
+  // A thread leaves.
+  void end(const Fiber& fiber) const {
+    for (const auto& read : fiber.state.reads) {
+      require(read->done, "a thread leaves before its stores have read shared memory");
+    }
+    require(fiber.state.issued == fiber.state.awaited, "a thread leaves before its wgmmas are done");
+    require(block.left > 1 || arriving.empty(), "a block leaves before its loads have come");
+  }
+
   size_t chunk(const void* pointer) const { return (static_cast<const unsigned char*>(pointer) - block.shared) / 16; }
 };
 

@@ -12,7 +12,7 @@ constexpr int ROWS_OF_A = 64, DEPTH = 16;
 // Sums of one array of each thread, from its first product until they are awaited.
 struct Sums {
   float* of[WARPGROUP] = {};
-  int columns, under_way = 0;
+  int columns;
   std::vector<float> values;  // row by row
 
   explicit Sums(int columns) : columns(columns), values(ROWS_OF_A * columns) {}
@@ -27,10 +27,8 @@ struct Sums {
     for (int i = 0; i < columns / 2; ++i) at(thread, i) = sums[i];
     std::memset(sums, 0xFF, sizeof(float) * columns / 2);
   }
-  void give_back() {
-    for (int thread = 0; thread < WARPGROUP; ++thread) {
-      for (int i = 0; i < columns / 2; ++i) of[thread][i] = at(thread, i);
-    }
+  void give_back(int thread) {
+    for (int i = 0; i < columns / 2; ++i) of[thread][i] = at(thread, i);
   }
 };
 
@@ -71,14 +69,22 @@ struct Product {
   }
 };
 
-struct Products {
+// Nothing makes the four warps wait for each other, but that a product needs its operands from all of them.
+struct Products : std::enable_shared_from_this<Products> {
+  // what a thread has under way
+  struct Mine {
+    std::shared_ptr<Sums> sums;
+    int64_t last;  // product that adds to them
+  };
+
   Block& block;
   std::deque<Product> queue;
-  int64_t first = 0;            // number of the queue's first
-  int64_t run = 0;              // so many are multiplied
-  int64_t done = 0;             // and awaited
+  int64_t first = 0;  // number of the queue's first, which not all threads have awaited
+  int64_t ready = 0;  // so many are issued by all threads
+  int64_t multiplied = 0;
   std::vector<int64_t> groups;  // where each ends
-  std::vector<std::shared_ptr<Sums>> live;
+  std::vector<Mine> mine[WARPGROUP];
+  std::vector<Fiber*> waiting;
 
   explicit Products(Block& block) : block(block) {}
 
@@ -87,18 +93,26 @@ struct Products {
     require(fiber.state.registers_ordered, "wgmma without wgmma_fence");
     const int thread = fiber.thread % WARPGROUP;
     const int64_t number = fiber.state.issued++;
-    if (number == first + static_cast<int64_t>(queue.size())) {
-      given.sums = sums_of(thread, sums, given.columns);
-      ++given.sums->under_way;
+    const auto under_way = std::find_if(mine[thread].begin(), mine[thread].end(),
+                                        [&](const Mine& some) { return some.sums->of[thread] == sums; });
+    const bool is_first = number == first + static_cast<int64_t>(queue.size());
+    if (is_first) {
+      const bool is_new = under_way == mine[thread].end();
+      given.sums = is_new ? std::make_shared<Sums>(given.columns) : under_way->sums;
       if (registers != nullptr) given.of_a.resize(ROWS_OF_A * DEPTH);
       queue.push_back(std::move(given));
-    } else {
-      require(queue[number - first] == given, "threads of a warpgroup issue different wgmmas");
     }
     Product& product = queue[number - first];
-    float*& mine = product.sums->of[thread];
-    if (mine == nullptr) product.sums->take(thread, sums);
-    require(mine == sums, "threads of a warpgroup name different sums");
+    require(is_first || product == given, "threads of a warpgroup issue different wgmmas");
+    require(product.sums->columns == product.columns, "sums under way are added to in another shape");
+    if (under_way != mine[thread].end()) {
+      require(under_way->sums == product.sums, "threads of a warpgroup name different sums");
+      under_way->last = number;
+    } else {
+      require(product.sums->of[thread] == nullptr, "threads of a warpgroup name different sums");
+      product.sums->take(thread, sums);
+      mine[thread].push_back({product.sums, number});
+    }
     if (registers != nullptr) {
       // as mma.m16n8k16 has them
       for (int i = 0; i < 8; ++i) {
@@ -107,7 +121,11 @@ struct Products {
             product.convert(static_cast<uint16_t>(registers[i / 2] >> (i % 2 ? 16 : 0)));
       }
     }
-    if (++product.here == WARPGROUP) Machine::here().later([this, number] { multiply_until(number + 1); });
+    if (++product.here < WARPGROUP) return;
+    ready = number + 1;
+    Machine::here().later([self = shared_from_this(), number] { self->multiply_until(number + 1); });
+    for (Fiber* fiber : waiting) Machine::here().wake(fiber);
+    waiting.clear();
   }
 
   void commit(Fiber& fiber) {
@@ -116,40 +134,30 @@ struct Products {
     require(groups[group] == fiber.state.issued, "threads of a warpgroup commit different groups");
   }
 
-  void await(const std::vector<Fiber*>& threads, int64_t pending) {
-    for (Fiber* fiber : threads) {
-      require(fiber->state.issued == threads[0]->state.issued && fiber->state.committed == threads[0]->state.committed,
-              "threads of a warpgroup await different wgmmas");
-      fiber->state.registers_ordered = false;
+  // This thread: its sums of all but the last `pending` groups.
+  void await(Fiber& fiber, int64_t pending) {
+    const int thread = fiber.thread % WARPGROUP;
+    fiber.state.registers_ordered = false;
+    const int64_t last = fiber.state.committed - pending, end = last > 0 ? groups[last - 1] : 0;
+    while (ready < end) {
+      waiting.push_back(&fiber);
+      Machine::here().sleep();
     }
-    const int64_t last = static_cast<int64_t>(groups.size()) - pending;
-    if (last <= 0 || groups[last - 1] <= done) return;
-    done = groups[last - 1];
-    multiply_until(done);
-    for (; first < done; ++first) {
-      --queue.front().sums->under_way;
-      queue.pop_front();
+    multiply_until(end);
+    for (Mine& some : mine[thread]) {
+      if (some.last < end) some.sums->give_back(thread), some.sums = nullptr;
     }
-    for (auto& sums : live) {
-      if (sums->under_way == 0) sums->give_back(), sums = nullptr;
-    }
-    live.erase(std::remove(live.begin(), live.end(), nullptr), live.end());
+    mine[thread].erase(
+        std::remove_if(mine[thread].begin(), mine[thread].end(), [](const Mine& some) { return some.sums == nullptr; }),
+        mine[thread].end());
+    for (int64_t& number = fiber.state.awaited; number < end; ++number) --queue[number - first].here;
+    for (; !queue.empty() && first < ready && queue.front().here == 0; ++first) queue.pop_front();
   }
 
  private:
-  std::shared_ptr<Sums> sums_of(int thread, const float* sums, int columns) {
-    for (const auto& known : live) {
-      if (known->of[thread] != sums) continue;
-      require(known->columns == columns, "sums under way are added to in another shape");
-      return known;
-    }
-    live.push_back(std::make_shared<Sums>(columns));
-    return live.back();
-  }
-
   void multiply_until(int64_t end) {
-    for (; run < end; ++run) {
-      Product& product = queue[run - first];
+    for (; multiplied < end; ++multiplied) {
+      Product& product = queue[multiplied - first];
       if (product.of_a.empty()) product.of_a = read(product.a, product.a_transposed, ROWS_OF_A, product.convert);
       const auto of_b = read(product.b, product.b_transposed, product.columns, product.convert);
       multiply(product, product.of_a.data(), of_b.data());

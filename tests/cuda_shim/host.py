@@ -15,7 +15,16 @@ from fused_lora.dropout import dropout_threshold, keep_scale
 
 SHIM = Path(__file__).parent
 CSRC = SHIM.parents[1] / "csrc" / "cuda"
-COMPILE = ["g++", "-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", f"-I{SHIM}", f"-I{CSRC / 'kernels'}"]
+COMPILE = [
+    "g++",
+    "-std=c++17",
+    "-O2",
+    "-U_FORTIFY_SOURCE",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    f"-I{SHIM}",
+    f"-I{CSRC / 'kernels'}",
+]
 BFLOAT16, HALF, EXACT, TF32 = range(4)
 ARITHMETIC = {torch.bfloat16: BFLOAT16, torch.float16: HALF, torch.float32: EXACT}
 

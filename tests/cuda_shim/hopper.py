@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 from ctypes import c_char_p, c_int32, c_int64, c_uint64
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .host import ARITHMETIC, CSRC, SHIM, DropoutArguments, LoraMatmulArguments, Matrix, Turns, compile
+from .host import ARITHMETIC, CSRC, DEFAULT, SHIM, DropoutArguments, LoraMatmulArguments, Matrix, compile
 
 INCLUDES = ("-march=native", f"-I{CSRC / 'hopper'}")
 OUTCOMES = {1: "threads wait for what never comes", 2: "too much shared memory", 3: "broken"}
@@ -23,22 +22,13 @@ class HopperPlan(ctypes.Structure):
     )  # fmt: skip
 
 
-class Broken(Exception):
-    """A launch did not end well: it hangs, or does what the hardware does not define."""
+class BrokenLaunchError(Exception):
+    """A launch hangs, does what the hardware does not define, or leaves its counters used."""
 
 
-@dataclass(frozen=True)
-class Cut:
-    """What of a plan is not left to the rule; None: is."""
-
-    publishes: bool | None = None
-    columns: int | None = None
-    ranks: int | None = None
-
-
-def build(folder: Path) -> HopperKernels:
+def build(folder: Path, source: Path = SHIM / "hopper_library.cpp") -> HopperKernels:
     library = folder / "hopper.so"
-    compile(SHIM / "hopper_library.cpp", library, *INCLUDES, "-fPIC", "-shared")
+    compile(source, library, *INCLUDES, "-fPIC", "-shared")
     return HopperKernels(library)
 
 
@@ -54,31 +44,33 @@ class HopperKernels:
             assert self.library.sizes(which) == ctypes.sizeof(structure)
 
     def lora_matmul(
-        self, a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, turns=Turns(), cut=Cut()
+        self, a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, turns=DEFAULT, arithmetic=None
     ):  # fmt: skip
         a2 = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
         (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
-        arithmetic = ARITHMETIC[a.dtype]
+        arithmetic = ARITHMETIC[a.dtype] if arithmetic is None else arithmetic
         out, h = a.new_empty((*a.shape[:-1], P)), a.new_empty((M, R))
         arguments = LoraMatmulArguments(
             M, P, Q, R, *(Matrix.of(operand, a.dtype) for operand in (a2, w, u, v)),
             None if bias is None else bias.data_ptr(), scale, dropout_on_output, DropoutArguments.of(seed, dropout_p),
-            out.data_ptr(), h.data_ptr(), None, None, 1,
+            out.data_ptr(), h.data_ptr(),
         )  # fmt: skip
-        plan = self.plan(arithmetic, arguments, turns, cut)
+        reason = self.why_not(arithmetic, arguments)
+        if reason is not None:
+            raise ValueError(reason)
+        plan = self.plan(arithmetic, arguments, turns)
         # aligned to 16 bytes by torch
         slots, counters = torch.empty(plan.slot_floats), torch.zeros(plan.counters, dtype=torch.int32)
         arguments.slots, arguments.counters = slots.data_ptr(), counters.data_ptr()
         self.library.set_turns(turns.seed, turns.resident, turns.delayed)
         outcome = self.library.launch_matmul(arithmetic, ctypes.byref(plan), ctypes.byref(arguments))
         if outcome != 0:
-            why = self.library.why_broken().decode()
-            raise Broken(f"{OUTCOMES.get(outcome, outcome)} {why}".strip())
+            raise BrokenLaunchError(f"{OUTCOMES.get(outcome, outcome)} {self.library.why_broken().decode()}".strip())
         if counters.any():
-            raise Broken("the launch left counters that are not zero")
+            raise BrokenLaunchError("the launch left counters that are not zero")
         return out, h
 
-    def plan(self, arithmetic, arguments, turns, cut=Cut()):
+    def plan(self, arithmetic, arguments, turns):
         plan = HopperPlan()
         self.library.plan_matmul(arithmetic, ctypes.byref(arguments), turns.sms, ctypes.byref(plan))
         return plan

@@ -1,9 +1,9 @@
 // Hopper's kernels on the host, for ctypes.
-#include "lora_matmul.cu"
-#include "lora_matmul_forward_bfloat16.cu"
-#include "lora_matmul_forward_half.cu"
-#include "lora_matmul_input_grad_bfloat16.cu"
-#include "lora_matmul_input_grad_half.cu"
+#include "../../csrc/cuda/hopper/lora_matmul.cu"
+#include "../../csrc/cuda/hopper/lora_matmul_forward_bfloat16.cu"
+#include "../../csrc/cuda/hopper/lora_matmul_forward_half.cu"
+#include "../../csrc/cuda/hopper/lora_matmul_input_grad_bfloat16.cu"
+#include "../../csrc/cuda/hopper/lora_matmul_input_grad_half.cu"
 
 using namespace fused_lora::cuda;
 

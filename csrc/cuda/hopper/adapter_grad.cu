@@ -74,17 +74,18 @@ const char* hopper_why_not(Arithmetic arithmetic, const AdapterGradArguments& ar
   });
 }
 
-Plan plan_hopper_adapter_grad(int64_t M, int64_t K, int64_t N, int64_t R, bool dropout, int32_t sms) {
-  return with_tile<BFloat16>(R, [&](auto tile) {
+Plan plan_hopper_adapter_grad(const AdapterGradArguments& arguments, int32_t sms) {
+  return with_tile<BFloat16>(arguments.R, [&](auto tile) {
     using Tile = decltype(tile);
-    using Shape = typename Tile::Shape;
+    const int64_t tiles =
+        gradient_tiles<typename Tile::Shape>(arguments.dA.columns, arguments.dB.columns, arguments.R);
+    const bool drops = arguments.dA.columns > 0 && arguments.dropout.seed != nullptr;
     Plan plan{};
-    const int64_t tiles = gradient_tiles<Shape>(K, N, R), steps = ceil_div(M, Tile::TOKENS);
-    // One block of an SM keeps enough bytes on their way, and the fewer the parts, the sooner they are summed. Where x is
+    // One block on an SM has enough bytes on their way, and the fewer the parts, the sooner they are summed. Where x is
     // dropped, a block that draws its mask shares an SM with one that waits for dy.
-    plan.split = parts_for(tiles, steps, sms, dropout ? Tile::BLOCKS : 1, 4);
+    plan.split = parts_for(tiles, ceil_div(arguments.M, Tile::TOKENS), sms, drops ? Tile::BLOCKS : 1, 4);
     plan.counters = static_cast<int32_t>(plan.split > 1 ? tiles : 0);
-    plan.slot_floats = plan.split > 1 ? tiles * plan.split * SLOT<Shape> : 0;
+    plan.slot_floats = plan.split > 1 ? tiles * plan.split * SLOT<typename Tile::Shape> : 0;
     return plan;
   });
 }

@@ -16,8 +16,8 @@
 // up to 20 MB, is found in L2 before anything displaces it: 4 to 6 µs less.
 #pragma once
 
-#include "../device/hopper.cuh"
-#include "../device/wgmma.cuh"
+#include "hopper.cuh"
+#include "wgmma.cuh"
 #include "../kernels/reduction.cuh"
 
 namespace fused_lora::cuda::hopper {
@@ -40,7 +40,9 @@ struct GradTile {
   static constexpr int WIDE_PANEL = TOKENS * 64 * 2, WIDE_BYTES = Shape::OUTER_A / 64 * WIDE_PANEL;
   static constexpr int LOW_WIDTH = RANKS < 64 ? RANKS : 64, LOW_ROW = LOW_WIDTH * 2, LOW_PANEL = TOKENS * LOW_ROW;
   static constexpr int LOW_BYTES = RANKS / LOW_WIDTH * LOW_PANEL;
-  static constexpr Swizzle LOW_SWIZZLE = LOW_WIDTH == 64 ? Swizzle::k128 : LOW_WIDTH == 32 ? Swizzle::k64 : Swizzle::k32;
+  static constexpr Swizzle LOW_SWIZZLE = LOW_ROW == 128  ? Swizzle::k128
+                                         : LOW_ROW == 64 ? Swizzle::k64
+                                                         : Swizzle::k32;
   static constexpr int STAGE_BYTES = WIDE_BYTES + LOW_BYTES;
 
   // Two blocks share an SM, so that a few more blocks than SMs are no second wave. The sums of 256 ranks are half of
@@ -61,7 +63,8 @@ struct GradTile {
     const int column = thread_index() / 32 * 16 + thread_index() % 32 / 4, rank = thread_index() % 4 * 2;
 #pragma unroll
     for (int index = 0; index < RANKS / 2; ++index) {
-      visit(sums[index / (WIDTH / 2)][index % (WIDTH / 2)], column + index / 2 % 2 * 8, rank + index / 4 * 8 + index % 2);
+      float& sum = sums[index / (WIDTH / 2)][index % (WIDTH / 2)];
+      visit(sum, column + index / 2 % 2 * 8, rank + index / 4 * 8 + index % 2);
     }
   }
 };

@@ -1,4 +1,4 @@
-// The adapter gradients on Hopper, in plain C++: what adapter_grad.cu offers beside kernels/launches.h's portable kernel.
+// The adapter gradients on Hopper, in plain C++, beside the portable kernel of kernels/launches.h.
 #pragma once
 
 #include "launches.h"
@@ -8,8 +8,8 @@ namespace fused_lora::cuda {
 // Null where the launch can be made, else why the portable kernel must serve.
 const char* hopper_why_not(Arithmetic arithmetic, const AdapterGradArguments& arguments);
 
-// dropout: whether x is dropped. Its sums are cut into more parts, for then drawing the mask takes time too.
-Plan plan_hopper_adapter_grad(int64_t M, int64_t K, int64_t N, int64_t R, bool dropout, int32_t sms);
+// For arguments that hopper_why_not has nothing against; scratch and split are not looked at.
+Plan plan_hopper_adapter_grad(const AdapterGradArguments& arguments, int32_t sms);
 
 // As launch_adapter_grad. Returns a cudaError_t, or kTensorMapRefused.
 int launch_hopper_adapter_grad(Arithmetic arithmetic, const AdapterGradArguments& arguments, void* stream);

@@ -163,14 +163,17 @@ inline void take_registers() {
   });
 }
 
-inline void sync_warpgroup(int id) {
+inline void sync_named(int id, int warpgroups) {
   shim::require(id > 0 && id < 16, "a named barrier is 1 to 15");
   shim::Meeting& meeting = on_hopper().named[id];
   for (const shim::Fiber* fiber : meeting.here) {
-    shim::require(fiber->thread / shim::WARPGROUP == warpgroup_index(), "two warpgroups at one named barrier");
+    const bool mine = fiber->thread / shim::WARPGROUP == warpgroup_index();
+    shim::require(mine || warpgroups > 1, "two warpgroups at one named barrier");
   }
-  shim::Machine::here().meet(meeting, shim::WARPGROUP, [&] { shim::Visibility::here().meet(meeting); });
+  shim::Machine::here().meet(meeting, warpgroups * shim::WARPGROUP, [&] { shim::Visibility::here().meet(meeting); });
 }
+inline void sync_warpgroup(int id) { sync_named(id, 1); }
+inline void sync_two_warpgroups(int id) { sync_named(id, 2); }
 
 // PTX ISA, stmatrix: lane 8·matrix + row gives a row's address; lane l has elements 2·(l % 4) and the next of row l
 // / 4.

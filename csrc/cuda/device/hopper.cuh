@@ -180,6 +180,8 @@ __device__ inline void take_registers() {
 
 // The 128 threads of a warpgroup. id: 1 to 15, one for each group that waits at the same time.
 __device__ inline void sync_warpgroup(int id) { asm volatile("bar.sync %0, 128;" : : "r"(id) : "memory"); }
+// of two warpgroups
+__device__ inline void sync_two_warpgroups(int id) { asm volatile("bar.sync %0, 256;" : : "r"(id) : "memory"); }
 
 // Four 8×8 matrices of 16-bit elements from mma's fragments to shared memory: load_matrices the other way.
 __device__ inline void store_matrices(void* row, const uint32_t (&fragments)[4]) {
@@ -228,7 +230,8 @@ inline auto tensor_map_encoder() {
 // Whether there is a driver of CUDA 12 or later.
 inline bool driver_makes_tensor_maps() { return tensor_map_encoder() != nullptr; }
 
-// Of elements of bfloat16 or half: zero fills what is beyond the edge, and both are zero alike. Returns 0 or a CUresult.
+// Of elements of bfloat16 or half: zero fills what is beyond the edge, and both are zero alike. Returns 0 or a
+// CUresult.
 inline int encode_tensor_map(TensorMap* map, const TileMap& tile, bool bfloat16) {
   const auto encoder = tensor_map_encoder();
   if (encoder == nullptr) return CUDA_ERROR_NOT_FOUND;

@@ -1,5 +1,5 @@
-// 16-bit copies of adapters that the TMA cannot read as they are: float32 over a 16-bit base, or strides that it does not
-// take. Adapters are thin, so a copy is small beside the product that follows.
+// 16-bit copies of adapters that the TMA cannot read as they are: float32 over a 16-bit base, or strides that it does
+// not take. Adapters are thin, so a copy is small beside the product that follows.
 //
 // They are made in each pass and not kept for a version of the parameter: a write through .data, as optimizers and
 // loaders make it, does not move the version counter, and a kept copy would silently serve the weights before it.
@@ -10,7 +10,8 @@
 
 namespace fused_lora::cuda::hopper {
 
-// rows × columns, contiguous, at `to`; null: not wanted.  Element (i, j) of it is from's at i · stride_0 + j · stride_1.
+// rows × columns, contiguous, at `to`; null: not wanted.  Element (i, j) of it is from's at i · stride_0 + j ·
+// stride_1.
 struct Copy {
   Matrix from;
   void* to;

@@ -7,7 +7,6 @@ namespace fused_lora::cuda {
 namespace hopper {
 namespace {
 
-constexpr int64_t MOST_RANKS = 256;
 // fewer rows leave SMs without work: kernels that cut the contraction are ahead there
 constexpr int64_t LEAST_ROWS = 129;
 

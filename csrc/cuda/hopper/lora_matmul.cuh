@@ -9,19 +9,18 @@ namespace fused_lora::cuda::hopper {
 
 template <typename Shape>
 __device__ void consume(Consumer<Shape>& consumer) {
-  typename Consumer<Shape>::OutSums sums;
-  typename Consumer<Shape>::HSums h;
-  typename Consumer<Shape>::OwnH own;
-  auto& barriers = consumer.memory.barriers();
   Tickets<Shape> tickets{consumer.memory};
-  for (int with_h = 0;;) {
+  for (;;) {
     const int ticket = tickets.next_of_consumer(consumer.consumer);
     if (ticket >= consumer.schedule.tickets()) break;
     const Work work = consumer.schedule.work(ticket);
+    // declared where they are used: what lived from tile to tile would take registers from all
+    typename Consumer<Shape>::OutSums sums;
     if (consumer.schedule.computes_h(work)) {
+      typename Consumer<Shape>::HSums h;
       if (consumer.thread() == 0) {
         await_stores_read<0>();
-        arrive(&barriers.stored);
+        arrive(&consumer.memory.barriers().stored);
       }
       if (work.is_h_alone()) {
         consumer.template multiply<false, true>(work, sums, h);
@@ -29,18 +28,14 @@ __device__ void consume(Consumer<Shape>& consumer) {
         consumer.template multiply<true, true>(work, sums, h);
       }
       // out's chunks will lie where the other consumer may still read tiles of u: both go on when both are done
-      if (consumer.thread() % 32 == 0) arrive(&barriers.multiplied);
-      await_phase(&barriers.multiplied, with_h++ & 1);
-      consumer.round_h(work, h, own);
+      sync_two_warpgroups(BOTH_CONSUMERS);
+      consumer.round_h(work, h);
       if (work.is_h_alone()) continue;
     } else {
-      consumer.template multiply<true, false>(work, sums, h);
+      typename Consumer<Shape>::HSums none;
+      consumer.template multiply<true, false>(work, sums, none);
     }
-    if (consumer.schedule.has_own_h(work)) {
-      consumer.template add_low_rank<true>(work, sums, own);
-    } else {
-      consumer.template add_low_rank<false>(work, sums, own);
-    }
+    if constexpr (!Shape::APART) consumer.add_low_rank(sums);
     store_out(consumer, work, sums);
   }
   // shared memory must outlive the stores that read it

@@ -1,7 +1,7 @@
 // What a consumer multiplies: a by w and, for who computes h, by u; then h by v, which is the LoRA step.
 //
-// A thread has rows row() and row() + 8 of its consumer's 64, and of every 8 columns two neighbours: in sums and in
-// fragments of a alike. So h, rounded where it is, is a first operand of wgmma.
+// A thread has rows row() and row() + 8 of its consumer's 64, and of every 8 columns two neighbours: in sums, and in
+// the fragments of ldmatrix and stmatrix alike.
 #pragma once
 
 #include "pipeline.cuh"
@@ -13,14 +13,12 @@ struct Consumer {
   using Element = typename Shape::Element;
   using OutSums = float[Shape::COLUMNS / 2];
   using HSums = float[Shape::RANKS / 2];
-  using OwnH = uint32_t[Shape::RANKS / 4];
 
   const Arguments& arguments;
   const Schedule& schedule;
   Memory<Shape> memory;
   int consumer, rank;
   Stages<Shape> stages;
-  Dropout dropout;
   int with_h = 0;
 
   __device__ Consumer(const Arguments& arguments, const Schedule& schedule, Memory<Shape> memory, int consumer,
@@ -30,10 +28,10 @@ struct Consumer {
         memory(memory),
         consumer(consumer),
         rank(rank),
-        stages{memory, consumer},
-        dropout(arguments.dropout, Shape::DROPS_INPUT || Shape::DROPS_OUTPUT) {}
+        stages{memory, consumer} {}
 
-  __device__ static int thread() { return thread_index() % WARPGROUP; }
+  // Anew in each tile: what follows from it, kept from tile to tile, would leave too few registers for sums.
+  __device__ static int thread() { return computed_anew(thread_index() % WARPGROUP); }
   __device__ static int first_row_of_warp() { return thread() / 32 * 16; }
   // the thread's first row, of a, h and out
   __device__ int row(const Work& work) const {
@@ -45,10 +43,12 @@ struct Consumer {
   template <bool OUT, bool H>
   __device__ void multiply(const Work& work, OutSums& sums, HSums& h) {
     using Stages = hopper::Stages<Shape>;
-    const int steps = tiles(arguments.Q, BLOCK_Q);
+    const int steps = ceil_div(arguments.Q, BLOCK_Q);
+    // made where it is used, as in the epilogue: its keys would take registers from all else
+    const Dropout dropout(arguments.dropout, H && Shape::DROPS_INPUT);
     for (int step = 0; step < steps; ++step) {
-      stages.await_full();
-      const uint64_t a = stages.a(), w = stages.w(), u = stages.u();
+      stages.await_full(stages.place);
+      const uint64_t a = stages.a(stages.place), w = stages.w(stages.place), u = stages.u(stages.place);
       wgmma_fence();
       if constexpr (OUT) {
 #pragma unroll
@@ -66,7 +66,7 @@ struct Consumer {
       }
       wgmma_commit();
       if constexpr (H && Shape::DROPS_INPUT) {
-        multiply_dropped(work, step, u, h);
+        multiply_dropped(work, dropout, step, u, h);
       } else {
         stages.pass();
       }
@@ -75,14 +75,16 @@ struct Consumer {
     if constexpr (H) stages.finish();
   }
 
-  // What follows a publisher's main loop: h rounded, to memory and, as what v is multiplied by, to own.
-  __device__ void round_h(const Work& work, const HSums& h, OwnH& own) {
+  // What follows the main loop of who computes h: h rounded, to memory and, where it is all of h, to this tile's own
+  // LoRA step.
+  __device__ void round_h(const Work& work, const HSums& h) {
     const float keep_scale = Shape::DROPS_INPUT ? arguments.dropout.keep_scale : 1.0f;
     const int m = row(work), first_r = work.block * BLOCK_R + column_of_pair();
     const bool scaled = !Shape::APART && arguments.scaled_h != nullptr;
+    uint32_t factor[Shape::RANKS / 4];
 #pragma unroll
     for (int i = 0; i < Shape::RANKS / 4; ++i) {
-      // in the order of an operand in registers: 8 columns of both rows, the next 8
+      // as stmatrix takes them: 8 columns of the upper rows, of the lower, then the next 8
       const int r = first_r + i / 2 * 8, mm = m + i % 2 * 8;
       const float first = h[2 * i] * keep_scale, second = h[2 * i + 1] * keep_scale;
       // rounded here: reference.py rounds at the same point
@@ -90,43 +92,57 @@ struct Consumer {
       const uint32_t scaled_pair =
           Shape::APART ? pair : round_pair(first * arguments.scale, second * arguments.scale, Element{});
       // beyond R, zero by zero would be NaN where a has an infinity
-      own[i] = r < arguments.R ? scaled_pair : 0;
+      factor[i] = r < arguments.R ? scaled_pair : 0;
       if (work.column > 0 || mm >= arguments.M || r >= arguments.R) continue;
       const int64_t at = (static_cast<int64_t>(mm) * arguments.R + r) * sizeof(Element);
       store_pair(static_cast<unsigned char*>(arguments.h) + at, pair);
       if (scaled) store_pair(static_cast<unsigned char*>(arguments.scaled_h) + at, scaled_pair);
     }
     if (arguments.publishes) Schedule::publish(Schedule::flag(arguments.counters, work), consumer);
+    if (schedule.has_own_h(work)) put_into_stage(factor);
   }
 
-  // sums += scale · h v, with h in registers (OWN) or from memory like any a.
-  template <bool OWN>
-  __device__ void add_low_rank(const Work& work, OutSums& sums, const OwnH& own) {
-    using Stages = hopper::Stages<Shape>;
-    const int blocks = OWN ? 1 : schedule.blocks;
-    for (int block = 0; block < blocks; ++block) {
-      stages.await_full();
-      const uint64_t a = stages.a(), v = stages.w();
-      if constexpr (Shape::APART) {
-        // 64 columns at a time: there are no registers for more
-#pragma unroll
-        for (int chunk = 0; chunk < Shape::COLUMNS / CHUNK; ++chunk) {
-          float product[CHUNK / 2];
-          multiply_by_v<CHUNK, OWN>(product, a, own, v + chunk * Stages::CHUNK_STEP, false);
-          wgmma_wait<0>();
-          add_chunk(work, chunk, product, sums);
-        }
-      } else {
-        multiply_by_v<Shape::COLUMNS, OWN>(sums, a, own, v, true);
-      }
+  // sums += scaled_h v: a step of the main loop.
+  __device__ void add_low_rank(OutSums& sums) {
+#pragma unroll 1
+    for (int block = 0; block < schedule.blocks; ++block) {
+      stages.await_full(stages.place);
+      wgmma_fence();
+      multiply_by_v<Shape::COLUMNS>(sums, stages.a(stages.place), stages.w(stages.place), true);
+      wgmma_commit();
       stages.pass();
     }
     stages.finish();
   }
 
+  // The other way (Shape::APART): h v of a few of out's columns at a time, for there are no registers for more, over
+  // all blocks of ranks. Their stages are there at once, and stay until all columns have been.
+  __device__ void await_low_rank() {
+    stages.finish();
+    Place<Shape> place = stages.place;
+    for (int block = 0; block < schedule.blocks; ++block, place.advance()) stages.await_full(place);
+  }
+  __device__ void multiply_apart(int column, float (&product)[APART_COLUMNS / 2]) {
+    using Stages = hopper::Stages<Shape>;
+    Place<Shape> place = stages.place;
+#pragma unroll 1
+    for (int block = 0; block < schedule.blocks; ++block, place.advance()) {
+      wgmma_fence();
+      const uint64_t v = stages.w(place) + Stages::to_column(column);
+      multiply_by_v<APART_COLUMNS>(product, stages.a(place), v, block > 0);
+      wgmma_commit();
+      // here and not after the loop, where the compiler does not see that all are done, and waits for each wgmma
+      wgmma_wait<0>();
+    }
+  }
+  __device__ void pass_low_rank() {
+    for (int block = 0; block < schedule.blocks; ++block) stages.pass();
+    stages.finish();
+  }
+
  private:
   // h += D(a) u: a's elements pass through registers on their way to the tensor cores, where the mask falls on them.
-  __device__ void multiply_dropped(const Work& work, int step, uint64_t u, HSums& h) {
+  __device__ void multiply_dropped(const Work& work, const Dropout& dropout, int step, uint64_t u, HSums& h) {
     using Stages = hopper::Stages<Shape>;
     const unsigned char* tile = memory.a(stages.place.stage) + consumer * ROWS * SPAN;
     const int64_t first = static_cast<int64_t>(row(work)) * arguments.Q + step * BLOCK_Q + column_of_pair();
@@ -153,38 +169,30 @@ struct Consumer {
     stages.finish();
   }
 
-  // sums (+)= h v of one block of ranks, committed.
-  template <int N, bool OWN>
-  __device__ void multiply_by_v(float (&sums)[N / 2], uint64_t a, const OwnH& own, uint64_t v, bool accumulate) {
+  // sums (+)= h v of one block of ranks and N columns.
+  template <int N>
+  __device__ static void multiply_by_v(float (&sums)[N / 2], uint64_t h, uint64_t v, bool accumulate) {
     using Stages = hopper::Stages<Shape>;
-    wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Shape::RANKS / 16; ++k) {
-      const bool adds = accumulate || k > 0;
-      if constexpr (OWN) {
-        const uint32_t(&h)[4] = *reinterpret_cast<const uint32_t(*)[4]>(own + 4 * k);
-        Stages::template Product<N>::multiply_registers(sums, h, v + k * Stages::W_STEP, adds);
-      } else {
-        Stages::template Product<N>::multiply(sums, a + k * Stages::A_STEP, v + k * Stages::W_STEP, adds);
-      }
+      Stages::template Product<N>::multiply(sums, h + k * Stages::A_STEP, v + k * Stages::W_STEP, accumulate || k > 0);
     }
-    wgmma_commit();
   }
 
-  // sums of a chunk's columns += D'(scale · product)
-  __device__ void add_chunk(const Work& work, int chunk, const float (&product)[CHUNK / 2], OutSums& sums) const {
-    const float factor = arguments.scale * (Shape::DROPS_OUTPUT ? arguments.dropout.keep_scale : 1.0f);
-    const int64_t first = static_cast<int64_t>(row(work)) * arguments.P + work.column * Shape::COLUMNS +
-                          chunk * CHUNK + column_of_pair();
+  // The producer leaves a of this tile's LoRA step to us: as the TMA would have filled it.
+  __device__ void put_into_stage(const uint32_t (&factor)[Shape::RANKS / 4]) {
+    // v has come, so nobody reads or writes the stage
+    stages.await_full(stages.place);
+    unsigned char* tile = memory.a(stages.place.stage) + consumer * ROWS * SPAN;
+    const int first_row = first_row_of_warp();
 #pragma unroll
-    for (int i = 0; i < CHUNK / 4; ++i) {
-      const int64_t element = first + i % 2 * 8 * static_cast<int64_t>(arguments.P) + i / 2 * 8;
-      const uint32_t kept = Shape::DROPS_OUTPUT ? dropout.keeps_pair(element) : 0xFFFFFFFF;
-      float* pair = sums + chunk * (CHUNK / 2) + 2 * i;
-      // a product that is dropped may be infinite: it is left out, not multiplied by zero
-      if (kept & 0xFFFF) pair[0] += factor * product[2 * i];
-      if (kept >> 16) pair[1] += factor * product[2 * i + 1];
+    for (int k = 0; k < Shape::RANKS / 16; ++k) {
+      const uint32_t fragments[] = {factor[4 * k], factor[4 * k + 1], factor[4 * k + 2], factor[4 * k + 3]};
+      store_matrices(tile + swizzled(first_row, 2 * k), fragments);
     }
+    // wgmma sees what each thread has stored, once all have
+    fence_shared_for_tma();
+    sync_warpgroup(1 + consumer);
   }
 };
 

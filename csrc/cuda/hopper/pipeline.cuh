@@ -1,7 +1,7 @@
 // The stages through which tiles pass from memory to the tensor cores, and the producer that fills them.
 //
-// A stage holds a tile of a (128 × 64), one of w (64 × COLUMNS) and, for who computes h, one of u (64 × RANKS): 64 of the
-// contraction. The LoRA step is a stage like any other: its a is h (or scale · h), its w is v.
+// A stage holds a tile of a (128 × 64), one of w (64 × COLUMNS) and, for who computes h, one of u (64 × RANKS): 64 of
+// the contraction. The LoRA step is a stage like any other: its a is h (or scale · h), its w is v.
 #pragma once
 
 #include "schedule.cuh"
@@ -32,7 +32,6 @@ __device__ void init_barriers(const Memory<Shape>& memory) {
     init_barrier(&barriers.heard[slot], CLUSTER * (1 + CONSUMERS));
   }
   init_barrier(&barriers.stored, CONSUMERS);
-  init_barrier(&barriers.multiplied, CONSUMERS * WARPGROUP / 32);
   publish_barriers();
 }
 
@@ -48,7 +47,7 @@ struct Producer {
   __device__ void run() {
     auto& barriers = memory.barriers();
     Tickets<Shape> tickets{memory};
-    const int steps = tiles(arguments.Q, BLOCK_Q);
+    const int steps = ceil_div(arguments.Q, BLOCK_Q);
     for (int with_h = 0;;) {
       const int ticket = tickets.next_of_producer();
       if (ticket >= schedule.tickets()) return;
@@ -125,19 +124,28 @@ struct Stages {
   static constexpr int U_SPAN = ALONG || Shape::RANKS >= 64 ? SPAN : Shape::RANKS * 2;
   static constexpr int LEADING = ALONG ? 16 : 64 * SPAN;
   static constexpr int W_STEP = (ALONG ? 32 : 16 * SPAN) >> 4, U_STEP = (ALONG ? 32 : 16 * U_SPAN) >> 4;
-  static constexpr int A_STEP = 32 >> 4, CHUNK_STEP = CHUNK * SPAN >> 4;
+  static constexpr int A_STEP = 32 >> 4;
   static constexpr Swizzle U_SWIZZLE = U_SPAN == 128 ? Swizzle::k128 : U_SPAN == 64 ? Swizzle::k64 : Swizzle::k32;
+
+  // from the first column of w's tile to a multiple of 32: contiguous along it, they lie in chunks of 64
+  __device__ static constexpr int to_column(int column) {
+    return (ALONG ? column * SPAN : column / CHUNK * CHUNK_BYTES + column % CHUNK * 2) >> 4;
+  }
 
   template <int N>
   using Product = Wgmma<N, typename Shape::Element, !ALONG>;
 
-  __device__ uint64_t a() const {
-    return matrix_descriptor(memory.a(place.stage) + consumer * ROWS * SPAN, 16, 8 * SPAN, Swizzle::k128);
+  __device__ uint64_t a(Place<Shape> at) const {
+    return matrix_descriptor(memory.a(at.stage) + consumer * ROWS * SPAN, 16, 8 * SPAN, Swizzle::k128);
   }
-  __device__ uint64_t w() const { return matrix_descriptor(memory.w(place.stage), LEADING, 8 * SPAN, Swizzle::k128); }
-  __device__ uint64_t u() const { return matrix_descriptor(memory.u(place.stage), LEADING, 8 * U_SPAN, U_SWIZZLE); }
+  __device__ uint64_t w(Place<Shape> at) const {
+    return matrix_descriptor(memory.w(at.stage), LEADING, 8 * SPAN, Swizzle::k128);
+  }
+  __device__ uint64_t u(Place<Shape> at) const {
+    return matrix_descriptor(memory.u(at.stage), LEADING, 8 * U_SPAN, U_SWIZZLE);
+  }
 
-  __device__ void await_full() const { await_phase(&memory.barriers().full[place.stage], place.phase); }
+  __device__ void await_full(Place<Shape> at) const { await_phase(&memory.barriers().full[at.stage], at.phase); }
 
   // The wgmma of this stage is committed. The one before it is done when only one is left in flight, and then its stage
   // may be filled: the tensor cores never run dry.

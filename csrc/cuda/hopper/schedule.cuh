@@ -9,7 +9,7 @@
 // Where tiles are about as many as blocks of the launch, each computes h for itself: then nobody waits.
 #pragma once
 
-#include "../kernels/handover.cuh"
+#include "../kernels/parts.cuh"
 #include "shape.cuh"
 
 namespace fused_lora::cuda::hopper {
@@ -21,8 +21,6 @@ struct Work {
   __device__ bool is_h_alone() const { return column < 0; }
 };
 
-__host__ __device__ inline int tiles(int64_t size, int64_t by) { return static_cast<int>((size + by - 1) / by); }
-
 struct Schedule {
   // Pairs of tiles below each other that are computed at about the same time, so that they share w's tiles in L2, and
   // a's with those to the right. 4, 8 and 16 made no difference of 1 %.
@@ -31,9 +29,9 @@ struct Schedule {
   int rows, columns, blocks, alone, publishers;
 
   __host__ __device__ Schedule(int64_t M, int64_t P, int64_t R, int tile_columns, bool publishes)
-      : rows(tiles(M, CLUSTER * BLOCK_M)),
-        columns(tiles(P, tile_columns)),
-        blocks(tiles(R, BLOCK_R)),
+      : rows(ceil_div(M, CLUSTER * BLOCK_M)),
+        columns(ceil_div(P, tile_columns)),
+        blocks(ceil_div(R, BLOCK_R)),
         alone(publishes ? rows * (blocks - 1) : 0),
         publishers(publishes ? rows : 0) {}
 
@@ -50,7 +48,7 @@ struct Schedule {
   }
 
   __device__ bool computes_h(const Work& work) const { return publishers == 0 || work.column <= 0; }
-  // h as wgmma takes its first operand from registers: with several blocks of h it has but one of them there
+  // all of it: with several blocks of h, the others are other items' work, and it comes from memory
   __device__ bool has_own_h(const Work& work) const { return computes_h(work) && blocks == 1; }
 
   // ---- h of a block's 128 rows: each consumer of each of its blocks of ranks raises the flag by one

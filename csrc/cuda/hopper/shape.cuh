@@ -2,8 +2,8 @@
 //
 // A block is three warpgroups: two consumers, each with 64 of a tile's 128 rows, and one whose warps fetch: a producer
 // that asks the TMA for tiles, and in the cluster's first block a scheduler that takes tickets. Two blocks make a
-// cluster and work on tiles one below the other: w's tile is the same for both, so each loads half of it for both. Without
-// that the L2 cache is the limit, not the tensor cores.
+// cluster and work on tiles one below the other: w's tile is the same for both, so each loads half of it for both.
+// Without that the L2 cache is the limit, not the tensor cores.
 #pragma once
 
 #include <type_traits>
@@ -16,17 +16,22 @@
 namespace fused_lora::cuda::hopper {
 
 constexpr int CLUSTER = 2, CONSUMERS = 2, WARPGROUP = 128;
+// named barriers: 1 and 2 of a consumer's own threads, and of both
+constexpr int BOTH_CONSUMERS = 1 + CONSUMERS;
 constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
-// 128 accumulators of out, 32 of h or of its product by v, and what addresses need; 240 × 64 Ki / 384 do not divide
+// A consumer has 128 sums of out, 32 of h, and what addresses need. Of 65,536 registers 65,536 - 256 · 232 are left for
+// the others, and eight is the unit.
 constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
 
 constexpr int BLOCK_M = 128, ROWS = BLOCK_M / CONSUMERS;
-constexpr int BLOCK_Q = 64;      // of one step of the main loop: 128 bytes, the widest swizzle
+constexpr int BLOCK_Q = 64;       // of one step of the main loop: 128 bytes, the widest swizzle
 constexpr int BLOCK_R = BLOCK_Q;  // the LoRA step is one of the same kind
-constexpr int CHUNK = 64;        // columns of out that are rounded and stored at once
+constexpr int MOST_RANKS = 256;
+constexpr int CHUNK = 64;  // columns of out that are rounded and stored at once
 constexpr int CHUNK_BYTES = 64 * 64 * 2;
-constexpr int STAGINGS = 2;      // chunks of a consumer: one is filled while the other is stored
-constexpr int SPAN = 128;        // bytes of a row of a tile, and of the swizzle
+constexpr int APART_COLUMNS = 32;  // of h v where it is summed apart
+constexpr int STAGINGS = 2;        // chunks of a consumer: one is filled while the other is stored
+constexpr int SPAN = 128;          // bytes of a row of a tile, and of the swizzle
 
 constexpr int MOST_SHARED_BYTES = 227 * 1024;
 
@@ -59,6 +64,7 @@ struct Shape {
     return bytes(stages) <= MOST_SHARED_BYTES ? stages : most_stages(stages - 1);
   }
   static constexpr int STAGES = most_stages(8), SHARED_BYTES = bytes(STAGES);
+  static_assert(STAGES * BLOCK_R >= MOST_RANKS, "all blocks of h v must be there at once");
   static constexpr int BARRIERS_AT = SHARED_BYTES - BARRIER_BYTES - ALIGNMENT;
 };
 
@@ -79,7 +85,6 @@ struct Memory {
     Barrier full[Shape::STAGES], empty[Shape::STAGES];  // of each stage: its tiles have come; nobody reads them
     Barrier told[2], heard[2];                          // of each slot: a ticket is there; everybody has read it
     Barrier stored;                                     // out's chunks have left, tiles of u may come
-    Barrier multiplied;                                 // tiles of u have been read, out's chunks may come
     int ticket[2];
   };
   static_assert(sizeof(Barriers) <= Shape::BARRIER_BYTES, "barriers outgrow their place");
@@ -99,16 +104,14 @@ struct Memory {
   __device__ unsigned char* staging(int consumer, int index) const {
     return w(Shape::STAGES) + (consumer * STAGINGS + index) * CHUNK_BYTES;
   }
-  __device__ Barriers& barriers() const {
-    return *reinterpret_cast<Barriers*>(base + Shape::BARRIERS_AT);
-  }
+  __device__ Barriers& barriers() const { return *reinterpret_cast<Barriers*>(base + Shape::BARRIERS_AT); }
 };
 
-// Where rank `rank` of a launch's blocks has its row of a warp's 16 × 16 elements for ldmatrix and stmatrix: lane
-// 8 · i + row gives row `row` of 8×8 matrix i; the matrices go down first, then right. In bytes from the start of a tile
-// whose rows are SPAN bytes, with the swizzle of 128 bytes.  column: of 8 elements.
+// The address that this lane gives ldmatrix and stmatrix for 16 × 16 elements of a tile: lane 8 · i + row has a row of
+// 8×8 matrix i, and the matrices go down first, then right. In bytes from the start of the tile, whose rows are SPAN
+// bytes, with the swizzle of 128 bytes.  column: of 8 elements.
 __device__ inline int swizzled(int first_row, int column) {
-  const int lane = thread_index() % 32, row = first_row + lane / 8 % 2 * 8 + lane % 8;
+  const int lane = computed_anew(thread_index() % 32), row = first_row + lane / 8 % 2 * 8 + lane % 8;
   return row * SPAN + ((column + lane / 16) ^ (row % 8)) * 16;
 }
 

@@ -117,11 +117,21 @@ def _span(register: str, width: int) -> frozenset[int]:
 
 def disassemble(cubin: bytes) -> list[Instruction]:
     """The instructions of a cubin with one kernel, routines that it calls included, by address."""
+    return parse(_listing(cubin))
+
+
+def disassemble_each(cubin: bytes) -> dict[str, list[Instruction]]:
+    """The instructions of each kernel of a cubin, by its mangled name."""
+    kernels = re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", _listing(cubin), re.DOTALL)
+    return {name: parse(text) for name, text in kernels}
+
+
+def _listing(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         done = subprocess.run([str(_CUOBJDUMP), "-sass", file.name], capture_output=True, text=True, check=True)
-    return parse(done.stdout)
+    return done.stdout
 
 
 def parse(text: str) -> list[Instruction]:

@@ -252,12 +252,10 @@ def test_its_machine_code(tmp_path):
         blocks = 1 if one["ranks"] == "256" else 2
         assert -(-int(one["registers"]) // 8) * 8 * 256 * blocks <= 65536, one
 
-    listed = subprocess.run([sass._CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    functions = re.split(r"\n\s*Function : ", listed)[1:]
+    functions = sass.disassemble_each(cubin.read_bytes())
     assert len(functions) == 10
-    for function in functions:
-        ranks = int(re.search(r"ELi(\d+)", function)[1])
-        instructions = sass.parse(function)
+    for name, instructions in functions.items():
+        ranks = int(re.search(r"ELi(\d+)", name)[1])
         loop = main_loop(instructions)
         names = [one.name for one in loop]
         products = [name for name in names if name.startswith("HGMMA")]

@@ -71,17 +71,17 @@ struct GradTile {
 };
 
 // Zero what the mask drops of a warpgroup's panel, whose first element is number `first` of a matrix with `columns`,
-// both even: two neighbours share a draw.
+// both even: two neighbours share a hash.
 __device__ inline void drop_panel(unsigned char* panel, const Dropout& dropout, int64_t first, int64_t columns) {
   // the swizzle: a row's eight vectors are in an order that the row's number, modulo 8, gives
   const int thread = thread_index() % 128, token = thread / 8;
-  int64_t element = first + token * columns + (thread % 8 ^ token % 8) * 8;
+  int64_t pair = (first + token * columns + (thread % 8 ^ token % 8) * 8) / 2;
 #pragma unroll 1
-  for (int index = thread; index < 64 * 8; index += 128, element += 16 * columns) {
+  for (int index = thread; index < 64 * 8; index += 128, pair += 8 * columns) {
     uint32_t pairs[4];
     load_vector(pairs, panel + 16 * index);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] &= dropout.keeps_pair(element + 2 * i);
+    for (int i = 0; i < 4; ++i) pairs[i] &= dropout.keeps_pair(pair + i);
     store_vector(panel + 16 * index, pairs);
   }
 }

@@ -265,6 +265,7 @@ def test_its_machine_code(tmp_path):
         assert names.count("UTMALDG.2D") == 2 + max(ranks // 64, 1)
         # the mask's fence is of the block
         assert {name for name in names if "MEMBAR" in name} <= {"MEMBAR.ALL.CTA"}
+        assert sass.unwritten_reads(instructions) == []
 
 
 def main_loop(instructions):

@@ -1,5 +1,5 @@
 // The adapter gradients of Hopper on the host, for ctypes.
-#include "../hopper/adapter_grad.cu"
+#include "../../csrc/cuda/hopper/adapter_grad.cu"
 
 using namespace fused_lora::cuda;
 

@@ -6,13 +6,13 @@ import ctypes
 from ctypes import c_char_p, c_int32, c_uint64
 from pathlib import Path
 
-from .hopper import INCLUDES, OUTCOMES, Broken
-from .host import ARITHMETIC, SHIM, Gradients, Plan, Turns, compile
+from .hopper import INCLUDES, OUTCOMES, BrokenLaunchError
+from .host import ARITHMETIC, DEFAULT, SHIM, Gradients, Plan, Turns, compile
 
 
-def build(folder: Path, *options: str) -> HopperGradients:
+def build(folder: Path, source: Path = SHIM / "hopper_grads.cpp", *options: str) -> HopperGradients:
     library = folder / "hopper_grads.so"
-    compile(SHIM / "hopper_grads.cpp", library, *options, *INCLUDES, "-fPIC", "-shared")
+    compile(source, library, *INCLUDES, *options, "-fPIC", "-shared")
     return HopperGradients(library)
 
 
@@ -24,17 +24,19 @@ class HopperGradients:
         self.library.set_turns.argtypes = (c_uint64, c_int32, c_int32)
         self.library.grad_why_not.restype = self.library.why_broken.restype = c_char_p
 
-    def adapter_grad(self, *given, turns=Turns()):
+    def adapter_grad(self, *given, turns=DEFAULT, arithmetic=None):
         asked = Gradients(*given)
         arithmetic, arguments = ARITHMETIC[asked.dtype], ctypes.byref(asked.arguments)
-        assert self.why_not(*given) is None
+        reason = self.why_not(*given)
+        if reason is not None:
+            raise ValueError(reason)
         counters = asked.take_scratch(self.plan(asked, turns))
         self.library.set_turns(turns.seed, turns.resident, turns.delayed)
         outcome = self.library.launch_grad(arithmetic, arguments)
         if outcome != 0:
-            raise Broken(f"{OUTCOMES.get(outcome, outcome)} {self.library.why_broken().decode()}".strip())
+            raise BrokenLaunchError(f"{OUTCOMES.get(outcome, outcome)} {self.library.why_broken().decode()}".strip())
         if counters.any():
-            raise Broken("the launch left counters that are not zero")
+            raise BrokenLaunchError("the launch left counters that are not zero")
         return asked.dA, asked.dB
 
     def plan(self, asked: Gradients, turns: Turns) -> Plan:

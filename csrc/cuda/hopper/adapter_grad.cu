@@ -1,9 +1,8 @@
 #include "adapter_grad.h"
 
-#include <climits>
+#include <type_traits>
 
 #include "adapter_grad.cuh"
-#include "tensor_maps.h"
 
 namespace fused_lora::cuda {
 namespace {
@@ -17,7 +16,7 @@ auto with_tile(int64_t R, const F& f) {
   if (R <= 128) return f(hopper::GradTile<Element, 128>{});
   return f(hopper::GradTile<Element, 256>{});
 }
-constexpr int64_t MOST_RANKS = 256;
+constexpr int64_t MOST_RANKS = 256, MOST = int64_t{1} << 30;
 
 template <typename Tile>
 TileMap wide_map(const Reduction& reduction, int64_t M) {
@@ -34,7 +33,9 @@ const char* why_not_reduction(const Reduction& reduction, int64_t M, int64_t R) 
   if (reduction.columns == 0) return nullptr;
   if (reduction.wide.is_float32 || reduction.low.is_float32) return "operands must be 16 bits wide";
   if (reduction.wide.stride_1 != 1 || reduction.low.stride_1 != 1) return "rows of operands must be contiguous";
-  if (reduction.columns % 8 != 0) return "in_features and out_features must be multiples of 8";
+  if (reduction.columns % 8 != 0 || R % 8 != 0) {
+    return "in_features, out_features and the rank must be multiples of 8";
+  }
   const char* why = why_not(wide_map<Tile>(reduction, M));
   return why != nullptr ? why : why_not(low_map<Tile>(reduction, M, R));
 }
@@ -61,11 +62,16 @@ int launch_tile(const AdapterGradArguments& gradients, void* stream) {
 }  // namespace
 
 const char* hopper_why_not(Arithmetic arithmetic, const AdapterGradArguments& arguments) {
-  if (arithmetic != Arithmetic::kBFloat16 && arithmetic != Arithmetic::kHalf) return "operands must be 16 bits wide";
-  if (arguments.R % 8 != 0 || arguments.R < 8 || arguments.R > MOST_RANKS) {
-    return "the rank must be a multiple of 8, up to 256";
+  if (arithmetic != Arithmetic::kBFloat16 && arithmetic != Arithmetic::kHalf) {
+    return "Hopper's kernel multiplies bfloat16 and float16 alone";
   }
-  if (arguments.M < 1 || arguments.M > INT_MAX) return "there must be 1 to 2**31 - 1 tokens";
+  if (!driver_makes_tensor_maps()) return "the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12";
+  if (arguments.R < 8 || arguments.R > MOST_RANKS) return "the rank must be 8 to 256";
+  if (arguments.M < 1) return "there must be a token";
+  // coordinates of the TMA are int32, and some room is left beyond the last tile
+  if (arguments.M > MOST || arguments.dA.columns > MOST || arguments.dB.columns > MOST) {
+    return "there are too many tiles";
+  }
   // how wide elements are is all that matters here
   return with_tile<BFloat16>(arguments.R, [&](auto tile) {
     using Tile = decltype(tile);

@@ -66,13 +66,23 @@ def mutant(folder, file, text, instead, shape):
 
     if text:
         replace(file, re.escape(text), instead)
-    replace("lora_matmul.cuh", r"  if \(drops\) return launch_with.*?\n}\n", f"  return launch_with(Shape<Element, W_ALONG_Q, {shape}>{{}});\n}}\n")
+    replace(
+        "lora_matmul.cuh",
+        r"  if \(drops\) return launch_with.*?\n}\n",
+        f"  return launch_with(Shape<Element, W_ALONG_Q, {shape}>{{}});\n}}\n",
+    )
     for others in (r"BFloat16, false", r"Half, true", r"Half, false"):
         signature = f"int launch_shape<{others}>(const HopperPlan&, bool, const Arguments&, void*)"
-        replace("lora_matmul.h", "extern template " + re.escape(signature) + ";", f"template <>\ninline {signature} {{\n  return -2;\n}}")
+        replace(
+            "lora_matmul.h",
+            "extern template " + re.escape(signature) + ";",
+            f"template <>\ninline {signature} {{\n  return -2;\n}}",
+        )
     source = folder / "tests" / "cuda_shim" / "library.cpp"
     source.parent.mkdir(parents=True)
-    source.write_text(re.sub(r"#include \S*(_half|_grad_bfloat16).cu\"\n", "", (SHIM / "hopper_library.cpp").read_text()))
+    source.write_text(
+        re.sub(r"#include \S*(_half|_grad_bfloat16).cu\"\n", "", (SHIM / "hopper_library.cpp").read_text())
+    )
     return hopper.build(folder, source)
 
 
@@ -86,7 +96,15 @@ def test_whatever_is_wrong_is_seen(tmp_path, name):
     outcomes = []
     for seed in range(1, 9):
         try:
-            check(kernels, "lora_matmul", "bfloat16", draws, 0, *rest, turns=Turns(seed, 4 + seed % 3 * 2, seed % 3, sms=4))
+            check(
+                kernels,
+                "lora_matmul",
+                "bfloat16",
+                draws,
+                0,
+                *rest,
+                turns=Turns(seed, 4 + seed % 3 * 2, seed % 3, sms=4),
+            )
         except (AssertionError, hopper.BrokenLaunchError) as error:
             outcomes.append(str(error).splitlines()[0])
             break

@@ -67,7 +67,7 @@ struct Barrier {
 struct Products;
 
 struct Hopper {
-  static constexpr int REGISTERS = 1 << 16, MOST_BY_THREAD = 255;
+  static constexpr int REGISTERS = 1 << 16, MOST_BY_THREAD = 256;
 
   Block& block;
   std::deque<Barrier> barriers;

@@ -13,7 +13,7 @@ const char* hopper_why_not(Arithmetic, const Arguments&) {
   return "the extension was built without Hopper's kernels: 90a is not among its FUSED_LORA_CUDA_ARCHS";
 }
 inline HopperPlan plan_hopper_matmul(Arithmetic, const LoraMatmulArguments&, int32_t) { return {}; }
-inline Plan plan_hopper_adapter_grad(int64_t, int64_t, int64_t, int64_t, bool, int32_t) { return {}; }
+inline Plan plan_hopper_adapter_grad(const AdapterGradArguments&, int32_t) { return {}; }
 inline int launch_hopper_matmul(Arithmetic, const HopperPlan&, const LoraMatmulArguments&, void*) {
   return kTensorMapRefused;
 }

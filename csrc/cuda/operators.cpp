@@ -255,8 +255,7 @@ void launch(Arithmetic arithmetic, AdapterGradArguments& arguments, at::Device d
   };
   int status = kTensorMapRefused;
   if (why_not_hopper(capability, arithmetic, arguments) == nullptr) {
-    const bool drops = arguments.dropout.seed != nullptr && K > 0;
-    status = launched(plan_hopper_adapter_grad(M, K, N, R, drops, sms), launch_hopper_adapter_grad);
+    status = launched(plan_hopper_adapter_grad(arguments, sms), launch_hopper_adapter_grad);
   }
   if (status == kTensorMapRefused)
     status = launched(plan_adapter_grad(arithmetic, M, K, N, R, sms), launch_adapter_grad);

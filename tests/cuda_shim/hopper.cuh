@@ -9,6 +9,8 @@
 
 namespace fused_lora::cuda {
 
+constexpr bool FOR_HOPPER = true;
+
 using TensorMap = shim::TensorMap;
 
 inline shim::Hopper& on_hopper() { return shim::Hopper::of(*me().block); }

@@ -13,6 +13,14 @@
 
 namespace fused_lora::cuda {
 
+// setup.py compiles every source for every GPU. For others than Hopper its kernels are empty; nobody launches them
+// there.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool FOR_HOPPER = false;
+#else
+constexpr bool FOR_HOPPER = true;
+#endif
+
 // What the TMA knows of a matrix: where it lies, its sizes and row stride, the box that one copy moves, the swizzle.
 // 128 opaque bytes, made on the host (hopper/tensor_maps.h), passed as a part of a __grid_constant__ argument.
 using TensorMap = CUtensorMap;

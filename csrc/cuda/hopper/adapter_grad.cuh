@@ -17,9 +17,9 @@
 // Drawing a mask costs about 2,000 cycles a stage of x, on an SM that then takes as long for a stage of dy.
 #pragma once
 
+#include "../kernels/reduction.cuh"
 #include "hopper.cuh"
 #include "wgmma.cuh"
-#include "../kernels/reduction.cuh"
 
 namespace fused_lora::cuda::hopper {
 
@@ -41,9 +41,7 @@ struct GradTile {
   static constexpr int WIDE_PANEL = TOKENS * 64 * 2, WIDE_BYTES = Shape::OUTER_A / 64 * WIDE_PANEL;
   static constexpr int LOW_WIDTH = RANKS < 64 ? RANKS : 64, LOW_ROW = LOW_WIDTH * 2, LOW_PANEL = TOKENS * LOW_ROW;
   static constexpr int LOW_BYTES = RANKS / LOW_WIDTH * LOW_PANEL;
-  static constexpr Swizzle LOW_SWIZZLE = LOW_ROW == 128  ? Swizzle::k128
-                                         : LOW_ROW == 64 ? Swizzle::k64
-                                                         : Swizzle::k32;
+  static constexpr Swizzle LOW_SWIZZLE = LOW_ROW == 128 ? Swizzle::k128 : LOW_ROW == 64 ? Swizzle::k64 : Swizzle::k32;
   static constexpr int STAGE_BYTES = WIDE_BYTES + LOW_BYTES;
 
   // Two blocks share an SM, so that a few more blocks than SMs are no second wave. The sums of 256 ranks are half of
@@ -89,91 +87,93 @@ __device__ inline void drop_panel(unsigned char* panel, const Dropout& dropout, 
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::Shape::THREADS, Tile::BLOCKS)
     adapter_grad(const __grid_constant__ GradArguments arguments) {
-  const AdapterGradArguments& gradients = arguments.gradients;
-  const GradientTile<typename Tile::Shape> at(gradients, block_index());
-  const Reduction& reduction = at.of_A ? gradients.dA : gradients.dB;
-  const TensorMap* wide = at.of_A ? &arguments.wide_A : &arguments.wide_B;
-  const TensorMap* low = at.of_A ? &arguments.low_A : &arguments.low_B;
-  const Dropout dropout(gradients.dropout, reduction.has_dropout);
-  const int warp = thread_index() / 32, warpgroup = warp / 4;
-  const bool first_of_warp = thread_index() % 32 == 0;
+  if constexpr (FOR_HOPPER) {
+    const AdapterGradArguments& gradients = arguments.gradients;
+    const GradientTile<typename Tile::Shape> at(gradients, block_index());
+    const Reduction& reduction = at.of_A ? gradients.dA : gradients.dB;
+    const TensorMap* wide = at.of_A ? &arguments.wide_A : &arguments.wide_B;
+    const TensorMap* low = at.of_A ? &arguments.low_A : &arguments.low_B;
+    const Dropout dropout(gradients.dropout, reduction.has_dropout);
+    const int warp = thread_index() / 32, warpgroup = warp / 4;
+    const bool first_of_warp = thread_index() % 32 == 0;
 
-  // a swizzle is a function of the address, so panels begin at multiples of 1024
-  unsigned char* stages = shared_memory() + (0u - shared_address(shared_memory())) % 1024;
-  auto* full = reinterpret_cast<Barrier*>(stages + Tile::STAGES * Tile::STAGE_BYTES);
-  Barrier* empty = full + Tile::STAGES;
-  auto* place = reinterpret_cast<int*>(empty + Tile::STAGES);
-  if (thread_index() == 0) {
-    for (int stage = 0; stage < Tile::STAGES; ++stage) {
-      init_barrier(full + stage, 1);
-      // each warp says for itself that it has read the stage
-      init_barrier(empty + stage, Tile::Shape::THREADS / 32);
-    }
-    publish_barriers();
-  }
-  sync_cluster();
-
-  // Backwards, and the parts in turn: part 0 has the last block of tokens, part 1 the one before, and so on.
-  const int blocks = ceil_div(gradients.M, Tile::TOKENS), parts = gradients.split;
-  const int steps = (blocks - at.part + parts - 1) / parts;
-  const auto first_token = [&](int step) { return (blocks - 1 - at.part - step * parts) * Tile::TOKENS; };
-  const auto load = [&](int step) {
-    if (!first_of_warp) return;
-    unsigned char* stage = stages + step % Tile::STAGES * Tile::STAGE_BYTES;
-    Barrier* barrier = full + step % Tile::STAGES;
-    arrive_expecting(barrier, Tile::STAGE_BYTES);
-#pragma unroll
-    for (int panel = 0; panel < Tile::Shape::OUTER_A / 64; ++panel) {
-      load_tile(stage + panel * Tile::WIDE_PANEL, wide, barrier, static_cast<int>(at.first_column) + panel * 64,
-                first_token(step));
-    }
-#pragma unroll
-    for (int panel = 0; panel < Tile::Shape::OUTER_B / Tile::LOW_WIDTH; ++panel) {
-      load_tile(stage + Tile::WIDE_BYTES + panel * Tile::LOW_PANEL, low, barrier, panel * Tile::LOW_WIDTH,
-                first_token(step));
-    }
-  };
-
-  if (warp == 0) {
-    for (int step = 0; step < steps && step < Tile::STAGES; ++step) load(step);
-  }
-  typename Tile::Sums sums = {};
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    // the stage of the step before takes the next one that has none: its other readers are about done by now
-    const int refilled = step - 1, next = refilled + Tile::STAGES;
-    if (warp == 0 && refilled >= 0 && next < steps) {
-      await_phase(empty + refilled % Tile::STAGES, refilled / Tile::STAGES % 2);
-      load(next);
-    }
-    unsigned char* stage = stages + step % Tile::STAGES * Tile::STAGE_BYTES;
-    unsigned char* panel = stage + warpgroup * Tile::WIDE_PANEL;
-    await_phase(full + step % Tile::STAGES, step / Tile::STAGES % 2);
-    if (dropout.active) {
-      drop_panel(panel, dropout, first_token(step) * reduction.columns + at.first_column + warpgroup * 64,
-                 reduction.columns);
-      // wgmma reads what other threads wrote, and later the TMA writes there again
-      fence_shared_for_tma();
-      sync_block();
-    }
-    wgmma_fence();
-#pragma unroll
-    for (int token = 0; token < Tile::TOKENS; token += 16) {
-      const uint64_t of_wide = matrix_descriptor(panel + token * 128, Tile::WIDE_PANEL, 8 * 128, Swizzle::k128);
-#pragma unroll
-      for (int width = 0; width < Tile::Shape::OUTER_B / Tile::WIDTH; ++width) {
-        const unsigned char* ranks = stage + Tile::WIDE_BYTES + width * (Tile::WIDTH * Tile::TOKENS * 2);
-        Tile::Product::multiply(sums[width], of_wide,
-                                matrix_descriptor(ranks + token * Tile::LOW_ROW, Tile::LOW_PANEL, 8 * Tile::LOW_ROW,
-                                                  Tile::LOW_SWIZZLE),
-                                true);
+    // a swizzle is a function of the address, so panels begin at multiples of 1024
+    unsigned char* stages = shared_memory() + (0u - shared_address(shared_memory())) % 1024;
+    auto* full = reinterpret_cast<Barrier*>(stages + Tile::STAGES * Tile::STAGE_BYTES);
+    Barrier* empty = full + Tile::STAGES;
+    auto* place = reinterpret_cast<int*>(empty + Tile::STAGES);
+    if (thread_index() == 0) {
+      for (int stage = 0; stage < Tile::STAGES; ++stage) {
+        init_barrier(full + stage, 1);
+        // each warp says for itself that it has read the stage
+        init_barrier(empty + stage, Tile::Shape::THREADS / 32);
       }
+      publish_barriers();
     }
-    wgmma_commit();
-    wgmma_wait<0>();
-    if (first_of_warp) arrive(empty + step % Tile::STAGES);
+    sync_cluster();
+
+    // Backwards, and the parts in turn: part 0 has the last block of tokens, part 1 the one before, and so on.
+    const int blocks = ceil_div(gradients.M, Tile::TOKENS), parts = gradients.split;
+    const int steps = (blocks - at.part + parts - 1) / parts;
+    const auto first_token = [&](int step) { return (blocks - 1 - at.part - step * parts) * Tile::TOKENS; };
+    const auto load = [&](int step) {
+      if (!first_of_warp) return;
+      unsigned char* stage = stages + step % Tile::STAGES * Tile::STAGE_BYTES;
+      Barrier* barrier = full + step % Tile::STAGES;
+      arrive_expecting(barrier, Tile::STAGE_BYTES);
+#pragma unroll
+      for (int panel = 0; panel < Tile::Shape::OUTER_A / 64; ++panel) {
+        load_tile(stage + panel * Tile::WIDE_PANEL, wide, barrier, static_cast<int>(at.first_column) + panel * 64,
+                  first_token(step));
+      }
+#pragma unroll
+      for (int panel = 0; panel < Tile::Shape::OUTER_B / Tile::LOW_WIDTH; ++panel) {
+        load_tile(stage + Tile::WIDE_BYTES + panel * Tile::LOW_PANEL, low, barrier, panel * Tile::LOW_WIDTH,
+                  first_token(step));
+      }
+    };
+
+    if (warp == 0) {
+      for (int step = 0; step < steps && step < Tile::STAGES; ++step) load(step);
+    }
+    typename Tile::Sums sums = {};
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      // the stage of the step before takes the next one that has none: its other readers are about done by now
+      const int refilled = step - 1, next = refilled + Tile::STAGES;
+      if (warp == 0 && refilled >= 0 && next < steps) {
+        await_phase(empty + refilled % Tile::STAGES, refilled / Tile::STAGES % 2);
+        load(next);
+      }
+      unsigned char* stage = stages + step % Tile::STAGES * Tile::STAGE_BYTES;
+      unsigned char* panel = stage + warpgroup * Tile::WIDE_PANEL;
+      await_phase(full + step % Tile::STAGES, step / Tile::STAGES % 2);
+      if (dropout.active) {
+        drop_panel(panel, dropout, first_token(step) * reduction.columns + at.first_column + warpgroup * 64,
+                   reduction.columns);
+        // wgmma reads what other threads wrote, and later the TMA writes there again
+        fence_shared_for_tma();
+        sync_block();
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int token = 0; token < Tile::TOKENS; token += 16) {
+        const uint64_t of_wide = matrix_descriptor(panel + token * 128, Tile::WIDE_PANEL, 8 * 128, Swizzle::k128);
+#pragma unroll
+        for (int width = 0; width < Tile::Shape::OUTER_B / Tile::WIDTH; ++width) {
+          const unsigned char* ranks = stage + Tile::WIDE_BYTES + width * (Tile::WIDTH * Tile::TOKENS * 2);
+          Tile::Product::multiply(
+              sums[width], of_wide,
+              matrix_descriptor(ranks + token * Tile::LOW_ROW, Tile::LOW_PANEL, 8 * Tile::LOW_ROW, Tile::LOW_SWIZZLE),
+              true);
+        }
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      if (first_of_warp) arrive(empty + step % Tile::STAGES);
+    }
+    finish_gradient<typename Tile::Element, Tile>(sums, gradients, at, reduction, dropout, place);
   }
-  finish_gradient<typename Tile::Element, Tile>(sums, gradients, at, reduction, dropout, place);
 }
 
 }  // namespace fused_lora::cuda::hopper

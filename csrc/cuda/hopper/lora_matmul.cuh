@@ -44,28 +44,30 @@ __device__ void consume(Consumer<Shape>& consumer) {
 
 template <typename Shape>
 __global__ void __launch_bounds__(THREADS, 1) lora_matmul(const __grid_constant__ Arguments arguments) {
-  const Memory<Shape> memory;
-  const Schedule schedule(arguments.M, arguments.P, arguments.R, Shape::COLUMNS, arguments.publishes != 0);
-  const int rank = rank_in_cluster(), warpgroup = thread_index() / WARPGROUP, warp = thread_index() / 32;
-  if (thread_index() == 0) init_barriers(memory);
-  // no block may arrive at another's barrier before it is there
-  sync_cluster();
-  // consumers need more registers than all threads can have, and the others fewer
-  if (warpgroup == 0) {
-    give_registers_back<PRODUCER_REGISTERS>();
-    const bool leads = thread_index() % 32 == 0;
-    if (warp == 0 && leads) Producer<Shape>{arguments, schedule, memory, rank}.run();
-    if (warp == 1 && leads && rank == 0) {
-      Tickets<Shape>{memory}.hand_out(arguments.counters, schedule.tickets());
+  if constexpr (FOR_HOPPER) {
+    const Memory<Shape> memory;
+    const Schedule schedule(arguments.M, arguments.P, arguments.R, Shape::COLUMNS, arguments.publishes != 0);
+    const int rank = rank_in_cluster(), warpgroup = thread_index() / WARPGROUP, warp = thread_index() / 32;
+    if (thread_index() == 0) init_barriers(memory);
+    // no block may arrive at another's barrier before it is there
+    sync_cluster();
+    // consumers need more registers than all threads can have, and the others fewer
+    if (warpgroup == 0) {
+      give_registers_back<PRODUCER_REGISTERS>();
+      const bool leads = thread_index() % 32 == 0;
+      if (warp == 0 && leads) Producer<Shape>{arguments, schedule, memory, rank}.run();
+      if (warp == 1 && leads && rank == 0) {
+        Tickets<Shape>{memory}.hand_out(arguments.counters, schedule.tickets());
+      }
+    } else {
+      take_registers<CONSUMER_REGISTERS>();
+      Consumer<Shape> consumer(arguments, schedule, memory, warpgroup - 1, rank);
+      consume(consumer);
     }
-  } else {
-    take_registers<CONSUMER_REGISTERS>();
-    Consumer<Shape> consumer(arguments, schedule, memory, warpgroup - 1, rank);
-    consume(consumer);
+    // nor may it leave while another may still arrive at its own
+    sync_cluster();
+    leave(arguments.counters, schedule.rows * CLUSTER);
   }
-  // nor may it leave while another may still arrive at its own
-  sync_cluster();
-  leave(arguments.counters, schedule.rows * CLUSTER);
 }
 
 template <typename Element, bool W_ALONG_Q>

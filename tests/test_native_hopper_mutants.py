@@ -48,7 +48,6 @@ MUTANTS = {
     "too many registers": ("shape.cuh", "PRODUCER_REGISTERS = 40", "PRODUCER_REGISTERS = 64", PLAIN, "rank"),
     "scale is lost": ("low_rank.cuh", "round_pair(first * arguments.scale, second * arguments.scale, Element{})", "round_pair(first, second, Element{})", PLAIN, "rank"),
     "dropout's bits are shifted": ("low_rank.cuh", "column_of_pair()) / 2;\n    uint32_t dropped", "column_of_pair()) / 2 + 1;\n    uint32_t dropped", DROPOUT, "rank"),
-    "a stage is released before all warps have read it": ("low_rank.cuh", "    sync_warpgroup(1 + consumer);\n    stages.pass();", "    stages.pass();", DROPOUT, "rank"),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Hopper's kernel on the host, by the shim in cuda_shim/: the oracle, every tile and schedule, any order of blocks."""
 
+import itertools
 import shutil
 from dataclasses import replace
 
@@ -64,6 +65,29 @@ def test_the_shapes_above_cover_every_tile_and_schedule(kernels):
         a, w, u, v, _ = draw_matmul("bfloat16", M, K, N, R, False)
         plan = kernels.plan(0, arguments_of(M, N, K, R, a, w, u, v), Turns(sms=sms))
         assert (plan.publishes, plan.columns, plan.ranks) == expected, (M, K, N, R, sms)
+
+
+@pytest.mark.parametrize("publishes", [False, True])
+def test_nothing_waits_for_a_higher_ticket(kernels, publishes):
+    """So no order of clusters, however few are resident, and no tickets taken ahead can make them wait for ever.
+
+    A cluster works on its tickets from the lowest up. Of all tickets that are not done yet, the lowest is thus what its
+    cluster works on, and whatever it waits for is done.
+    """
+    for rows, columns, blocks in itertools.product((1, 2, 7, 8, 9, 33), (1, 2, 5, 17), (1, 2, 3, 4)):
+        works = kernels.schedule(256 * rows - 3, 256 * columns - 8, 64 * blocks - 8, 256, publishes)
+        tiles = [(row, column) for row, column, _ in works if column >= 0]
+        assert sorted(tiles) == list(itertools.product(range(rows), range(columns)))
+        if not publishes:
+            continue
+        # the first column computes the first block of h, and others are alone
+        published = {(row, block): ticket for ticket, (row, column, block) in enumerate(works) if column <= 0}
+        assert set(published) == set(itertools.product(range(rows), range(blocks)))
+        for ticket, (row, column, _) in enumerate(works):
+            if column < 0:
+                continue
+            waits_for = [published[row, block] for block in range(blocks) if (column, block) != (0, 0)]
+            assert all(other < ticket for other in waits_for), (row, column)
 
 
 # every cluster alone, in order; many at once, in any order; the first to start, which publish, hardly having a turn

@@ -13,7 +13,7 @@ __device__ void store_out(Consumer<Shape>& consumer, const Work& work, const typ
   const auto* bias = static_cast<const Element*>(arguments.bias);
   const Dropout dropout(arguments.dropout, Shape::DROPS_OUTPUT);
   const float scale = arguments.scale * (Shape::DROPS_OUTPUT ? arguments.dropout.keep_scale : 1.0f);
-  const int64_t P = arguments.P, row = consumer.row(work) * P;
+  const int64_t P = arguments.P, row_of_pairs = consumer.row(work) * P / 2;
   const int first_m = (work.row * CLUSTER + consumer.rank) * BLOCK_M + consumer.consumer * ROWS;
   const int column_of_pair = consumer.column_of_pair(), first_row = consumer.first_row_of_warp();
   const bool leads = consumer.thread() == 0;
@@ -38,7 +38,8 @@ __device__ void store_out(Consumer<Shape>& consumer, const Work& work, const typ
         // sums themselves stay untouched: what else than wgmma writes to them makes the compiler wait for every wgmma
         float first = sums[chunk * (CHUNK / 2) + at], second = sums[chunk * (CHUNK / 2) + at + 1];
         if constexpr (Shape::APART) {
-          const uint32_t kept = Shape::DROPS_OUTPUT ? dropout.keeps_pair(row + i % 2 * 8 * P + p) : 0xFFFFFFFF;
+          const uint32_t kept =
+              Shape::DROPS_OUTPUT ? dropout.keeps_pair(row_of_pairs + i % 2 * 4 * P + p / 2) : 0xFFFFFFFF;
           // left out where dropped, not multiplied by zero: it may be infinite
           if (kept & 0xFFFF) first += scale * product[at % (APART_COLUMNS / 2)];
           if (kept >> 16) second += scale * product[at % (APART_COLUMNS / 2) + 1];

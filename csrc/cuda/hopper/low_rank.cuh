@@ -49,7 +49,8 @@ struct Consumer {
     for (int step = 0; step < steps; ++step) {
       stages.await_full(stages.place);
       const uint64_t a = stages.a(stages.place), w = stages.w(stages.place), u = stages.u(stages.place);
-      wgmma_fence();
+      // not for nothing: the compiler fills a group that has no wgmma
+      if constexpr (OUT || !Shape::DROPS_INPUT) wgmma_fence();
       if constexpr (OUT) {
 #pragma unroll
         for (int k = 0; k < BLOCK_Q / 16; ++k) {
@@ -64,7 +65,7 @@ struct Consumer {
                                                            step > 0 || k > 0);
         }
       }
-      wgmma_commit();
+      if constexpr (OUT || !Shape::DROPS_INPUT) wgmma_commit();
       if constexpr (H && Shape::DROPS_INPUT) {
         multiply_dropped(work, dropout, step, u, h);
       } else {
@@ -145,15 +146,14 @@ struct Consumer {
   __device__ void multiply_dropped(const Work& work, const Dropout& dropout, int step, uint64_t u, HSums& h) {
     using Stages = hopper::Stages<Shape>;
     const unsigned char* tile = memory.a(stages.place.stage) + consumer * ROWS * SPAN;
-    const int64_t first = static_cast<int64_t>(row(work)) * arguments.Q + step * BLOCK_Q + column_of_pair();
+    const int64_t Q = arguments.Q, first_pair = (row(work) * Q + step * BLOCK_Q + column_of_pair()) / 2;
     uint32_t dropped[BLOCK_Q / 16][4];
 #pragma unroll
     for (int k = 0; k < BLOCK_Q / 16; ++k) {
       load_matrices<false>(dropped[k], tile + swizzled(first_row_of_warp(), 2 * k));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t element = first + i % 2 * 8 * static_cast<int64_t>(arguments.Q) + k * 16 + i / 2 * 8;
-        dropped[k][i] &= dropout.keeps_pair(element);
+        dropped[k][i] &= dropout.keeps_pair(first_pair + i % 2 * 4 * Q + (k * 16 + i / 2 * 8) / 2);
       }
     }
     wgmma_fence();

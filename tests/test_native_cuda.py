@@ -191,6 +191,13 @@ def test_contractions_are_cut_into_parts_where_tiles_are_few(on_host, arithmetic
     assert on_host.plan("plan_matmul", arithmetic, 140, 150, 300, 70, Turns(sms=1)).split == 1
 
 
+@pytest.mark.parametrize(("K", "N"), [(4096, 4096), (4096, 1024), (1024, 1024), (4096, 14336)])
+def test_all_blocks_of_adapter_gradients_run_at_once(on_host, K, N):
+    """Three of them fit an SM of any GPU. Four were planned once: one in four waited for the others."""
+    plan = on_host.plan("plan_grad", BFLOAT16, 8192, K, N, 16, Turns(sms=132))
+    assert 2 * 132 < plan.split * (K + N) // 64 <= 3 * 132
+
+
 sizes = st.integers(1, 150)
 
 

@@ -130,6 +130,20 @@ inline void store_pair(void* global, uint32_t pair) {
   std::memcpy(global, &pair, sizeof pair);
 }
 
+inline size_t vector_at(const void* shared) {
+  const bool aligned = reinterpret_cast<uintptr_t>(shared) % 16 == 0;
+  shim::require(aligned && me().block->contains(shared, 16), "no place for 16 bytes");
+  return on_hopper().chunk(shared);
+}
+inline void load_vector(uint32_t (&words)[4], const void* shared) {
+  vector_at(shared);
+  std::memcpy(words, shared, 16);
+}
+inline void store_vector(void* shared, const uint32_t (&words)[4]) {
+  on_hopper().unfenced.store(me(), vector_at(shared));
+  std::memcpy(shared, words, 16);
+}
+
 // ---- warps with different work
 
 inline int warpgroup_index() { return thread_index() / shim::WARPGROUP; }
@@ -226,19 +240,29 @@ inline int encode_tensor_map(TensorMap* map, const TileMap& tile, bool) {
   return 0;
 }
 
-// In clusters of two blocks. Returns a shim::Outcome.
+// In clusters of so many blocks. Returns a shim::Outcome.
 template <typename Arguments>
-int launch_in_pairs(void (*kernel)(Arguments), int blocks, int threads, int shared_bytes, void*,
-                    const Arguments& arguments) {
+int launch_in_clusters(int cluster_blocks, void (*kernel)(Arguments), int blocks, int threads, int shared_bytes,
+                       const Arguments& arguments) {
   if (shared_bytes > 227 * 1024) return shim::TOO_MUCH_SHARED_MEMORY;
   shim::Machine& machine = shim::Machine::here();
   shim::Visibility::here().begin();
   machine.on_start = [&](shim::Block& block) { block.hopper = std::make_shared<shim::Hopper>(block, threads); };
   machine.on_thread_end = [](shim::Fiber& fiber) { shim::Hopper::of(*fiber.block).end(fiber); };
-  const int outcome = machine.run(blocks, 2, threads, shared_bytes, [&] { kernel(arguments); });
+  const int outcome = machine.run(blocks, cluster_blocks, threads, shared_bytes, [&] { kernel(arguments); });
   machine.on_start = nullptr;
   machine.on_thread_end = nullptr;
   return outcome;
+}
+template <typename Arguments>
+int launch_in_pairs(void (*kernel)(Arguments), int blocks, int threads, int shared_bytes, void*,
+                    const Arguments& arguments) {
+  return launch_in_clusters(2, kernel, blocks, threads, shared_bytes, arguments);
+}
+template <typename Arguments>
+int launch_singly(void (*kernel)(Arguments), int blocks, int threads, int shared_bytes, void*,
+                  const Arguments& arguments) {
+  return launch_in_clusters(1, kernel, blocks, threads, shared_bytes, arguments);
 }
 
 }  // namespace fused_lora::cuda

@@ -166,6 +166,20 @@ __device__ inline uint32_t round_pair(float first, float second, Half) {
 // Two 16-bit elements to memory, that another block's TMA reads.
 __device__ inline void store_pair(void* global, uint32_t pair) { *static_cast<uint32_t*>(global) = pair; }
 
+// 16 bytes of shared memory, as they lie there.
+__device__ inline void load_vector(uint32_t (&words)[4], const void* shared) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address(shared))
+               : "memory");
+}
+__device__ inline void store_vector(void* shared, const uint32_t (&words)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(shared_address(shared)), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // ---- warps with different work
 
 // How many registers each thread of this warpgroup has from here on.
@@ -247,10 +261,10 @@ inline int encode_tensor_map(TensorMap* map, const TileMap& tile, bool bfloat16)
                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-// One launch in clusters of two blocks. Returns a cudaError_t.
+// One launch in clusters of so many blocks. Returns a cudaError_t.
 template <typename Arguments>
-int launch_in_pairs(void (*kernel)(Arguments), int blocks, int threads, int shared_bytes, void* stream,
-                    const Arguments& arguments) {
+int launch_in_clusters(int cluster_blocks, void (*kernel)(Arguments), int blocks, int threads, int shared_bytes,
+                       void* stream, const Arguments& arguments) {
   const auto function = reinterpret_cast<const void*>(kernel);
   const cudaError_t allowed = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (allowed != cudaSuccess) return allowed;
@@ -261,10 +275,21 @@ int launch_in_pairs(void (*kernel)(Arguments), int blocks, int threads, int shar
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = 2, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cluster.val.clusterDim.x = cluster_blocks, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster, config.numAttrs = 1;
   void* values[] = {const_cast<Arguments*>(&arguments)};
   return cudaLaunchKernelExC(&config, function, values);
+}
+template <typename Arguments>
+int launch_in_pairs(void (*kernel)(Arguments), int blocks, int threads, int shared_bytes, void* stream,
+                    const Arguments& arguments) {
+  return launch_in_clusters(2, kernel, blocks, threads, shared_bytes, stream, arguments);
+}
+// blocks that stand alone
+template <typename Arguments>
+int launch_singly(void (*kernel)(Arguments), int blocks, int threads, int shared_bytes, void* stream,
+                  const Arguments& arguments) {
+  return launch_in_clusters(1, kernel, blocks, threads, shared_bytes, stream, arguments);
 }
 
 }  // namespace fused_lora::cuda

@@ -1,5 +1,6 @@
 """Hopper's kernel on the host, by the shim in cuda_shim/: the oracle, every tile and schedule, any order of blocks."""
 
+import itertools
 import shutil
 from dataclasses import replace
 
@@ -66,6 +67,29 @@ def test_the_shapes_above_cover_every_tile_and_schedule(kernels):
         assert (plan.publishes, plan.columns, plan.ranks) == expected, (M, K, N, R, sms)
 
 
+@pytest.mark.parametrize("publishes", [False, True])
+def test_nothing_waits_for_a_higher_ticket(kernels, publishes):
+    """So no order of clusters, however few are resident, and no tickets taken ahead can make them wait for ever.
+
+    A cluster works on its tickets from the lowest up. Of all tickets that are not done yet, the lowest is thus what its
+    cluster works on, and whatever it waits for is done.
+    """
+    for rows, columns, blocks in itertools.product((1, 2, 7, 8, 9, 33), (1, 2, 5, 17), (1, 2, 3, 4)):
+        works = kernels.schedule(256 * rows - 3, 256 * columns - 8, 64 * blocks - 8, 256, publishes)
+        tiles = [(row, column) for row, column, _ in works if column >= 0]
+        assert sorted(tiles) == list(itertools.product(range(rows), range(columns)))
+        if not publishes:
+            continue
+        # the first column computes the first block of h, and others are alone
+        published = {(row, block): ticket for ticket, (row, column, block) in enumerate(works) if column <= 0}
+        assert set(published) == set(itertools.product(range(rows), range(blocks)))
+        for ticket, (row, column, _) in enumerate(works):
+            if column < 0:
+                continue
+            waits_for = [published[row, block] for block in range(blocks) if (column, block) != (0, 0)]
+            assert all(other < ticket for other in waits_for), (row, column)
+
+
 # every cluster alone, in order; many at once, in any order; the first to start, which publish, hardly having a turn
 ORDERS = [Turns(0, 2), Turns(0, 16), Turns(1, 16), Turns(2, 4), Turns(3, 8, 2), Turns(4, 16, 4), Turns(5, 2)]
 
@@ -111,6 +135,24 @@ def test_views_and_values_that_overflow(kernels, arithmetic, backward):
     assert a.stride(0) != a.shape[1]
     u, v = torch.cat([u, u])[1:][: len(u)], torch.stack([v, v / 64], 2)[..., 1]
     check(kernels, "lora_matmul", arithmetic, [(a, w, u, v, bias)], K + R, *dropped(False, backward, 2e5))
+
+
+@by_arithmetic
+@by_direction
+@by_dropout
+def test_an_infinity_stays_in_its_row(kernels, arithmetic, backward, dropout):
+    """Ranks that a tile has and the adapter has not are zero, and zero by infinity would be NaN."""
+    a, w, u, v, bias = (
+        None if tensor is None else tensor.abs() for tensor in draw_matmul(arithmetic, 140, 72, 136, 24, backward)
+    )
+    a[5, 7] = torch.inf
+    for sms in (2, 32):
+        out, h = kernels.lora_matmul(a, w, u, v, bias, *dropped(dropout, backward), turns=Turns(1, sms=sms))
+        assert out[5].isinf().all()
+        assert not h.isnan().any()
+        out[5] = h[5] = 0
+        assert out.isfinite().all()
+        assert h.isfinite().all()
 
 
 def test_what_it_does_not_serve_is_named(kernels):

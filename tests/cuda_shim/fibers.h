@@ -35,7 +35,9 @@ enum Outcome { RIGHT = 0, HANGS = 1, TOO_MUCH_SHARED_MEMORY = 2, BROKEN = 3 };
 struct Turns {
   uint64_t seed = 0;
   int resident = 4;  // blocks in flight
-  int delayed = 0;   // of the blocks that start first, how many get one turn in 64
+  // Of the blocks that start first, how many get one turn in 64; where turns are drawn, so does one warpgroup in half
+  // of all blocks that have several, since warpgroups drift far apart.
+  int delayed = 0;
 };
 
 // What the hardware leaves undefined or traps.
@@ -78,6 +80,7 @@ struct Fiber {
   std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK_BYTES]};
   Block* block = nullptr;
   int thread = 0;
+  bool delayed = false;
 
   // what it does in the background, and what of others' stores it may rely on: all of it starts anew with the thread
   struct State {
@@ -122,7 +125,6 @@ struct Cluster;
 
 struct Block {
   int index = 0, rank = 0, left = 0;
-  bool delayed = false;
   Cluster* cluster = nullptr;
   std::unique_ptr<unsigned char[], FreeAligned> allocated;
   unsigned char* shared = nullptr;
@@ -310,7 +312,7 @@ class Machine {
 
   Fiber* take() {
     size_t at = turns.seed == 0 ? ready_.size() - 1 : draw_() % ready_.size();
-    for (int again = 0; again < 8 && ready_[at]->block->delayed && draw_() % 64 != 0; ++again) {
+    for (int again = 0; again < 8 && ready_[at]->delayed && draw_() % 64 != 0; ++again) {
       at = draw_() % ready_.size();
     }
     Fiber* taken = ready_[at];
@@ -344,12 +346,13 @@ class Machine {
       block.cluster = &cluster;
       block.rank = rank;
       block.index = index * size + rank;
-      block.delayed = place * size < turns.delayed;
-      start(block);
+      start(block, place * size < turns.delayed);
     }
   }
 
-  void start(Block& block) {
+  void start(Block& block, bool delayed) {
+    const int warpgroups = threads_ / WARPGROUP;
+    const int behind = turns.seed == 0 || warpgroups < 2 ? -1 : static_cast<int>(draw_() % (2 * warpgroups));
     block.left = threads_;
     block.allocated.reset(new (std::align_val_t(MOST_ALIGNMENT)) unsigned char[shift_ + shared_bytes_]);
     block.shared = block.allocated.get() + shift_;
@@ -365,6 +368,7 @@ class Machine {
       Fiber& fiber = block.fibers[thread];
       fiber.block = &block;
       fiber.thread = thread;
+      fiber.delayed = delayed || thread / WARPGROUP == behind;
       fiber.state = {};
       fiber.begun = false;
       getcontext(&fiber.context);

@@ -26,9 +26,9 @@ class BrokenLaunchError(Exception):
     """A launch hangs, does what the hardware does not define, or leaves its counters used."""
 
 
-def build(folder: Path, source: Path = SHIM / "hopper_library.cpp") -> HopperKernels:
+def build(folder: Path, source: Path = SHIM / "hopper_library.cpp", *options: str) -> HopperKernels:
     library = folder / "hopper.so"
-    compile(source, library, *INCLUDES, "-fPIC", "-shared")
+    compile(source, library, *INCLUDES, "-fPIC", "-shared", *options)
     return HopperKernels(library)
 
 
@@ -39,6 +39,7 @@ class HopperKernels:
         self.library = ctypes.CDLL(str(library))
         self.library.set_turns.argtypes = (c_uint64, c_int32, c_int32)
         self.library.sizes.restype = c_int64
+        self.library.work_of.argtypes = (*(3 * [c_int64]), *(3 * [c_int32]), c_int32 * 3)
         self.library.matmul_why_not.restype = self.library.why_broken.restype = c_char_p
         for which, structure in enumerate((HopperPlan, LoraMatmulArguments)):
             assert self.library.sizes(which) == ctypes.sizeof(structure)
@@ -74,6 +75,15 @@ class HopperKernels:
         plan = HopperPlan()
         self.library.plan_matmul(arithmetic, ctypes.byref(arguments), turns.sms, ctypes.byref(plan))
         return plan
+
+    def schedule(self, M, P, R, columns, publishes):
+        """(row, column, block) of every ticket, in their order."""
+        work, works = (c_int32 * 3)(), []
+        count = self.library.work_of(M, P, R, columns, publishes, 0, work)
+        for ticket in range(count):
+            self.library.work_of(M, P, R, columns, publishes, ticket, work)
+            works.append(tuple(work))
+        return works
 
     def why_not(self, arithmetic, arguments):
         reason = self.library.matmul_why_not(arithmetic, ctypes.byref(arguments))

@@ -24,6 +24,13 @@ const char* matmul_why_not(int arithmetic, const LoraMatmulArguments* arguments)
 void plan_matmul(int arithmetic, const LoraMatmulArguments* arguments, int sms, HopperPlan* plan) {
   *plan = plan_hopper_matmul(static_cast<Arithmetic>(arithmetic), *arguments, sms);
 }
+// row, column and block of a ticket; returns how many tickets there are
+int work_of(int64_t M, int64_t P, int64_t R, int columns, int publishes, int ticket, int* work) {
+  const hopper::Schedule schedule(M, P, R, columns, publishes != 0);
+  const hopper::Work found = schedule.work(ticket);
+  work[0] = found.row, work[1] = found.column, work[2] = found.block;
+  return schedule.tickets();
+}
 int launch_matmul(int arithmetic, const HopperPlan* plan, const LoraMatmulArguments* arguments) {
   return launch_hopper_matmul(static_cast<Arithmetic>(arithmetic), *plan, *arguments, nullptr);
 }

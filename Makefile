@@ -15,7 +15,7 @@ EXTENSION := fused_lora/_C.abi3.so
 CPP := '*.cpp' '*.h' '*.cu' '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-triton36 test-torch test-peft bench native host gpu docs report scaling models sanitize lint format types clean
+.PHONY: help install demo test test-triton36 test-torch test-peft bench native wheel host gpu docs report scaling models sanitize lint format types clean
 
 help:
 	@echo 'make demo           the main job: fine-tune a real network on MNIST with the fused layer (a few minutes on a CPU)'
@@ -26,7 +26,8 @@ help:
 	@echo 'make report         README tables and docs plots from benchmarks/results/; make docs builds the pages into site/'
 	@echo 'make scaling        how a layer grows with its sizes, into benchmarks/results/scaling/'
 	@echo 'make models         a training step of whole models, into benchmarks/results/models/'
-	@echo 'make native         build the optional compiled extension'
+	@echo 'make native         build the optional compiled extension, for the CPU and the GPUs that are here'
+	@echo 'make wheel          a wheel with the extension for every GPU, into dist/; it installs without nvcc'
 	@echo 'make sanitize       the compiled extension under ASan and UBSan, over fuzzed operands; its CUDA kernels on the host'
 	@echo 'make lint types     ruff, clang-format; mypy.  make format fixes what lint finds'
 	@echo 'make test-triton36  the kernel tests on Triton 3.6'
@@ -52,6 +53,11 @@ bench: $(INSTALLED)
 
 native: $(INSTALLED)
 	FUSED_LORA_BUILD_EXT=1 $(RUN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation --no-deps -e . $(ARGS)
+
+# of the PyTorch that is installed here: C++ extensions are for one version of it
+wheel: $(INSTALLED)
+	FUSED_LORA_BUILD_EXT=1 FUSED_LORA_CUDA_ARCHS=all $(RUN)/python -m pip wheel --disable-pip-version-check \
+		--no-build-isolation --no-deps --wheel-dir dist . $(ARGS)
 
 # with the extension, built anew where its sources have changed
 host: $(EXTENSION)

@@ -8,6 +8,10 @@ TORCH_LIBRARY(fused_lora_native, m) {
   m.def(
       "lora_matmul(Tensor a, Tensor w, Tensor u, Tensor v, Tensor? bias, float scale, "
       "Tensor? seed, float dropout_p, bool dropout_on_output) -> (Tensor out, Tensor h)");
+  // for people: why such a call on a GPU is not served by Hopper's kernels; empty where it is
+  m.def(
+      "why_not_hopper(Tensor a, Tensor w, Tensor u, Tensor v, Tensor? seed, float dropout_p, "
+      "bool dropout_on_output) -> str");
   m.def(
       "adapter_grad(Tensor? x, Tensor? g, Tensor? dy, Tensor? h, float scale, "
       "Tensor? seed, float dropout_p, ScalarType dtype_A, ScalarType dtype_B) -> (Tensor? dA, Tensor? dB)");

@@ -6,12 +6,12 @@ On the GPU where the extension is built for one, else on the host, by the shim i
 import shutil
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
 from cuda_shim.host import BFLOAT16, EXACT, SHIM, TF32, Kernels, Turns, compile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_operators import check, draw_matmul, dtype_of, enough, kernel_arithmetic
 
 from fused_lora.backends import eager as eager_backend
 from fused_lora.backends import native
@@ -21,7 +21,6 @@ SEED = torch.tensor([-7_000_000_000_000_000_001])
 ARITHMETICS = ("bfloat16", "float16", "float32", "tf32")
 # small M, several tiles of rows; ranks with a tail, of several tiles
 SHAPES = ((1, 16), (5, 100), (16, 3), (17, 1), (129, 64))
-TURNS = Turns()
 by_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS)
 by_direction = pytest.mark.parametrize("backward", [False, True], ids=["forward", "input gradient"])
 by_dropout = pytest.mark.parametrize("dropout", [None, "input", "output"])
@@ -66,88 +65,6 @@ def kernels(request):
     if torch.cuda.is_available() and native.why_not(torch.device("cuda"), torch.float32) is None:
         return OnDevice()
     return request.getfixturevalue("on_host")
-
-
-def dtype_of(arithmetic):
-    return torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
-
-
-def kernel_arithmetic(arithmetic):
-    """What the launch is told beside the dtype."""
-    return {"tf32": TF32, "float32": EXACT}.get(arithmetic)
-
-
-def to_tf32(tensor):
-    """To nearest, ties away from zero, as the tensor core's operands are rounded."""
-    return (tensor.view(torch.int32) + 0x1000).bitwise_and_(-0x2000).view(torch.float32)
-
-
-def operands(inputs, backward):
-    if backward:
-        return inputs.dy, inputs.weight, inputs.lora_B, inputs.lora_A, None
-    return inputs.x, inputs.weight.t(), inputs.lora_A.t(), inputs.lora_B.t(), inputs.bias
-
-
-def plainly(operator, arithmetic, tensors, rest):
-    """The operator in plain PyTorch, in an arithmetic."""
-    dtype = dtype_of(arithmetic)
-    plain = [None if t is None else t.to(dtype) for t in tensors]
-    if arithmetic == "tf32":
-        plain = [None if t is None else to_tf32(t) for t in plain]
-        if operator == "lora_matmul":
-            return _in_two_tf32_products(*plain, *rest)
-    return getattr(eager_backend, operator)(*plain, *(dtype if isinstance(v, torch.dtype) else v for v in rest))
-
-
-def _in_two_tf32_products(a, w, u, v, bias, scale, seed, dropout_p, on_output):
-    """out and h, whose second product reads h rounded, as a tensor core reads every operand."""
-    dropout = (seed, dropout_p, on_output)
-    out, h = eager_backend.lora_matmul(a, w, u, torch.zeros_like(v), bias, scale, *dropout)
-    nothing, one = v.new_zeros(v.shape), torch.eye(v.shape[0])
-    lora, _ = eager_backend.lora_matmul(
-        to_tf32(h), nothing, one, v, None, scale, *(dropout if on_output else (None, 0.0, False))
-    )  # fmt: skip
-    return out + lora.view(out.shape), h
-
-
-def exactly(operator, tensors, rest, prepare=torch.Tensor.double):
-    tensors = [None if t is None else prepare(t.double()) for t in tensors]
-    return getattr(eager_backend, operator)(
-        *tensors, *(torch.float64 if isinstance(v, torch.dtype) else v for v in rest)
-    )
-
-
-def check(kernels, operator, arithmetic, draws, terms, *rest, turns=TURNS):
-    """Both results of several draws of operands against float64. terms: how many numbers their longest sum has."""
-    judged = {}
-    for tensors in draws:
-        got = getattr(kernels, operator)(
-            *tensors, *rest, turns=turns, arithmetic=kernel_arithmetic(arithmetic)
-        )  # fmt: skip
-        exact = exactly(operator, tensors, rest)
-        if arithmetic == "float32":
-            # the bound of any order of summation (Higham, §3.1): PyTorch's own order is no measure of one value
-            bound = exactly(operator, tensors, rest, prepare=torch.Tensor.abs)
-            gamma = (terms + 8) * torch.finfo(torch.float32).eps / 2
-            for one, truth, limit in zip(got, exact, bound, strict=True):
-                assert one is None or (one.shape == truth.shape and ((one - truth).abs() <= gamma * limit).all())
-            continue
-        for index, values in enumerate(zip(got, plainly(operator, arithmetic, tensors, rest), exact, strict=True)):
-            if values[0] is not None:
-                judged.setdefault(index, []).append(values)
-    for index, values in judged.items():
-        oracle.within(f"{operator}[{index}]", *(torch.stack(column) for column in zip(*values, strict=True)))
-
-
-def enough(*sizes):
-    """How many draws give the smallest result 64 values to err in."""
-    return -(-64 // max(1, min(64, *sizes)))
-
-
-def draw_matmul(arithmetic, M, K, N, R, backward, bias=True):
-    dtype = dtype_of(arithmetic)
-    inputs = oracle.draw(M, K, N, R, dtype, torch.float32, bias)
-    return operands(inputs, backward)
 
 
 @by_arithmetic
@@ -272,6 +189,13 @@ def test_contractions_are_cut_into_parts_where_tiles_are_few(on_host, arithmetic
     assert (small.small_m, large.small_m) == (1, 0)
     assert min(small.split, large.split, gradients.split) > 1
     assert on_host.plan("plan_matmul", arithmetic, 140, 150, 300, 70, Turns(sms=1)).split == 1
+
+
+@pytest.mark.parametrize(("K", "N"), [(4096, 4096), (4096, 1024), (1024, 1024), (4096, 14336)])
+def test_all_blocks_of_adapter_gradients_run_at_once(on_host, K, N):
+    """Three of them fit an SM of any GPU. Four were planned once: one in four waited for the others."""
+    plan = on_host.plan("plan_grad", BFLOAT16, 8192, K, N, 16, Turns(sms=132))
+    assert 2 * 132 < plan.split * (K + N) // 64 <= 3 * 132
 
 
 sizes = st.integers(1, 150)

@@ -16,7 +16,7 @@ from fused_lora.backends import environment, native
 
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"
-ARCHS = (80, 86, 89, 90, 100, 120)
+ARCHS = ("80", "86", "89", "90a", "100", "120")
 
 # --------------------------------------------------------------------------------------------------
 # setup.py
@@ -25,6 +25,9 @@ ARCHS = (80, 86, 89, 90, 100, 120)
 PYTORCH = """
 class version:
     cuda = {cuda!r}
+class cuda:
+    device_count = lambda: len({here!r})
+    get_device_capability = lambda index: {here!r}[index]
 """
 CPP_EXTENSION = """
 from setuptools import Extension
@@ -44,11 +47,11 @@ BuildExtension = build_ext
 def setup_with(tmp_path):
     """What setup.py asks of a PyTorch of this CUDA version and with this toolkit, as lines; no compiler runs."""
 
-    def run(cuda, home, archs=None):
+    def run(cuda, home, archs=None, here=()):
         package = tmp_path / "torch" / "utils"
         package.mkdir(parents=True, exist_ok=True)
         (package / "__init__.py").touch()
-        (package.parent / "__init__.py").write_text(PYTORCH.format(cuda=cuda))
+        (package.parent / "__init__.py").write_text(PYTORCH.format(cuda=cuda, here=here))
         (package / "cpp_extension.py").write_text(CPP_EXTENSION.format(home=home))
         environment = {**os.environ, "PYTHONPATH": str(tmp_path), "FUSED_LORA_BUILD_EXT": "1"}
         if archs is not None:
@@ -68,26 +71,48 @@ def test_cpu_sources_alone_without_nvcc_or_a_cuda_pytorch(setup_with, cuda, home
     assert "cuda" not in made.stdout
 
 
-def test_cuda_sources_join_for_every_gpu(setup_with):
-    made = setup_with("13.0", "/usr/local/cuda")
+def codes(made):
+    """What nvcc is to compile for."""
     assert made.returncode == 0, made.stderr
     assert made.stdout.startswith("CUDA\n")
+    return re.findall(r",code=(\w+)", made.stdout)
+
+
+def test_cuda_sources_join_for_every_gpu(setup_with):
+    made = setup_with("13.0", "/usr/local/cuda")
+    assert codes(made) == [*(f"sm_{arch}" for arch in ARCHS), "compute_120"]
     sources = made.stdout.splitlines()
     for name in ("bindings.cpp", "cpu/lora_matmul.cpp", "cuda/operators.cpp", "cuda/kernels/lora_matmul.cu"):
         assert f"csrc/{name}" in sources
-    assert re.findall(r",code=(\w+)", made.stdout) == [*(f"sm_{arch}" for arch in ARCHS), "compute_120"]
+    assert codes(setup_with("13.0", "/usr/local/cuda", "all")) == codes(made)
+
+
+def test_a_build_is_for_the_gpus_that_are_here(setup_with):
+    here = setup_with("13.0", "/usr/local/cuda", here=((9, 0), (8, 0), (9, 0), (7, 5)))
+    assert codes(here) == ["sm_80", "sm_90a", "compute_90a"]
+    assert codes(setup_with("13.0", "/usr/local/cuda", here=((7, 5),)))[-1] == "compute_120"
 
 
 def test_gpus_may_be_chosen(setup_with):
-    made = setup_with("13.0", "/usr/local/cuda", "90")
-    assert re.findall(r",code=(\w+)", made.stdout) == ["sm_90", "compute_90"]
+    assert codes(setup_with("13.0", "/usr/local/cuda", "86;120", here=((9, 0),))) == ["sm_86", "sm_120", "compute_120"]
 
 
-@pytest.mark.parametrize("archs", ["75", "9.0", "sm_90", ""])
+@pytest.mark.parametrize("archs", ["90", "90a"])
+def test_hoppers_own_kernels_join_where_it_is_asked_for(setup_with, archs):
+    with_it, without = setup_with("13.0", "/usr/local/cuda", archs), setup_with("13.0", "/usr/local/cuda", "80")
+    assert codes(with_it) == ["sm_90a", "compute_90a"]
+    assert "FUSED_LORA_HOPPER" in with_it.stdout
+    assert "csrc/cuda/hopper/" in with_it.stdout
+    assert "FUSED_LORA_HOPPER" not in without.stdout
+    assert "csrc/cuda/hopper/" not in without.stdout
+
+
+@pytest.mark.parametrize("archs", ["75", "9.0", "sm_90", "", "100a"])
 def test_a_gpu_that_cannot_be_meant_is_refused(setup_with, archs):
     made = setup_with("13.0", "/usr/local/cuda", archs)
     assert made.returncode != 0
-    assert f"FUSED_LORA_CUDA_ARCHS must be numbers of 80 or more, as 80;86;89;90;100;120, got {archs}" in made.stderr
+    rule = "FUSED_LORA_CUDA_ARCHS must be all, or numbers of 80 or more, as 80;86;89;90a;100;120"
+    assert f"{rule}, got {archs}" in made.stderr
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from fused_lora.bench.subjects import ADAPTER_GRADIENTS, FORWARD, INPUT_GRADIENT
 
 # several tiles, and an end that fills none
 SIZES = {"cuda": (300, 328, 648), "cpu": (33, 72, 104)}
+# the extension's portable kernels; Hopper's own, in one block of ranks and in several
+RANKS = {"cuda": (20, 24, 136), "cpu": (20,)}
 DTYPES = ("bfloat16", "bfloat16+float32", "float32")
 # what is chosen -> the kernel that it launches, by a part of its name; the last is in all of the compiled extension's
 KERNELS: dict[type[Choice] | type[None], str] = {
@@ -39,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     M, K, N = SIZES[device.type]
     jobs = [Job(FORWARD, 3, K, N, 8, dtype) for dtype in DTYPES]
     jobs += [
-        Job(pass_, M, K, N, 20, dtype, dropout)
+        Job(pass_, M, K, N, rank, dtype, dropout)
+        for rank in RANKS[device.type]
         for dtype in DTYPES
         for dropout in (False, True)
         for pass_ in (FORWARD, INPUT_GRADIENT, ADAPTER_GRADIENTS)

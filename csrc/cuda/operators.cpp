@@ -16,11 +16,14 @@
 #include <atomic>
 #include <cmath>
 #include <exception>
+#include <limits>
 #include <optional>
+#include <string>
 #include <thread>
 #include <tuple>
 
 #include "../tensors.h"
+#include "engine.h"
 #include "kernels/launches.h"
 #include "workspace.h"
 
@@ -61,16 +64,33 @@ DropoutArguments dropout_for(const std::optional<at::Tensor>& seed, double p, at
   return {seed->const_data_ptr<int64_t>(), threshold, static_cast<float>(kLanes) / (kLanes - threshold)};
 }
 
+struct Facts {
+  int32_t sms, capability;  // 90 for 9.0
+};
+
+// As many blocks as a launch of Hopper's lora_matmul has, where a test wants fewer than there are SMs. They take
+// tickets, so any even number of them computes the same.
+std::atomic<int64_t> most_blocks{std::numeric_limits<int32_t>::max()};
+
+void limit_blocks(int64_t most) {
+  TORCH_CHECK_VALUE(most >= 2 && most % 2 == 0, "most must be an even number of 2 or more, got ", most);
+  most_blocks = most;
+}
+
 // Asked once of each device.
-int32_t sm_count(at::Device device) {
-  static std::array<std::atomic<int32_t>, 1 << (8 * sizeof(c10::DeviceIndex))> known{};
-  std::atomic<int32_t>& count = known[static_cast<uint8_t>(device.index())];
-  if (count == 0) {
-    int asked = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&asked, cudaDevAttrMultiProcessorCount, device.index()));
-    count = asked;
+Facts facts_of(at::Device device) {
+  static std::array<std::atomic<Facts>, 1 << (8 * sizeof(c10::DeviceIndex))> known{};
+  std::atomic<Facts>& kept = known[static_cast<uint8_t>(device.index())];
+  Facts facts = kept;
+  if (facts.sms == 0) {
+    int major = 0, minor = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&facts.sms, cudaDevAttrMultiProcessorCount, device.index()));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index()));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index()));
+    facts.capability = 10 * major + minor;
+    kept = facts;
   }
-  return count;
+  return facts;
 }
 
 // Zeros that no memory pool of the calling thread owns: a pool is current on one thread alone, and this is another.
@@ -100,11 +120,14 @@ at::Tensor zeros_outside_pools(int64_t count, const at::TensorOptions& options) 
 struct Scratch {
   at::Tensor counters, slots;
 
-  Scratch(const Plan& plan, at::Device device, cudaStream_t stream)
+  // plan: of any engine.  arguments: get the addresses.
+  template <typename AnyPlan, typename Arguments>
+  Scratch(const AnyPlan& plan, at::Device device, cudaStream_t stream, Arguments& arguments)
       : counters(of_stream(kCounters, plan.counters, device, stream)),
-        slots(plan.slot_floats == 0 ? at::Tensor() : of_stream(kSlots, plan.slot_floats, device, stream)) {}
-
-  float* slot_data() const { return slots.defined() ? slots.mutable_data_ptr<float>() : nullptr; }
+        slots(plan.slot_floats == 0 ? at::Tensor() : of_stream(kSlots, plan.slot_floats, device, stream)) {
+    arguments.counters = counters.mutable_data_ptr<int32_t>();
+    arguments.slots = slots.defined() ? slots.mutable_data_ptr<float>() : nullptr;
+  }
 
  private:
   enum Kind { kCounters, kSlots };
@@ -122,57 +145,121 @@ struct Scratch {
   }
 };
 
+// A launch that fails says of which sizes it was.
+void check_launch(int status, const char* name, const char* of, at::IntArrayRef sizes) {
+  if (status == cudaSuccess) return;
+  // what it has left behind is not the next call's
+  (void)cudaGetLastError();
+  TORCH_CHECK(false, "the launch of ", name, " for ", of, " = ", sizes,
+              " failed: ", cudaGetErrorString(static_cast<cudaError_t>(status)));
+}
+
+// The operands of a lora_matmul, checked, as its kernels take them; results and scratch are not there yet.
+struct Matmul {
+  Arithmetic arithmetic;
+  LoraMatmulArguments arguments;
+  // what the arguments point to
+  at::Tensor a2, u2, v2, bias2;
+
+  Matmul(const at::Tensor& a, const at::Tensor& w, const at::Tensor& u, const at::Tensor& v,
+         const std::optional<at::Tensor>& bias, double scale, const std::optional<at::Tensor>& seed, double dropout_p,
+         bool dropout_on_output)
+      : arithmetic(arithmetic_for("a", a.scalar_type())), a2(rows("a", a)) {
+    check_matmul_operands(a2, w, u, v, bias);
+    check_device("w", w, a.device());
+    check_device("u", u, a.device());
+    check_device("v", v, a.device());
+    if (bias) check_device("bias", *bias, a.device());
+    const at::ScalarType dtype = a.scalar_type();
+    u2 = readable(u, dtype), v2 = readable(v, dtype);
+    if (bias) bias2 = bias->contiguous();
+    arguments = {a2.size(0),
+                 w.size(1),
+                 w.size(0),
+                 u.size(1),
+                 matrix(a2, dtype),
+                 matrix(w, dtype),
+                 matrix(u2, dtype),
+                 matrix(v2, dtype),
+                 bias ? bias2.const_data_ptr() : nullptr,
+                 static_cast<float>(scale),
+                 dropout_on_output,
+                 dropout_for(seed, dropout_p, a.device())};
+  }
+
+  const char* why_not_hopper() const {
+    return cuda::why_not_hopper(facts_of(a2.device()).capability, arithmetic, arguments);
+  }
+
+  void launch(at::Tensor& out, at::Tensor& h) {
+    arguments.out = out.mutable_data_ptr(), arguments.h = h.mutable_data_ptr();
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const std::array<int64_t, 4> sizes{arguments.M, arguments.P, arguments.Q, arguments.R};
+    const auto [M, P, Q, R] = sizes;
+    const int32_t sms = facts_of(a2.device()).sms;
+    // the driver has the last word on what its tensor maps take; the portable kernels need none
+    int status = kTensorMapRefused;
+    if (why_not_hopper() == nullptr) {
+      HopperPlan plan = plan_hopper_matmul(arithmetic, arguments, sms);
+      plan.blocks = static_cast<int32_t>(std::min<int64_t>(plan.blocks, most_blocks));
+      const Scratch scratch(plan, a2.device(), stream, arguments);
+      status = launch_hopper_matmul(arithmetic, plan, arguments, stream);
+    }
+    if (status == kTensorMapRefused) {
+      const Plan plan = plan_lora_matmul(arithmetic, M, P, Q, R, sms);
+      const Scratch scratch(plan, a2.device(), stream, arguments);
+      arguments.split = plan.split;
+      status = launch_lora_matmul(arithmetic, plan, arguments, stream);
+    }
+    check_launch(status, "lora_matmul", "(M, P, Q, R)", sizes);
+  }
+};
+
 std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Tensor& w, const at::Tensor& u,
                                                const at::Tensor& v, const std::optional<at::Tensor>& bias, double scale,
                                                const std::optional<at::Tensor>& seed, double dropout_p,
                                                bool dropout_on_output) {
   // autograd is the caller's: fused_lora/functional.py
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const at::ScalarType dtype = a.scalar_type();
-  const Arithmetic arithmetic = arithmetic_for("a", dtype);
-  const at::Tensor a2 = rows("a", a);
-  check_matmul_operands(a2, w, u, v, bias);
-  check_device("w", w, a.device());
-  check_device("u", u, a.device());
-  check_device("v", v, a.device());
-  if (bias) check_device("bias", *bias, a.device());
-  const DropoutArguments dropout = dropout_for(seed, dropout_p, a.device());
-  const int64_t M = a2.size(0), P = w.size(1), Q = w.size(0), R = u.size(1);
   const c10::cuda::CUDAGuard on_device(a.device());
-
+  Matmul matmul(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output);
   auto shape = a.sizes().vec();
-  shape.back() = P;
-  at::Tensor out = at::empty(shape, a.options()), h = at::empty({M, R}, a.options());
-  if (out.numel() == 0 && h.numel() == 0) return {out, h};
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Plan plan = plan_lora_matmul(arithmetic, M, P, Q, R, sm_count(a.device()));
-  const Scratch scratch(plan, a.device(), stream);
-  const at::Tensor u2 = readable(u, dtype), v2 = readable(v, dtype);
-  const at::Tensor bias2 = bias ? bias->contiguous() : at::Tensor();
-  const LoraMatmulArguments arguments{M,
-                                      P,
-                                      Q,
-                                      R,
-                                      matrix(a2, dtype),
-                                      matrix(w, dtype),
-                                      matrix(u2, dtype),
-                                      matrix(v2, dtype),
-                                      bias ? bias2.const_data_ptr() : nullptr,
-                                      static_cast<float>(scale),
-                                      dropout_on_output,
-                                      dropout,
-                                      out.mutable_data_ptr(),
-                                      h.mutable_data_ptr(),
-                                      scratch.slot_data(),
-                                      scratch.counters.mutable_data_ptr<int32_t>(),
-                                      plan.split};
-  C10_CUDA_CHECK(static_cast<cudaError_t>(launch_lora_matmul(arithmetic, plan, arguments, stream)));
+  shape.back() = matmul.arguments.P;
+  at::Tensor out = at::empty(shape, a.options()), h = at::empty({matmul.arguments.M, matmul.arguments.R}, a.options());
+  if (out.numel() > 0 || h.numel() > 0) matmul.launch(out, h);
   return {out, h};
+}
+
+// Why another engine than Hopper's serves such a call of lora_matmul; empty where Hopper's does.
+std::string explain(const at::Tensor& a, const at::Tensor& w, const at::Tensor& u, const at::Tensor& v,
+                    const std::optional<at::Tensor>& seed, double dropout_p, bool dropout_on_output) {
+  const Matmul matmul(a, w, u, v, std::nullopt, 1.0, seed, dropout_p, dropout_on_output);
+  const char* why = matmul.why_not_hopper();
+  return why == nullptr ? "" : why;
 }
 
 // A gradient as its kernel stores it: float32 unless it is of the operands' dtype.
 at::Tensor gradient(at::IntArrayRef shape, at::ScalarType wanted, const at::Tensor& like) {
   return at::empty(shape, like.options().dtype(wanted == like.scalar_type() ? wanted : at::kFloat));
+}
+
+void launch(Arithmetic arithmetic, AdapterGradArguments& arguments, at::Device device) {
+  const std::array<int64_t, 4> sizes{arguments.M, arguments.dA.columns, arguments.dB.columns, arguments.R};
+  const auto [M, K, N, R] = sizes;
+  const auto [sms, capability] = facts_of(device);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const auto launched = [&](const Plan& plan, const auto& launch_it) {
+    const Scratch scratch(plan, device, stream, arguments);
+    arguments.split = plan.split;
+    return launch_it(arithmetic, arguments, stream);
+  };
+  int status = kTensorMapRefused;
+  if (why_not_hopper(capability, arithmetic, arguments) == nullptr) {
+    status = launched(plan_hopper_adapter_grad(arguments, sms), launch_hopper_adapter_grad);
+  }
+  if (status == kTensorMapRefused)
+    status = launched(plan_adapter_grad(arithmetic, M, K, N, R, sms), launch_adapter_grad);
+  check_launch(status, "adapter_grad", "(M, K, N, R)", sizes);
 }
 
 std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
@@ -214,16 +301,9 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> adapter_grad(
   }
   const int64_t elements = (dA ? dA->numel() : 0) + (dB ? dB->numel() : 0);
   if (elements > 0) {
-    const auto stream = c10::cuda::getCurrentCUDAStream();
-    const Plan plan = plan_adapter_grad(arithmetic, arguments.M, arguments.dA.columns, arguments.dB.columns,
-                                        arguments.R, sm_count(like.device()));
-    const Scratch scratch(plan, like.device(), stream);
     arguments.scale = static_cast<float>(scale);
     arguments.dropout = dropout;
-    arguments.slots = scratch.slot_data();
-    arguments.counters = scratch.counters.mutable_data_ptr<int32_t>();
-    arguments.split = plan.split;
-    C10_CUDA_CHECK(static_cast<cudaError_t>(launch_adapter_grad(arithmetic, arguments, stream)));
+    launch(arithmetic, arguments, like.device());
   }
   return {dA ? std::make_optional(in_dtype(*dA, dtype_A)) : dA, dB ? std::make_optional(in_dtype(*dB, dtype_B)) : dB};
 }
@@ -242,6 +322,10 @@ at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, doub
 
 TORCH_LIBRARY_IMPL(fused_lora_native, CUDA, m) {
   m.impl("lora_matmul", &fused_lora::cuda::lora_matmul);
+  m.impl("why_not_hopper", &fused_lora::cuda::explain);
   m.impl("adapter_grad", &fused_lora::cuda::adapter_grad);
   m.impl("dropout_mask", &fused_lora::cuda::dropout_mask);
 }
+
+// for tests
+TORCH_LIBRARY_FRAGMENT(fused_lora_native, m) { m.def("limit_blocks(int most) -> ()", &fused_lora::cuda::limit_blocks); }

@@ -66,7 +66,10 @@ class Instruction:
                 if kind == "gdesc" and "GMMA" in self.name:
                     # the descriptors of both operands; with the first one in registers, the second of two pairs
                     first, width = (first + 2, 2) if re.match(r"R\d", self.operands[1]) else (first, 4)
-                elif kind in ("gdesc", "desc") or (".64" in self.name and self.name.startswith("U")):
+                elif kind in ("gdesc", "desc"):
+                    width = 2
+                # but for an index of constants
+                elif ".64" in self.name and self.name.startswith("U") and not operand.startswith("c["):
                     width = 2
                 found.update(range(first, first + width))
         return frozenset(found)
@@ -117,11 +120,21 @@ def _span(register: str, width: int) -> frozenset[int]:
 
 def disassemble(cubin: bytes) -> list[Instruction]:
     """The instructions of a cubin with one kernel, routines that it calls included, by address."""
+    return parse(_listing(cubin))
+
+
+def disassemble_each(cubin: bytes) -> dict[str, list[Instruction]]:
+    """The instructions of each kernel of a cubin, by its mangled name."""
+    kernels = re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", _listing(cubin), re.DOTALL)
+    return {name: parse(text) for name, text in kernels}
+
+
+def _listing(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         done = subprocess.run([str(_CUOBJDUMP), "-sass", file.name], capture_output=True, text=True, check=True)
-    return parse(done.stdout)
+    return done.stdout
 
 
 def parse(text: str) -> list[Instruction]:

@@ -15,7 +15,16 @@ from fused_lora.dropout import dropout_threshold, keep_scale
 
 SHIM = Path(__file__).parent
 CSRC = SHIM.parents[1] / "csrc" / "cuda"
-COMPILE = ["g++", "-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", f"-I{SHIM}", f"-I{CSRC / 'kernels'}"]
+COMPILE = [
+    "g++",
+    "-std=c++17",
+    "-O2",
+    "-U_FORTIFY_SOURCE",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    f"-I{SHIM}",
+    f"-I{CSRC / 'kernels'}",
+]
 BFLOAT16, HALF, EXACT, TF32 = range(4)
 ARITHMETIC = {torch.bfloat16: BFLOAT16, torch.float16: HALF, torch.float32: EXACT}
 
@@ -61,6 +70,36 @@ class AdapterGradArguments(ctypes.Structure):
         ("M", c_int64), ("R", c_int64), ("dA", Reduction), ("dB", Reduction), ("scale", c_float),
         ("dropout", DropoutArguments), ("slots", c_void_p), ("counters", c_void_p), ("split", c_int32),
     )  # fmt: skip
+
+
+class Gradients:
+    """A call of adapter_grad: its results, still empty, and what a launch is told."""
+
+    def __init__(self, x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B) -> None:
+        pairs = [(None if wide is None else _rows(wide), low) for wide, low in ((x, g), (dy, h))]
+        low = next(low for _, low in pairs if low is not None)
+        (M, R), self.dtype = low.shape, low.dtype
+        K, N = (0 if wide is None else wide.shape[1] for wide, _ in pairs)
+        self.dA = None if x is None else low.new_empty((R, K), dtype=dtype_A)
+        self.dB = None if dy is None else low.new_empty((N, R), dtype=dtype_B)
+        reductions = [
+            Reduction()
+            if wide is None
+            else Reduction(
+                Matrix.of(wide, self.dtype), Matrix.of(low, self.dtype), wide.shape[1], out is self.dA, out.data_ptr(),
+                *(out.stride() if out is self.dA else out.stride()[::-1]), out.dtype == torch.float32,
+            )
+            for (wide, low), out in zip(pairs, (self.dA, self.dB), strict=True)
+        ]  # fmt: skip
+        self.arguments = AdapterGradArguments(M, R, *reductions, scale, DropoutArguments.of(seed, dropout_p))
+        # the arguments hold addresses
+        self._alive = (pairs, seed)
+
+    def take_scratch(self, plan):
+        slots, counters = self._scratch = _scratch(plan)
+        self.arguments.slots, self.arguments.counters = slots.data_ptr(), counters.data_ptr()
+        self.arguments.split = plan.split
+        return counters
 
 
 @dataclass(frozen=True)
@@ -116,31 +155,14 @@ class Kernels:
     def adapter_grad(
         self, x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B, turns=DEFAULT, arithmetic=None
     ):  # fmt: skip
-        pairs = [(None if wide is None else _rows(wide), low) for wide, low in ((x, g), (dy, h))]
-        low = next(low for _, low in pairs if low is not None)
-        (M, R), base = low.shape, low.dtype
-        arithmetic = ARITHMETIC[base] if arithmetic is None else arithmetic
-        K, N = (0 if wide is None else wide.shape[1] for wide, _ in pairs)
-        dA = None if x is None else low.new_empty((R, K), dtype=dtype_A)
-        dB = None if dy is None else low.new_empty((N, R), dtype=dtype_B)
-        plan = self.plan("plan_grad", arithmetic, M, K, N, R, turns)
-        slots, counters = _scratch(plan)
-        reductions = [
-            Reduction()
-            if wide is None
-            else Reduction(
-                Matrix.of(wide, base), Matrix.of(low, base), wide.shape[1], out is dA,
-                out.data_ptr(), *(out.stride() if out is dA else out.stride()[::-1]), out.dtype == torch.float32,
-            )
-            for (wide, low), out in zip(pairs, (dA, dB), strict=True)
-        ]  # fmt: skip
-        arguments = AdapterGradArguments(
-            M, R, *reductions, scale, DropoutArguments.of(seed, dropout_p),
-            slots.data_ptr(), counters.data_ptr(), plan.split,
-        )  # fmt: skip
-        if (K + N) * R > 0:
+        asked = Gradients(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B)
+        arguments = asked.arguments
+        arithmetic = ARITHMETIC[asked.dtype] if arithmetic is None else arithmetic
+        sizes = (arguments.M, arguments.dA.columns, arguments.dB.columns, arguments.R)
+        counters = asked.take_scratch(self.plan("plan_grad", arithmetic, *sizes, turns))
+        if (arguments.dA.columns + arguments.dB.columns) * arguments.R > 0:
             _finished(self.library.launch_grad(arithmetic, ctypes.byref(arguments)), counters)
-        return dA, dB
+        return asked.dA, asked.dB
 
     def plan(self, function, arithmetic, *sizes_and_turns):
         *sizes, turns = sizes_and_turns

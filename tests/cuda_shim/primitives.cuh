@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "fibers.h"
+#include "visibility.h"
 
 #define __device__
 #define __host__
@@ -63,13 +63,11 @@ inline int block_count() { return shim::Machine::here().blocks; }
 
 inline void sync_block() {
   shim::Block& block = *me().block;
-  shim::Machine::here().meet(block.barrier, static_cast<int>(block.fibers.size()), [] {});
+  shim::Machine::here().meet(block.barrier, static_cast<int>(block.fibers.size()),
+                             [&] { shim::Visibility::here().meet(block.barrier); });
 }
 
-inline unsigned char* shared_memory() {
-  unsigned char* memory = me().block->shared.data();
-  return memory + (16 - reinterpret_cast<uintptr_t>(memory) % 16) % 16;
-}
+inline unsigned char* shared_memory() { return me().block->shared; }
 
 // others may run before an atomic, which is all that makes it one
 inline int add_relaxed(int* counter, int count) {
@@ -79,22 +77,33 @@ inline int add_relaxed(int* counter, int count) {
   *counter += count;
   return before;
 }
-inline int add_acquire_release(int* counter, int count) { return add_relaxed(counter, count); }
-inline void add_release(int* counter, int count) { add_relaxed(counter, count); }
-inline int load_acquire(const int* counter) { return *counter; }
+inline void add_release(int* counter, int count) {
+  add_relaxed(counter, count);
+  shim::Visibility::here().release(me(), counter);
+}
+inline int load_acquire(const int* counter) {
+  shim::Visibility::here().acquire(me(), counter);
+  return *counter;
+}
+inline int add_acquire_release(int* counter, int count) {
+  const int before = add_relaxed(counter, count);
+  shim::Visibility::here().acquire(me(), counter);
+  shim::Visibility::here().release(me(), counter);
+  return before;
+}
 inline void pause() { shim::Machine::here().poll(); }
 
 // The bytes come no sooner than they are awaited; until then they are NaN, for the hardware may write at any time.
 inline void copy_async(void* shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) std::abort();
   std::memset(shared, 0xFF, 16);
-  me().copies.back().push_back({shared, global, bytes});
+  me().state.copies.back().push_back({shared, global, bytes});
 }
-inline void commit_copies() { me().copies.emplace_back(); }
+inline void commit_copies() { me().state.copies.emplace_back(); }
 
 template <int PENDING>
 inline void await_copies() {
-  auto& groups = me().copies;
+  auto& groups = me().state.copies;
   while (groups.size() > PENDING + 1) {
     for (const auto& copy : groups.front()) {
       std::memcpy(copy.to, copy.from, copy.bytes);
@@ -174,11 +183,12 @@ inline void mma_tf32(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint3
   mma<8, 1>(acc, a, b0, b1, [](uint32_t bits, int) { return float_of(bits & ~0x1FFFu); });
 }
 
-// Returns 0, or 1 where threads wait for what never comes. More shared memory than a block has is refused.
+// Returns a shim::Outcome.
 template <typename Arguments>
 int launch(void (*kernel)(Arguments), int blocks, int threads, int shared_bytes, void*, Arguments arguments) {
-  if (shared_bytes > 48 * 1024) return 2;
-  return shim::Machine::here().run(blocks, threads, shared_bytes, [&] { kernel(arguments); });
+  if (shared_bytes > 48 * 1024) return shim::TOO_MUCH_SHARED_MEMORY;
+  shim::Visibility::here().begin();
+  return shim::Machine::here().run(blocks, 1, threads, shared_bytes, [&] { kernel(arguments); });
 }
 
 }  // namespace fused_lora::cuda

@@ -168,6 +168,35 @@ def test_two_streams_at_once_do_not_meet_in_the_counters(impl, call, tokens):
     assert [count.item() for count in wrong] == [0, 0]
 
 
+@pytest.fixture
+def limit_blocks():
+    """How many blocks the extension's launches have at most, until the test ends."""
+    limit = torch.ops.fused_lora_native.limit_blocks
+    yield limit
+    limit(2**31 - 2)
+
+
+@pytest.mark.skipif("native" not in IMPLS or not ON_GPU, reason="the extension is not built for a GPU that is here")
+@pytest.mark.parametrize("rank", [16, 136])
+@pytest.mark.parametrize("tokens", [300, 5000])
+def test_any_number_of_blocks_beside_other_work_gives_the_same_bits(limit_blocks, tokens, rank):
+    inputs = oracle.draw(tokens, K, N, rank, dtype=torch.bfloat16, device=DEVICE)
+    expected = [result.clone() for result in step(inputs, "native")]
+    streams, other = [Stage.stream(), Stage.stream()], torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
+    wrong = [torch.zeros((), dtype=torch.int64, device=DEVICE) for _ in streams]
+    draws = torch.Generator().manual_seed(rank + tokens)
+    Stage.synchronize()
+    for turn in range(250):
+        limit_blocks((2, 6, 64, 132)[torch.randint(4, (), generator=draws)])
+        with Stage.on(streams[turn % 2]):
+            got = step(inputs, "native")
+            wrong[turn % 2] += sum((one != two).sum() for one, two in zip(got, expected, strict=True))
+        if turn % 3 == 0:
+            other @ other
+    Stage.synchronize()
+    assert [count.item() for count in wrong] == [0, 0]
+
+
 @by_call
 @by_tokens
 @pytest.mark.parametrize("warm", [True, False] if ON_GPU else [True], ids=lambda warm: "warmed up" if warm else "cold")

@@ -73,6 +73,8 @@ def code(*lines):
         (("STG.E desc[UR4][R2.64], R0", "EXIT"), ["UR4", "UR5"]),
         (("R2UR UR4, R2", "R2UR UR5, R3", "STG.E desc[UR4][R2.64], R0", "EXIT"), []),
         (("UISETP.GE.AND UP0, UPT, UR6, 0x1, UPT", "EXIT"), ["UR6"]),
+        # an index of constants is one register, whatever is read there
+        (("ULDC.64 UR8, c[0x0][UR6+0x250]", "UIADD3.64 UR8, UR8, UR10, URZ", "EXIT"), ["UR6", "UR10", "UR11"]),
     ],
 )  # fmt: skip
 def test_a_uniform_register_that_no_way_has_written_is_found(lines, registers):

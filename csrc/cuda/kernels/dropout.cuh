@@ -27,11 +27,25 @@ struct Dropout {
   }
 
   __device__ bool keeps(int64_t element) const {
-    const uint64_t word = static_cast<uint64_t>(element) >> 1;
-    uint32_t bits = mix(static_cast<uint32_t>(word) ^ key_low) ^ key_high;
-    bits = mix(bits ^ static_cast<uint32_t>(word >> 32));
-    const auto lane = static_cast<int16_t>(element & 1 ? bits >> 16 : bits & 0xFFFF);
-    return lane >= threshold - 32768;
+    const uint32_t bits = hash(element >> 1);
+    return keeps_lane(element & 1 ? bits : bits << 16);
+  }
+
+  // Of elements 2 · pair and 2 · pair + 1, as 16 bits each: ones where an element is kept. They share a hash.
+  __device__ uint32_t keeps_pair(int64_t pair) const {
+    const uint32_t bits = hash(pair);
+    return (keeps_lane(bits << 16) ? 0x0000FFFF : 0) | (keeps_lane(bits) ? 0xFFFF0000 : 0);
+  }
+
+ private:
+  __device__ uint32_t hash(int64_t pair) const {
+    const uint32_t bits = mix(static_cast<uint32_t>(pair) ^ key_low) ^ key_high;
+    return mix(bits ^ static_cast<uint32_t>(static_cast<uint64_t>(pair) >> 32));
+  }
+
+  // of the upper 16 bits, as a signed number: what is below them cannot change the comparison
+  __device__ bool keeps_lane(uint32_t bits) const {
+    return static_cast<int32_t>(bits) >= static_cast<int32_t>(static_cast<uint32_t>(threshold - 32768) << 16);
   }
 };
 

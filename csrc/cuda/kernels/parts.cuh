@@ -25,7 +25,9 @@ __device__ bool sum_parts(typename Product::Sums& sums, float* slots, int part, 
   if (!arrives_last(arrivals, parts, place)) return false;
   Product::for_each(sums, [](float& sum, int, int) { sum = 0; });
   const float* theirs = slots + thread_index();
-#pragma unroll 1
+  // a thread's loads, 32 at once: each part read for itself would cost L2's latency again
+  [[maybe_unused]] constexpr int LOADS = SLOT<typename Product::Shape> / THREADS, AT_ONCE = LOADS < 32 ? 32 / LOADS : 1;
+#pragma unroll AT_ONCE
   for (int other = 0; other < parts; ++other) {
     Product::for_each(sums, [&](float& sum, int row, int) {
       if (row < rows) sum += *theirs;

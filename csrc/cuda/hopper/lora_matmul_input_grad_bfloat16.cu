@@ -1,0 +1,7 @@
+#include "lora_matmul.cuh"
+
+namespace fused_lora::cuda::hopper {
+
+template int launch_shape<BFloat16, false>(const HopperPlan&, bool, const Arguments&, void*);
+
+}  // namespace fused_lora::cuda::hopper

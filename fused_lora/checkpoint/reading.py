@@ -22,6 +22,7 @@ from ..models.apply import Installation
 from ..models.config import ALL_LINEAR, LoRAConfig, selector
 from ..models.modules_to_save import Part, copy_of
 from ..models.selection import biases, check_kinds, linear_layers, parts_below
+from ..quantized import weight_dtype
 from ..switching import base_modules
 from .writing import CONFIG_FILE, DIGEST, PREFIX, WEIGHTS_FILE, beside_of, digest
 
@@ -302,9 +303,10 @@ class _Reader:
         weight, lora, name = self.linears[path].weight, self.config.lora, self.in_file(path)
         if weight.device.type == "meta":
             raise ValueError(f"{path}.weight must have values before an adapter is loaded, got one on meta")
-        precise = torch.promote_types(weight.dtype, torch.float32)
+        dtype = weight_dtype(self.linears[path])
+        precise = torch.promote_types(dtype, torch.float32)
         A, B = (
-            self._tensor(keys[side], weight.device, lambda stored: stored if stored == weight.dtype else precise)
+            self._tensor(keys[side], weight.device, lambda stored: stored if stored == dtype else precise)
             for side in "AB"
         )
         return LoRAAdapter.of(A, B, lora.options_for(name), self._bias(path))

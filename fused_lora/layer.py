@@ -243,6 +243,11 @@ class FusedLoRALinear(Adapted, nn.Linear):
         weight = self.weight if self._unmerged_weight is None else self._unmerged_weight
         return weight, self.bias if self._unmerged_bias is None else self._unmerged_bias
 
+    def base_state(self) -> dict[str, Tensor]:
+        """The base's own part of the state dict, merged or not."""
+        named = zip(("weight", "bias"), self._base(), strict=True)
+        return {name: tensor.detach() for name, tensor in named if tensor is not None}
+
     # ---------------------------------------------------------------- merging
 
     @property

@@ -100,8 +100,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, Adapted):
             adapters.append(f"{stem}adapters.")
         if isinstance(module, FusedLoRALinear) and module.merged:
-            own = zip(("weight", "bias"), module._base(), strict=True)
-            state.update({stem + name: tensor.detach() for name, tensor in own if tensor is not None})
+            state.update({stem + name: tensor for name, tensor in module.base_state().items()})
     return {key: value for key, value in state.items() if not key.startswith(tuple(adapters))}
 
 

@@ -367,7 +367,8 @@ def kind_of(layer: Any) -> str:
 def _why_peft(layer: Any) -> str | None:
     """Why a layer runs PEFT's code, or None where it is fused."""
     if not isinstance(layer, _Fused):
-        return "not fused: call fuse again" if _ours_for(type(layer)) is not None else f"a layer of {kind_of(layer)}"
+        kind: Any = type(layer)
+        return "not fused: call fuse again" if _ours_for(kind) is not None else f"a layer of {kind_of(layer)}"
     # a wrapper of ours calls us; one of PEFT's forward, made before fuse, does not
     wrapped = layer.__dict__.get("_old_forward")
     if "forward" in layer.__dict__ and getattr(wrapped, "__func__", None) is not _Fused.forward:

@@ -54,7 +54,7 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
     modules = dict(base_modules(model))
     saved = _saved(modules, config)
     candidates = linear_layers(model)
-    head = _output_head(model) if config.target_modules == ALL_LINEAR else None
+    head = output_head(model) if config.target_modules == ALL_LINEAR else None
     chosen = {
         path: layer
         for path, layer in candidates.items()
@@ -190,7 +190,7 @@ def _to(path: str) -> list[str]:
     return [*_above(path), path]
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     """A Transformers model's output embedding: usual practice leaves it out of "all-linear"."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None

@@ -107,6 +107,12 @@ class FusedLoRAQuantized(FusedLoRALinear):
     def _wide(self) -> Tensor:
         return self._dense().float()
 
+    def base_state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        # past ours, to the library's own
+        super(FusedLoRALinear, self._holding(*self._base()))._save_to_state_dict(state, "", False)
+        return state
+
     def _dense(self) -> Tensor:
         """The weight in the dtype that it had before it was quantized."""
         return dequantize(self.packed, self.kind.own_dtype(self))
@@ -138,8 +144,9 @@ class FusedLoRAQuantized(FusedLoRALinear):
         """
         self.unmerge()
         weight = dequantize(self.packed, dtype or self.kind.own_dtype(self))
-        for name in set(vars(self)) & set(_CARRIED) - set(vars(nn.Module())):
-            del vars(self)[name]
+        # torchao puts an extra_repr on the instance
+        for name in {*_CARRIED, "extra_repr"} - set(vars(nn.Module())):
+            vars(self).pop(name, None)
         self.__class__ = FusedLoRALinear  # type: ignore[assignment]
         self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:

@@ -64,6 +64,7 @@ def _lora_linear(
         # transforms of torch.func keep the weight, as they keep all
         weight = dequantize(packed, x.dtype)
         return functional.lora_linear(x, weight, lora_A, lora_B, scale, bias, dropout_p=dropout_p, impl=impl)
+    validation.check_features(x, lora_A.shape[1])
     validation.check_dtypes(x, x, lora_A, lora_B, bias)
     scale = validation.check_scale(scale)
     impl = backends.choose(impl, x.device, x.dtype)

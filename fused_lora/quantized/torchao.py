@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from .kind import Kind, Packed, Recipe
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 class TorchAO(Kind):
     name = "torchao"
@@ -26,8 +24,6 @@ class TorchAO(Kind):
         weight = layer.weight
         if not hasattr(weight, "dequantize"):
             return f"its weight must be one that torchao dequantizes, got {type(weight).__name__}"
-        if weight.dtype not in _DTYPES:
-            return f"its weight's dtype must be float16, bfloat16 or float32, got {weight.dtype}"
         return self.problem()
 
     def tell(self, layer: Any) -> str:

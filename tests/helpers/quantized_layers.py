@@ -45,8 +45,8 @@ def values(layer, dtype=torch.float32):
 
 
 def stored(layer):
-    """Copies of all that is kept of the weight."""
-    return [part.clone() for part in parts(layer)]
+    """The bytes of all that is kept of the weight."""
+    return [part.clone().reshape(-1).view(torch.uint8) for part in parts(layer)]
 
 
 def parts(layer):
@@ -55,7 +55,7 @@ def parts(layer):
     return [part for tensor in tensors for part in quantized.kind.plain_parts(tensor)]
 
 
-def net(make=four_bit, K=64, hidden=96, N=32):
+def net(make=four_bit, K=128, hidden=128, N=32):
     return nn.Sequential(make(K, hidden), nn.Tanh(), make(hidden, N))
 
 

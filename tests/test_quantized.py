@@ -32,6 +32,7 @@ from fused_lora import (
 from fused_lora.bench import measure
 from fused_lora.dropout import dropout_mask
 from fused_lora.functional import new_seed
+from fused_lora.quantized.kind import plain_parts
 from fused_lora.quantized.layer import FusedLoRAQuantized
 from fused_lora.quantized.linear import quantized_lora_linear
 
@@ -146,7 +147,7 @@ def test_nothing_of_the_weight_is_saved_but_its_quantized_tensors(kind):
         over(layer)(*_args(inputs))
     own = {part.data_ptr() for part in parts(layer)}
     dense = [t for t in saved if t.numel() == 128 * 96]
-    assert all({part.data_ptr() for part in quantized.kind.plain_parts(t)} <= own for t in dense)
+    assert all({part.data_ptr() for part in plain_parts(t)} <= own for t in dense)
     assert {tuple(t.shape) for t in saved} >= {(5, 128), (4, 128), (96, 4), (5, 4)}
 
 
@@ -328,3 +329,26 @@ def test_importing_the_package_imports_neither_library():
     )
     assert added.strip() == "[]"
     assert "bitsandbytes" in sys.modules
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_it_is_one_graph_that_keeps_no_more(kind):
+    torch._dynamo.reset()
+    model = shaken(apply_lora(net(KINDS[kind]), rank=4))
+    x = torch.randn(5, 128, requires_grad=True)
+    compiled, saved = torch.compile(model, fullgraph=True, backend="aot_eager"), []
+    results = []
+    for compute in (compiled, model):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = compute(x)
+        y.sin().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in lora_parameters(model))])
+        x.grad = None
+        model.zero_grad(set_to_none=True)
+    assert all(torch.equal(ours, eager) for ours, eager in zip(*results, strict=True))
+    own = {part.data_ptr() for layer in (model[0], model[2]) for part in parts(layer)}
+    sizes = {128 * 128, 32 * 128}
+    assert all({part.data_ptr() for part in plain_parts(t)} <= own for t in saved if t.numel() in sizes)
+
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .. import backends, functional, ops, validation
 from ..dropout import dropout_threshold
@@ -60,9 +61,11 @@ def _lora_linear(
     dropout_p: float, impl: str,
 ) -> Tensor:  # fmt: skip
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, lora_A, lora_B, bias))
-    if not (torch.is_grad_enabled() and wanted) or in_functorch() or in_forward_ad():
+    compiling = torch.compiler.is_compiling()
+    if compiling or not (torch.is_grad_enabled() and wanted) or in_functorch() or in_forward_ad():
         # transforms of torch.func keep the weight, as they keep all
-        weight = dequantize(packed, x.dtype)
+        make = _dequantize_again if compiling else dequantize
+        weight = make(packed, x.dtype)
         return functional.lora_linear(x, weight, lora_A, lora_B, scale, bias, dropout_p=dropout_p, impl=impl)
     validation.check_features(x, lora_A.shape[1])
     validation.check_dtypes(x, x, lora_A, lora_B, bias)
@@ -72,6 +75,11 @@ def _lora_linear(
     return _OverQuantized.apply(
         x, lora_A, lora_B, bias, scale, seed, dropout_p, impl, packed.recipe, *packed.tensors
     )[0]  # fmt: skip
+
+
+def _dequantize_again(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """For a compiler, which finds one product of W in both passes, and would keep it: told that W is not to be kept."""
+    return checkpoint(dequantize, packed, dtype, use_reentrant=False, preserve_rng_state=False)
 
 
 def takes(dtype: torch.dtype) -> bool:

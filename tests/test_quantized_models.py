@@ -311,3 +311,21 @@ def test_folders_go_both_ways_between_ours_and_pefts(kind, tmp_path):
     assert again[0].lora_A.dtype == torch.float32
     set_adapter(ours, "other")
     assert not torch.equal(ours(X), again(X))
+
+
+def test_a_folder_saved_over_another_kind_of_base_is_refused_where_it_says_so(tmp_path):
+    ours = shaken(apply_lora(net(), rank=4))
+    save_adapter(ours, tmp_path / "nf4")
+    message = r"'a base of nf4' is over what it was saved, and the model's is {}; strict=False loads it all the same"
+    for model, told in ((net(eight_bit), "int8"), (plain(), "plain")):
+        kinds = [type(module) for module in model]
+        with pytest.raises(ValueError, match=message.format(told)):
+            load_adapter(model, tmp_path / "nf4")
+        assert [type(module) for module in model] == kinds
+        with pytest.warns(UserWarning, match="ignored: a base of nf4"):
+            load_adapter(model, tmp_path / "nf4", strict=False)
+        assert torch.equal(model[0].lora_B, ours[0].lora_B)
+    load_adapter(net(), tmp_path / "nf4")
+    # PEFT's folders, and ours over a plain base, do not say
+    save_adapter(shaken(apply_lora(plain(), rank=4)), tmp_path / "plain")
+    load_adapter(net(), tmp_path / "plain")

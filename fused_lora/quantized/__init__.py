@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ def _can_be_repacked(layer: Any) -> bool:
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The weight, a new (N, K) of that dtype."""
     return KINDS[packed.recipe[0]].dequantize(packed.recipe, packed.tensors, dtype)
+
+
+def base_of(layers: Iterable[nn.Module]) -> str:
+    """How the weights of these layers are kept, in words: "nf4", "nf4, plain"; "" where all are plain."""
+    words = {"plain" if (kind := kind_of(layer)) is None else kind.tell(layer) for layer in layers}
+    return ", ".join(sorted(words)) if words != {"plain"} else ""
 
 
 def weight_dtype(layer: Any) -> torch.dtype:

@@ -79,19 +79,24 @@ def lora_linear(
     if not torch.compiler.is_compiling() and not plans.watched() and _is_plain(operands, y.dtype):
         # such a call may go straight to its backend
         drops, trains = dropout_threshold(dropout_p) > 0, torch.is_grad_enabled() and _any_requires_grad(*operands)
-        chosen = _choose(impl, x, weight, lora_A, drops, trains)
+        chosen = choose(impl, x, lora_A, lora_B, y.dtype, drops, trains)
         plan = plans.CallPlan(x, chosen, backends.planner(chosen, x.device, drops), drops, trains)
         plans.put(operands, given_p, training, impl, plan)
     return y
 
 
-def _choose(impl: str, x: Tensor, weight: Tensor, lora_A: Tensor, drops: bool, trains: bool) -> str:
-    """The backend, by what is asked of the layer where that decides, and where no compiler would build a size in."""
+def choose(
+    impl: str, x: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype, drops: bool, trains: bool
+) -> str:
+    """The backend, by what is asked of the layer where that decides, and where no compiler would build a size in.
+
+    dtype: that is computed in.  drops: whether a mask is drawn.  trains: whether any gradient is wanted.
+    """
     asked = None
     if impl == "auto" and _decides(x):
-        (N, K), R = weight.shape, lora_A.shape[0]
+        (R, K), N = lora_A.shape, lora_B.shape[0]
         asked = LayerPass(trains, x.numel() // max(K, 1), K, N, R, lora_A.dtype, drops)
-    return backends.choose(impl, x.device, weight.dtype, asked)
+    return backends.choose(impl, x.device, dtype, asked)
 
 
 def _decides(x: Tensor) -> bool:
@@ -109,7 +114,7 @@ def _planned(
     scale: float, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """What ``lora_linear`` returns, where a call like it has been checked and a backend chosen."""
-    seed = _new_seed(x.device, 0) if plan.drops else None
+    seed = new_seed(x.device, 0) if plan.drops else None
     if not plan.drops:
         dropout_p = 0.0
     if plan.impl == "native":
@@ -173,8 +178,8 @@ def _lora_linear(
 ) -> Tensor:  # fmt: skip
     drops = dropout_threshold(dropout_p) > 0
     trains = torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias)
-    impl = _choose(impl, x, weight, lora_A, drops, trains)
-    seed = _new_seed(x.device, stream) if drops else None
+    impl = choose(impl, x, lora_A, lora_B, weight.dtype, drops, trains)
+    seed = new_seed(x.device, stream) if drops else None
     if in_functorch() or in_forward_ad():
         return _differentiable(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
     if torch.compiler.is_compiling() and _is_symbolic(scale):
@@ -189,7 +194,7 @@ def _lora_linear(
     )[0]  # fmt: skip
 
 
-def _new_seed(device: torch.device, stream: int) -> Tensor:
+def new_seed(device: torch.device, stream: int) -> Tensor:
     """(1,) of int64 on the device, so that manual_seed and activation checkpointing repeat it; the host never reads it.
 
     stream: masks of different streams are independent.
@@ -295,13 +300,13 @@ class _LoRALinear(torch.autograd.Function):
                 dA, dB = known.adapters(x, g, dy, h, scale, seed)
                 return dx, None, dA, dB, None, None, None, None, None, None
         if autocast_dtype(given.device) is None:
-            return _gradients(dy, dh, saved, ctx.call, needs)
+            return gradients(dy, dh, saved, ctx.call, needs)
         # everything is in the compute dtype already; backward may run under another autocast than forward did
         with torch.autocast(given.device.type, enabled=False):
-            return _gradients(dy, dh, saved, ctx.call, needs)
+            return gradients(dy, dh, saved, ctx.call, needs)
 
 
-def _gradients(
+def gradients(
     dy: Tensor | None, dh: Tensor | None, saved: tuple[Tensor, ...], call: tuple[Any, ...],
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip

@@ -85,9 +85,7 @@ def lora_linear(
     return y
 
 
-def choose(
-    impl: str, x: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype, drops: bool, trains: bool
-) -> str:
+def choose(impl: str, x: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype, drops: bool, trains: bool) -> str:
     """The backend, by what is asked of the layer where that decides, and where no compiler would build a size in.
 
     dtype: that is computed in.  drops: whether a mask is drawn.  trains: whether any gradient is wanted.

@@ -12,7 +12,7 @@ from simulated_gpu import GPU
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora import FusedLoRALinear, backends, functional, lora_linear, plans, summary
-from fused_lora.backends import LayerPass, environment, in_place, measured
+from fused_lora.backends import LayerPass, environment, in_place, measured, native
 from fused_lora.bench import baselines, groups
 from fused_lora.bench.results import Environment, ResultsFile, Row, load_all
 from fused_lora.bench.shapes import STEP
@@ -243,12 +243,15 @@ def test_info_says_what_is_taken_and_by_whose_file(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(native, "why_not_hopper", lambda device, M, *sizes: "too few" if M < 129 else None)
     text = info._text(info.collect())
     assert "9.0: Some GPU, 2026-01-31, some.json; time: wall" in text
     assert "cuda:0 takes, of what can run on it, by a table that is that of 9.0: 8.6 has no file" in text
     assert text.count("without gradients  M 1 to 256: native; M 512 to 16384: eager") == 2
     gpu((9, 0), SMALL_AND_LARGE)
     assert "by a table that is its own" in info._text(info.collect())
+    kernels = text.partition("Kernels of the compiled extension on cuda:0, for the same layer\n")[2]
+    assert kernels.startswith("  M 1 to 128: portable (too few)\n  M 256 to 16384: hopper\n")
     gpu((9, 0), {})
     assert "nothing was measured on a GPU" in info._text(info.collect())
 

@@ -66,3 +66,13 @@ def lora_linear(
 ) -> Tensor:  # fmt: skip
     """The layer with its autograd, which ``functional._LoRALinear`` has for the other implementations."""
     return _operator("lora_linear")(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
+
+
+def why_not_hopper(device: torch.device, M: int, K: int, N: int, R: int, dtype: torch.dtype) -> str | None:
+    """Why the extension's forward of a layer of these sizes is not by the kernels that Hopper alone has, or None.
+
+    device: a CUDA device that the extension can run on.
+    """
+    x, weight = (torch.empty(size, K, dtype=dtype, device=device) for size in (M, N))
+    lora_A, lora_B = torch.empty(R, K, dtype=dtype, device=device), torch.empty(N, R, dtype=dtype, device=device)
+    return _operator("why_not_hopper")(x, weight.t(), lora_A.t(), lora_B.t(), None, 0.0, False) or None

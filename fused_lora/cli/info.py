@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import backends
-from ..backends import environment, measured
+from ..backends import environment, measured, native
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,7 @@ def collect() -> dict[str, Any]:
             for (major, minor), table in measured.tables().items()
         },
         "generations": {device: _generation(torch.device(device)) for device in devices[1:]},
+        "native kernels": {device: _native_kernels(torch.device(device)) for device in devices[1:]},
     }
 
 
@@ -84,6 +85,20 @@ def _generation(device: torch.device) -> dict[str, Any]:
     }
 
 
+def _native_kernels(device: torch.device) -> list[dict[str, Any]]:
+    """Which kernels of the compiled extension serve which numbers of tokens, and why others don't; empty without it."""
+    asked = measured.EXAMPLE
+    if native.why_not(device, asked.adapter_dtype) is not None:
+        return []
+    found: list[dict[str, Any]] = []
+    for M in measured.TOKENS:
+        why = native.why_not_hopper(device, M, asked.K, asked.N, asked.R, asked.adapter_dtype)
+        if not found or found[-1]["why"] != why:
+            found.append({"first": M, "last": M, "kernels": "portable" if why else "hopper", "why": why})
+        found[-1]["last"] = M
+    return found
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -103,6 +118,12 @@ def _text(facts: dict[str, Any]) -> str:
             why = reasons[device]
             lines.append(f"  {impl:<13} {'can run' if why is None else f'cannot run: {why}'}")
     lines += _measured(facts)
+    for device, found in facts["native kernels"].items():
+        lines.append(f"Kernels of the compiled extension on {device}, for the same layer")
+        lines += [
+            f"  M {one['first']} to {one['last']}: {one['kernels']}" + (f" ({one['why']})" if one["why"] else "")
+            for one in found
+        ] or ["  none"]
     lines.append(f"Tuned choices in {facts['tuned']['file'] or 'no file'}")
     lines += [f"  {count:<13} for {device}" for device, count in facts["tuned"]["entries"].items()] or ["  none"]
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from .models.apply import (
 from .models.config import LoRAConfig
 from .models.merging import merge, merge_and_unload, unmerge
 from .models.overview import summary
+from .models.quantizing import quantize_base
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "lora_parameters",
     "merge",
     "merge_and_unload",
+    "quantize_base",
     "save_adapter",
     "set_adapter",
     "set_impl",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
+from .quantized import weight_dtype
 
 
 def _option(default: Any, peft: str) -> Any:
@@ -164,7 +165,7 @@ class LoRAAdapter(nn.Module):
     ) -> LoRAAdapter:
         """A fresh one for this layer, of its weight's device and dtype; with trains_bias, of its bias too, if any."""
         weight, bias = linear.weight, linear.bias if trains_bias else None
-        return cls(*features(linear), options, device=weight.device, dtype=dtype or weight.dtype, bias=bias)
+        return cls(*features(linear), options, device=weight.device, dtype=dtype or weight_dtype(linear), bias=bias)
 
     def trained(self) -> list[nn.Parameter]:
         """A, B, and the bias where it trains one."""

@@ -95,7 +95,7 @@ def _planned(
     scale: float, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """What ``lora_linear`` returns, where a call like it has been checked and a backend chosen."""
-    seed = _new_seed(x.device, 0) if plan.drops else None
+    seed = new_seed(x.device, 0) if plan.drops else None
     if not plan.drops:
         dropout_p = 0.0
     if plan.impl == "native":
@@ -158,7 +158,7 @@ def _lora_linear(
     scale: float, dropout_p: float, impl: str, stream: int,
 ) -> Tensor:  # fmt: skip
     impl = backends.choose(impl, x.device, weight.dtype)
-    seed = _new_seed(x.device, stream) if dropout_threshold(dropout_p) > 0 else None
+    seed = new_seed(x.device, stream) if dropout_threshold(dropout_p) > 0 else None
     if in_functorch() or in_forward_ad():
         return _differentiable(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
     if torch.compiler.is_compiling() and _is_symbolic(scale):
@@ -173,7 +173,7 @@ def _lora_linear(
     )[0]  # fmt: skip
 
 
-def _new_seed(device: torch.device, stream: int) -> Tensor:
+def new_seed(device: torch.device, stream: int) -> Tensor:
     """(1,) of int64 on the device, so that manual_seed and activation checkpointing repeat it; the host never reads it.
 
     stream: masks of different streams are independent.
@@ -277,13 +277,13 @@ class _LoRALinear(torch.autograd.Function):
                 dA, dB = known.adapters(x, g, dy, h, scale, seed)
                 return dx, None, dA, dB, None, None, None, None, None, None
         if autocast_dtype(given.device) is None:
-            return _gradients(dy, dh, saved, ctx.call, needs)
+            return gradients(dy, dh, saved, ctx.call, needs)
         # everything is in the compute dtype already; backward may run under another autocast than forward did
         with torch.autocast(given.device.type, enabled=False):
-            return _gradients(dy, dh, saved, ctx.call, needs)
+            return gradients(dy, dh, saved, ctx.call, needs)
 
 
-def _gradients(
+def gradients(
     dy: Tensor | None, dh: Tensor | None, saved: tuple[Tensor, ...], call: tuple[Any, ...],
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from . import validation
 from .adapter import AdapterOptions, LoRAAdapter, is_conv1d
 from .functional import concatenate_adapters, lora_linear, plus_adapter
+from .parameters import exchange, made_of
 from .renamed import renamed
 from .switching import Adapted
 
 # attributes that a plain nn.Linear does not have
-_STATE = (
+STATE = (
     "adapters", "impl", "_active", "_computing", "_switch", "_merged", "_unmerged_weight", "_unmerged_bias",
 )  # fmt: skip
 
@@ -73,7 +74,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def from_linear(cls, linear: nn.Linear, *, impl: str = "auto", **options: Any) -> FusedLoRALinear:
         """A layer of ``linear``'s own weight and bias (the same Parameters, now frozen), with one fresh adapter."""
         adapter = LoRAAdapter.beside(linear, AdapterOptions(**options))
-        layer = _made_of(linear.weight, linear.bias, like=linear, kind=FusedLoRAConv1D if is_conv1d(linear) else cls)
+        layer = made_of(linear.weight, linear.bias, like=linear, kind=_class_for(linear, cls))
         layer._become_fused(impl)
         layer.install("default", adapter)
         layer.set_adapter("default")
@@ -83,7 +84,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def adopt(cls, linear: nn.Linear, *, impl: str = "auto") -> FusedLoRALinear:
         """Turn ``linear`` itself into a FusedLoRALinear without adapters: its identity, hooks and places are kept."""
         validation.check_impl(impl)
-        linear.__class__ = FusedLoRAConv1D if is_conv1d(linear) else cls
+        linear.__class__ = _class_for(linear, cls)
         assert isinstance(linear, FusedLoRALinear)
         linear._become_fused(impl)
         return linear
@@ -98,6 +99,11 @@ class FusedLoRALinear(Adapted, nn.Linear):
         for parameter in self._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype that the weight has in products."""
+        return self.weight.dtype
 
     @property
     def plain_class(self) -> type[nn.Module]:
@@ -180,11 +186,10 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._switch.used and self._switch.off():
-            base = self._base()
-            return F.linear(x, self._nk(base[0]), base[1])
+            return self._plain(x, *self._base())
         computing: tuple[Any, ...] = self._computing
         if not computing or self._merged:
-            return F.linear(x, self._nk(self.weight), self.bias)
+            return self._plain(x, self.weight, self.bias)
         if len(computing) > 1:
             return self._forward_several(x)
         (adapter,) = computing
@@ -203,6 +208,15 @@ class FusedLoRALinear(Adapted, nn.Linear):
             dropout_p=adapter.dropout, training=self.training, impl=self.impl,
         )  # fmt: skip
 
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer computes without adapters, of this weight and bias."""
+        return F.linear(x, self._nk(weight), bias)
+
+    def _with(self, x: Tensor, bias: Tensor | None, dropout: float, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """What the layer computes with one adapter, of this bias."""
+        weight = self._nk(self.weight)
+        return lora_linear(x, weight, A, B, scale, bias, dropout_p=dropout, training=self.training, impl=self.impl)
+
     def _forward_several(self, x: Tensor) -> Tensor:
         adapters = self.active_modules()
         bias = next((adapter.bias for adapter in adapters if adapter.trains_bias), self.bias)
@@ -211,10 +225,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
             group = groups.setdefault(adapter.dropout if self.training else 0.0, [])
             group.append((adapter.lora_A, adapter.lora_B, adapter.scale))
         (dropout, first), *others = groups.items()
-        y = lora_linear(
-            x, self._nk(self.weight), *concatenate_adapters(first), bias,
-            dropout_p=dropout, training=self.training, impl=self.impl,
-        )  # fmt: skip
+        y = self._with(x, bias, dropout, *concatenate_adapters(first))
         for dropout, group in others:
             y = plus_adapter(y, x, concatenate_adapters(group), dropout)
         return y
@@ -231,6 +242,11 @@ class FusedLoRALinear(Adapted, nn.Linear):
         """The weight and bias of the base, merged or not."""
         weight = self.weight if self._unmerged_weight is None else self._unmerged_weight
         return weight, self.bias if self._unmerged_bias is None else self._unmerged_bias
+
+    def base_state(self) -> dict[str, Tensor]:
+        """The base's own part of the state dict, merged or not."""
+        named = zip(("weight", "bias"), self._base(), strict=True)
+        return {name: tensor.detach() for name, tensor in named if tensor is not None}
 
     # ---------------------------------------------------------------- merging
 
@@ -252,9 +268,9 @@ class FusedLoRALinear(Adapted, nn.Linear):
         if not self._active or self._merged:
             return
         weight, bias = self._sum()
-        self._unmerged_weight = _exchange(self.weight, weight)
+        self._buffers["_unmerged_weight"] = self._put(weight)
         if bias is not None:
-            self._unmerged_bias = _exchange(self.bias, bias)
+            self._unmerged_bias = exchange(self.bias, bias)
         self._merged = True
 
     def check_finite(self) -> None:
@@ -271,10 +287,10 @@ class FusedLoRALinear(Adapted, nn.Linear):
         """What W becomes, and the bias where an adapter has one: new tensors."""
         adapters = self.active_modules()
         # in place: this is all the memory that merging a model needs
-        total = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+        total = self._wide()
         for adapter in adapters:
             self._nk(total).addmm_(adapter.lora_B.to(total.dtype), adapter.lora_A.to(total.dtype), alpha=adapter.scale)
-        weight = total.to(self.weight.dtype)
+        weight = self._rounded(total)
         bias = next((adapter.bias.detach().clone() for adapter in adapters if adapter.bias is not None), None)
         for name, tensor in (("W + scale · B A", weight), ("its bias", bias)):
             if tensor is not None and not validation.is_finite(tensor):
@@ -282,25 +298,37 @@ class FusedLoRALinear(Adapted, nn.Linear):
                 raise ValueError(f"adapter {names} must merge to a finite weight, got NaN or infinity in {name}")
         return weight, bias
 
+    def _wide(self) -> Tensor:
+        """The weight in a dtype to add in, a tensor of its own."""
+        return self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+
+    def _rounded(self, total: Tensor) -> Tensor:
+        return total.to(self.weight.dtype)
+
+    def _put(self, weight: Tensor) -> Tensor:
+        """Give the layer this weight and return the one that it had."""
+        return exchange(self.weight, weight)
+
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put back the very W that ``merge`` set aside. Does nothing on a layer that is not merged."""
         if self._merged:
             assert self._unmerged_weight is not None
-            _exchange(self.weight, self._unmerged_weight)
+            self._put(self._unmerged_weight)
             if self._unmerged_bias is not None:
-                _exchange(self.bias, self._unmerged_bias)
+                exchange(self.bias, self._unmerged_bias)
             self._unmerged_weight = self._unmerged_bias = None
             self._merged = False
 
     @torch.no_grad()
     def unload(self) -> nn.Module:
         if self._active and not self._merged:
-            for parameter, value in zip((self.weight, self.bias), self._sum(), strict=True):
-                if value is not None:
-                    _exchange(parameter, value)
+            weight, bias = self._sum()
+            self._put(weight)
+            if bias is not None:
+                exchange(self.bias, bias)
         plain = self.plain_class
-        for name in _STATE:
+        for name in STATE:
             delattr(self, name)
         self.__class__ = plain  # type: ignore[assignment]
         return self
@@ -316,7 +344,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
             weight, trained_bias = self._sum()
             bias = bias if trained_bias is None else trained_bias
         bias = None if bias is None else nn.Parameter(bias)
-        return _made_of(nn.Parameter(weight), bias, like=self, kind=self.plain_class)
+        return made_of(nn.Parameter(weight), bias, like=self, kind=self.plain_class)
 
     def extra_repr(self) -> str:
         active = repr(self._active[0] if len(self._active) == 1 else list(self._active) or None)
@@ -348,30 +376,22 @@ class FusedLoRAConv1D(FusedLoRALinear):
         return self.nf
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype that the weight has in products."""
+        return self.weight.dtype
+
+    @property
     def plain_class(self) -> type[nn.Module]:
         from transformers.pytorch_utils import Conv1D
 
         return Conv1D
 
 
-def _made_of(weight: Tensor, bias: Tensor | None, *, like: nn.Module, kind: type[Any]) -> Any:
-    """A layer of this class, of the sizes and in the mode of another, with these very Parameters."""
-    layer: Any = object.__new__(kind)
-    nn.Module.__init__(layer)
-    for size in ("in_features", "out_features", "nx", "nf"):
-        if size in vars(like):
-            setattr(layer, size, vars(like)[size])
-    layer.weight = weight
-    layer.register_parameter("bias", bias)
-    return layer.train(like.training)
+# layers that are no plain nn.Linear: each entry tells the class for its own, or None
+CLASSES: list[Callable[[nn.Module], type[FusedLoRALinear] | None]] = [
+    lambda linear: FusedLoRAConv1D if is_conv1d(linear) else None
+]
 
 
-def _exchange(parameter: Tensor, value: Tensor) -> Tensor:
-    """Give the Parameter this value and return what it had."""
-    if validation.is_dtensor(parameter):
-        # assigning .data would leave its shard as it was
-        had = parameter.detach().clone()
-        parameter.copy_(value)
-    else:
-        had, parameter.data = parameter.data, value
-    return had
+def _class_for(linear: nn.Module, otherwise: type[FusedLoRALinear]) -> type[FusedLoRALinear]:
+    return next((found for of in CLASSES if (found := of(linear)) is not None), otherwise)

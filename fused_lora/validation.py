@@ -172,8 +172,7 @@ def check_operands(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> 
     if weight.dim() != 2:
         raise ValueError(f"weight must be (N, K), got shape {tuple(weight.shape)}")
     N, K = weight.shape
-    if x.dim() < 1 or x.shape[-1] != K:
-        raise ValueError(f"x must be (..., K) with K = {K}, got shape {tuple(x.shape)}")
+    check_features(x, K)
     if lora_A.dim() != 2 or lora_A.shape[1] != K or lora_A.shape[0] < 1:
         raise ValueError(f"lora_A must be (R, K) with R >= 1 and K = {K}, got shape {tuple(lora_A.shape)}")
     if lora_B.shape != (N, lora_A.shape[0]):
@@ -185,6 +184,11 @@ def check_operands(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> 
         if value is not None and value.device != device:
             raise ValueError(f"{name} must be on x's device, {device}, got {value.device}")
     return distributed
+
+
+def check_features(x: Tensor, K: int) -> None:
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x must be (..., K) with K = {K}, got shape {tuple(x.shape)}")
 
 
 def _is_plain(value: Any) -> bool:

@@ -13,15 +13,16 @@ PACKAGE = ROOT / "fused_lora"
 
 # what a module may import, lowest first; a name stands for a module or a whole folder, the longest name counts
 LAYERS = [
-    {"torch_internals", "renamed", "models.patterns"},
+    {"torch_internals", "renamed", "models.patterns", "quantized"},
     {"validation", "dropout", "backends.environment"},
     {"reference", "plans"},
     {"backends"},
     {"ops"},
     {"parallel.sharding"},
     {"functional"},
-    {"switching", "adapter"},
+    {"switching", "adapter", "parameters", "quantized.linear"},
     {"layer", "models.config", "models.modules_to_save"},
+    {"quantized.layer"},
     {"models.selection", "parallel"},
     {"models"},
     {"checkpoint"},

@@ -15,7 +15,7 @@ from ..models.apply import adapter_names, install, set_adapter
 from ..models.modules_to_save import Trained
 from ..switching import Adapted, adapted_modules
 from .reading import read_folder
-from .writing import CONFIG_FILE, WEIGHTS_FILE, contents, write_folder, writes_here
+from .writing import CONFIG_FILE, WEIGHTS_FILE, base_under, contents, write_folder, writes_here
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "base_state_dict", "hotswap_adapter", "load_adapter", "save_adapter"]
 
@@ -40,7 +40,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str 
     validation.check_known_adapter(adapter, adapter_names(model))
     config, tensors = contents(model, adapter)
     if writes_here(model):
-        write_folder(Path(folder), config, tensors)
+        write_folder(Path(folder), config, tensors, base_under(model, adapter))
 
 
 def load_adapter(
@@ -60,8 +60,9 @@ def load_adapter(
     the weight's are held in float32.
 
     Args:
-        strict: refuse keys that the model has no place for, layers in the file that the config does not name, and
-            layers that the config names and the file lacks. Without it they are left alone, and one warning lists them.
+        strict: refuse keys that the model has no place for, layers in the file that the config does not name, layers
+            that the config names and the file lacks, and a folder that says it was saved over a base of another kind
+            ("nf4"), as ours say where it is quantized. Without it they are left alone, and one warning lists them.
         activate: False leaves it to :func:`fused_lora.set_adapter`. An active adapter that it replaces is not active
             then, the others stay so.
         trainable: False freezes it, for inference, until adapters are set again.
@@ -100,8 +101,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, Adapted):
             adapters.append(f"{stem}adapters.")
         if isinstance(module, FusedLoRALinear) and module.merged:
-            own = zip(("weight", "bias"), module._base(), strict=True)
-            state.update({stem + name: tensor.detach() for name, tensor in own if tensor is not None})
+            state.update({stem + name: tensor for name, tensor in module.base_state().items()})
     return {key: value for key, value in state.items() if not key.startswith(tuple(adapters))}
 
 

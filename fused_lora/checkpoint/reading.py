@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,9 @@ from ..models.apply import Installation
 from ..models.config import ALL_LINEAR, LoRAConfig, selector
 from ..models.modules_to_save import Part, copy_of
 from ..models.selection import biases, check_kinds, linear_layers, parts_below
+from ..quantized import base_of, weight_dtype
 from ..switching import base_modules
-from .writing import CONFIG_FILE, DIGEST, PREFIX, WEIGHTS_FILE, beside_of, digest
+from .writing import BASE, CONFIG_FILE, DIGEST, PREFIX, WEIGHTS_FILE, beside_of, digest
 
 # the name of an adapter may stand before ".weight", as some writers leave it there
 _PAIR = re.compile(r"(?:(?P<path>.+)\.)?lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
@@ -234,6 +235,7 @@ class _Reader:
 
     def read(self) -> Installation:
         pairs = self._pairs()
+        self._check_base(pairs)
         adapters = {path: self._adapter(path, keys) for path, keys in pairs.items()}
         copies = self._copies(set(pairs))
         self._check_complete(pairs)
@@ -244,6 +246,12 @@ class _Reader:
             found += [f"missing: {', '.join(self.missing)}"] * bool(self.missing)
             warnings.warn(f"{self.file}: {'; '.join(found)}", stacklevel=4)
         return Installation(adapters, copies)
+
+    def _check_base(self, paths: Iterable[str]) -> None:
+        saved, here = (self.tensors.metadata() or {}).get(BASE), base_of(self.linears[path] for path in paths)
+        if saved is not None and saved != here:
+            why = f"is over what it was saved, and the model's is {here or 'plain'}; strict=False loads it all the same"
+            self._refuse(f"a base of {saved}", why, self.ignored)
 
     def _refuse(self, what: str, why: str, reported: list[str]) -> None:
         """Strict: an error. Otherwise remembered for the one warning."""
@@ -302,9 +310,10 @@ class _Reader:
         weight, lora, name = self.linears[path].weight, self.config.lora, self.in_file(path)
         if weight.device.type == "meta":
             raise ValueError(f"{path}.weight must have values before an adapter is loaded, got one on meta")
-        precise = torch.promote_types(weight.dtype, torch.float32)
+        dtype = weight_dtype(self.linears[path])
+        precise = torch.promote_types(dtype, torch.float32)
         A, B = (
-            self._tensor(keys[side], weight.device, lambda stored: stored if stored == weight.dtype else precise)
+            self._tensor(keys[side], weight.device, lambda stored: stored if stored == dtype else precise)
             for side in "AB"
         )
         return LoRAAdapter.of(A, B, lora.options_for(name), self._bias(path))

@@ -23,6 +23,7 @@ from ..layer import FusedLoRAConv1D, FusedLoRALinear
 from ..models.config import ALL_LINEAR, ends_of
 from ..models.modules_to_save import Part, Trained
 from ..models.selection import linear_layers
+from ..quantized import base_of
 from ..switching import adapted_modules, base_modules
 
 CONFIG_FILE = "adapter_config.json"
@@ -30,6 +31,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # in the weights' metadata: of the very config file that belongs to them
 DIGEST = "fused_lora.config_sha256"
+# there too, where it is quantized: how the base was kept, for which PEFT's config has no place
+BASE = "fused_lora.base"
 
 # of a leftover of a writer that was killed
 _STALE_SECONDS = 3600
@@ -166,7 +169,12 @@ def _modules_to_save(model: nn.Module, parts: dict[str, Part]) -> list[str] | No
     return roots or None
 
 
-def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def base_under(model: nn.Module, adapter: str) -> str:
+    layers = (module for _, module in adapted_modules(model) if isinstance(module, FusedLoRALinear))
+    return base_of(layer for layer in layers if adapter in layer.adapters)
+
+
+def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], base: str) -> None:
     """Write both files beside their places, then move them there: the weights, which say what their config is, first.
 
     From that move on the folder holds the new adapter: a reader finds its config at its place, or still beside it.
@@ -177,7 +185,8 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder must be a directory, got the file {str(folder)!r}")
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    weights = save(tensors, metadata={"format": "pt", DIGEST: digest(text)})
+    metadata = {"format": "pt", DIGEST: digest(text)} | ({BASE: base} if base else {})
+    weights = save(tensors, metadata=metadata)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     beside: list[Path] = []
     try:

@@ -29,10 +29,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import backends, validation
+from .. import backends, quantized, validation
 from ..adapter import is_conv1d
 from ..functional import concatenate_adapters, lora_linear, plus_adapter
-from ..models.overview import LayerRow, Summary
+from ..models.overview import LayerRow, Summary, kept
+from ..quantized import Packed
+from ..quantized.linear import quantized_lora_linear, takes
 from ..torch_internals import autocast_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -77,17 +79,37 @@ class _PassesForPefts:
         return _Remade(type(self), own.pop("impl")), (), own  # type: ignore[arg-type]
 
 
-class FusedLinear(_PassesForPefts, lora.Linear):
-    """PEFT's layer with another forward. :func:`fuse` makes instances, by changing the class of PEFT's."""
+class _Fused(_PassesForPefts):
+    """A layer of PEFT's with another forward. :func:`fuse` makes instances, by changing the class of PEFT's."""
 
     impl = "auto"
+    # of nn.Module and of PEFT's LoraLayer, whose subclass it becomes part of
+    _modules: Any
+    _disable_adapters: bool
+    merged_adapters: list[str]
+    active_adapters: list[str]
+    lora_variant: Any
+    scaling: Any
+
+    def _by_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's own forward."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = _call_of(self)
+        if not isinstance(self, _Fused):
+            # by a wrapper of this forward, which outlived ``unfuse``
+            return type(self).forward(self, x, *args, **kwargs)
         # adapter_names, alora_offsets and whatever else PEFT passes on is PEFT's to understand
-        if args or kwargs or isinstance(call, str) or not _takes(call, x):
-            return _PEFT_FORWARD(self, x, *args, **kwargs)
-        weight, bias, lora_A, lora_B, scale, dropout_p = call
+        if args or kwargs or quantized.multiplies_itself(self._modules["base_layer"], x):
+            return self._by_peft(x, *args, **kwargs)
+        call = _call_of(self)
+        if isinstance(call, str) or not _takes(call, x):
+            return self._by_peft(x)
+        weight, bias, lora_A, lora_B, scale, dropout_p, compute = call
+        if isinstance(weight, Packed):
+            return quantized_lora_linear(
+                x, weight, lora_A, lora_B, scale, bias, compute_dtype=compute, dropout_p=dropout_p, impl=self.impl
+            )
         if dropout_p > 0.0 and self.impl == "auto" and _mask_is_slow(x):
             return plus_adapter(F.linear(x, weight, bias), x, (lora_A, lora_B, scale), dropout_p)
         return lora_linear(x, weight, lora_A, lora_B, scale, bias, dropout_p=dropout_p, impl=self.impl)
@@ -96,18 +118,40 @@ class FusedLinear(_PassesForPefts, lora.Linear):
         return f"fused, impl={self.impl!r}"
 
 
+class FusedLinear(_Fused, lora.Linear):
+    """Of a plain base."""
+
+    def _by_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _PEFT_FORWARD(self, x, *args, **kwargs)
+
+
 class FusedLoraModel(_PassesForPefts, LoraModel):
     """PEFT's model, which fuses the layers that later adapters bring."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)
-        _change_class(model, FusedLinear, self.__dict__["impl"])
+        _change_classes(model, self.__dict__["impl"])
 
 
 _PEFTS: dict[type, type[nn.Module]] = {FusedLinear: lora.Linear, FusedLoraModel: LoraModel}
 for _ours, _pefts in _PEFTS.items():
     # what PEFT reports as the kind of a model, and prints; repr of the class itself still tells ours
     _ours.__name__ = _pefts.__name__
+
+# PEFT's layers over quantized bases: told by name, as their modules import the libraries
+_OVER_QUANTIZED = {("bnb", "Linear4bit"), ("bnb", "Linear8bitLt"), ("torchao", "TorchaoLoraLinear")}
+
+
+@functools.cache
+def _ours_for(pefts: Any) -> type[Any] | None:
+    """The class that a module of PEFT's gets; None where it keeps its own. A subclass has a forward of its own."""
+    found = next((ours for ours, theirs in _PEFTS.items() if theirs is pefts), None)
+    module = pefts.__module__.rpartition(".")
+    if found is None and module[0] == "peft.tuners.lora" and (module[2], pefts.__name__) in _OVER_QUANTIZED:
+        members = {"__module__": __name__, "__qualname__": f"Fused{pefts.__name__}", "_by_peft": pefts.forward}
+        found = type(pefts.__name__, (_Fused, pefts), members)
+        _PEFTS[found] = pefts
+    return found
 
 
 def fuse(model: Model, *, impl: str = "auto") -> Model:
@@ -125,14 +169,14 @@ def fuse(model: Model, *, impl: str = "auto") -> Model:
         ValueError: the model has no such layer; nothing is changed.
     """
     validation.check_impl(impl)
-    if not any(isinstance(module, lora.Linear) for module in model.modules()):
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    if not any(issubclass(kind, lora.Linear) or issubclass(_ours_for(kind) or object, _Fused) for kind in kinds):
         others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, BaseTunerLayer)})
         raise ValueError(
             "model must have layers of peft.tuners.lora.Linear, got "
             + (f"one with {', '.join(others)} layers of PEFT's" if others else "one without layers of PEFT's")
         )
-    for ours in _PEFTS:
-        _change_class(model, ours, impl)
+    _change_classes(model, impl)
     return model
 
 
@@ -145,10 +189,11 @@ def unfuse(model: Model) -> Model:
     return model
 
 
-def _change_class(model: nn.Module, ours: type[Any], impl: str) -> None:
+def _change_classes(model: nn.Module, impl: str) -> None:
     for module in model.modules():
-        # a subclass has a forward of its own
-        if type(module) in (ours, _PEFTS[ours]):
+        kind: Any = type(module)
+        ours = kind if kind in _PEFTS else _ours_for(kind)
+        if ours is not None:
             module.__class__ = ours
             module.__dict__["impl"] = impl
 
@@ -159,22 +204,26 @@ def _change_class(model: nn.Module, ours: type[Any], impl: str) -> None:
 
 
 class _Call(NamedTuple):
-    """Operands of ``lora_linear``: those of one adapter, or of several as one."""
+    """Operands of ``lora_linear``: those of one adapter, or of several as one.
 
-    weight: Tensor
+    compute: the dtype that it computes in, whatever x's and autocast's are; None where those decide.
+    """
+
+    weight: Tensor | Packed
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
     scale: float
     dropout_p: float
+    compute: torch.dtype | None
 
 
-def _call_of(layer: lora.Linear) -> _Call | str:
+def _call_of(layer: Any) -> _Call | str:
     """What ``layer`` computes as it is now, or why ``lora_linear`` can't.
 
     Read anew at every call: PEFT replaces Parameters, mutates scalings, and merges through ``.data``.
     """
-    if not isinstance(layer, FusedLinear):
+    if not isinstance(layer, _Fused):
         return "not fused"
     if layer._disable_adapters:
         return "its adapters are disabled"
@@ -184,12 +233,18 @@ def _call_of(layer: lora.Linear) -> _Call | str:
         return "hooks are registered for all modules"
     modules: Any = layer._modules
     base = modules["base_layer"]
-    transposed = is_conv1d(base)
-    if (why := _more_than((type(base),) if transposed else _LINEAR, base)) is not None:
+    kind, transposed = quantized.kind_of(base), is_conv1d(base)
+    if (why := _more_than((type(base),) if transposed or kind is not None else _LINEAR, base)) is not None:
         return f"its base_layer {why}"
-    weight, bias = base.weight, base.bias
-    if weight.dtype not in _DTYPES or (bias is not None and bias.dtype != weight.dtype):
+    weight, bias, compute = base.weight, base.bias, None
+    if kind is not None:
+        if (why := kind.why_not(base)) is not None:
+            return f"its base_layer: {why}"
+        weight, compute = kind.packed(base), kind.compute_dtype(base)
+    elif weight.dtype not in _DTYPES or (bias is not None and bias.dtype != weight.dtype):
         return f"its base_layer has a weight of {weight.dtype}, a bias of {bias if bias is None else bias.dtype}"
+    else:
+        compute = weight.dtype
     every_A, every_B, every_dropout = (modules[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
     adapters = []
     dropout_p = 0.0
@@ -205,10 +260,10 @@ def _call_of(layer: lora.Linear) -> _Call | str:
         A, B, scale = lora_A.weight, lora_B.weight, layer.scaling[name]
         if lora_A.bias is not None or lora_B.bias is not None:
             return f"adapter {name!r} has a bias of its own (lora_bias)"
-        if type(weight) not in _PLAIN or type(A) not in _PLAIN or type(B) not in _PLAIN:
+        if type(weight) not in (*_PLAIN, Packed) or type(A) not in _PLAIN or type(B) not in _PLAIN:
             return f"a weight is a {type(weight).__name__}, {type(A).__name__} or {type(B).__name__}, not a Parameter"
-        if A.dtype != B.dtype or A.dtype not in (weight.dtype, torch.float32):
-            return f"adapter {name!r} is {A.dtype} and {B.dtype} over {weight.dtype}"
+        if A.dtype != B.dtype or A.dtype not in (compute or A.dtype, torch.float32):
+            return f"adapter {name!r} is {A.dtype} and {B.dtype} over {compute}"
         if type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0:
             if dropout.p >= 1.0 or dropout.inplace:
                 return f"lora_dropout of adapter {name!r} is {dropout}"
@@ -221,7 +276,7 @@ def _call_of(layer: lora.Linear) -> _Call | str:
         return "none of its adapters is active"
     if len(adapters) > 1 and dropout_p > 0.0:
         return "several adapters are active, each with a dropout mask of its own"
-    return _Call(weight.t() if transposed else weight, bias, *concatenate_adapters(adapters), dropout_p)
+    return _Call(weight.t() if transposed else weight, bias, *concatenate_adapters(adapters), dropout_p, compute)
 
 
 def _more_than(kinds: tuple[type[nn.Module], ...], module: nn.Module) -> str | None:
@@ -244,6 +299,8 @@ def _takes(call: _Call, x: Tensor) -> bool:
     if type(x) not in _PLAIN:
         return False
     compute = autocast_dtype(x.device)
+    if isinstance(call.weight, Packed):
+        return takes(x.dtype) and call.lora_A.dtype in (call.compute or compute or x.dtype, torch.float32)
     if compute is None:
         return x.dtype == call.weight.dtype
     return torch.float64 not in (x.dtype, call.weight.dtype) and call.lora_A.dtype in (compute, torch.float32)
@@ -291,29 +348,30 @@ def _row(path: str, layer: Any) -> LayerRow:
     names = [name for name in layer.active_adapters if name in layer.r]
     implementation, why = "peft", _why_peft(layer)
     if why is None:
-        weight = layer.base_layer.weight
-        implementation = backends.choose(layer.impl, weight.device, weight.dtype)
+        device, dtype = layer.base_layer.weight.device, quantized.weight_dtype(layer.base_layer)
+        implementation = backends.choose(layer.impl, device, dtype)
         if implementation == "eager":
-            why = backends.why_not("triton", weight.device, weight.dtype) or "impl='eager' was asked for"
+            why = backends.why_not("triton", device, dtype) or "impl='eager' was asked for"
     return LayerRow(
         path, layer.out_features, layer.in_features, "+".join(names) or None,
         sum(layer.r[name] for name in names) or None, layer.lora_alpha[names[0]] if len(names) == 1 else None,
-        sum(p.numel() for p in _adapter_parameters(layer)), implementation, why,
+        sum(p.numel() for p in _adapter_parameters(layer)), implementation, why, *kept(layer.get_base_layer()),
     )  # fmt: skip
 
 
-def kind_of(layer: nn.Module) -> str:
+def kind_of(layer: Any) -> str:
     """Class of a layer of PEFT's, with the method that it is of: "lora.layer.Conv2d"."""
     return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
 
 
-def _why_peft(layer: nn.Module) -> str | None:
+def _why_peft(layer: Any) -> str | None:
     """Why a layer runs PEFT's code, or None where it is fused."""
-    if type(layer) is not FusedLinear:
-        return "not fused: call fuse again" if type(layer) is lora.Linear else f"a layer of {kind_of(layer)}"
+    if not isinstance(layer, _Fused):
+        kind: Any = type(layer)
+        return "not fused: call fuse again" if _ours_for(kind) is not None else f"a layer of {kind_of(layer)}"
     # a wrapper of ours calls us; one of PEFT's forward, made before fuse, does not
     wrapped = layer.__dict__.get("_old_forward")
-    if "forward" in layer.__dict__ and getattr(wrapped, "__func__", None) is not FusedLinear.forward:
+    if "forward" in layer.__dict__ and getattr(wrapped, "__func__", None) is not _Fused.forward:
         return "another forward was put on the instance"
     call = _call_of(layer)
     return call if isinstance(call, str) else None

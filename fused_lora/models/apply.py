@@ -15,6 +15,7 @@ from .. import validation
 from ..adapter import AdapterOptions, LoRAAdapter
 from ..functional import concatenate_adapters
 from ..layer import FusedLoRALinear
+from ..quantized import weight_dtype
 from ..renamed import renamed
 from ..switching import adapted_modules, base_modules
 from .config import LoRAConfig
@@ -249,7 +250,7 @@ def _prepare(model: nn.Module, adapter: str, config: LoRAConfig, impl: str) -> I
         path: LoRAAdapter.beside(
             linear,
             config.options_for(path),
-            dtype=config.dtype_over(linear.weight.dtype),
+            dtype=config.dtype_over(weight_dtype(linear)),
             trains_bias=config.bias != "none",
         )
         for path, linear in chosen.linears.items()

@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from ..layer import FusedLoRALinear
+from ..quantized.layer import FusedLoRAQuantized
 from ..switching import Adapted, adapted_modules
 from .encoder import settle_fast_paths
 from .modules_to_save import Trained
@@ -48,20 +50,29 @@ def unmerge(model: Model) -> Model:
     return model
 
 
-def merge_and_unload(model: Model) -> Model:
+def merge_and_unload(model: Model, *, dequantize: bool | torch.dtype = False) -> Model:
     """Merge, then turn every layer back into a plain ``nn.Linear`` without adapters; returns ``model``.
 
     Modules that the active adapter trained whole become what it made of them. It works layer by
     layer. Each sum is made once to be checked and once to stay, so the memory of one is enough.
 
+    Args:
+        dequantize: a quantized layer's sum is quantized again, which rounds, and warns. With True the layer becomes a
+            plain ``nn.Linear`` instead, of the dtype that its weight had before it was quantized (of 8 bits: its
+            bias's, or float16), or of the dtype given here.
+
     Raises:
         ValueError: as :func:`merge`; nothing is changed.
     """
+    if not isinstance(dequantize, (bool, torch.dtype)):
+        raise TypeError(f"dequantize must be True, False or a torch.dtype, got {dequantize!r}")
     modules = adapted_modules(model)
     _check_ties(model, modules)
     for path, module in modules:
         _named(path, module.check_finite)
     for _, module in modules:
+        if dequantize and isinstance(module, FusedLoRAQuantized):
+            module.dequantize(dequantize if isinstance(dequantize, torch.dtype) else None)
         module.unload()
     settle_fast_paths(model)
     return model

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from .. import backends
+from ..adapter import features
 from ..layer import FusedLoRALinear
+from ..quantized import kind_of
 from ..switching import adapted_modules, base_modules
 from .modules_to_save import Trained
 from .selection import linear_layers
@@ -20,6 +24,8 @@ class LayerRow:
 
     adapter, rank and alpha are the active adapter's. Where several are active: their names joined, the sum of their
     ranks, and no alpha. A strength other than 1 stands before its name.
+
+    base: how the frozen weight is kept, its dtype or "nf4" for instance.  base_bytes: of all that is kept of it.
     """
 
     path: str
@@ -31,6 +37,8 @@ class LayerRow:
     parameters: int
     implementation: str
     why: str | None
+    base: str
+    base_bytes: int
 
 
 @dataclass(frozen=True)
@@ -59,15 +67,21 @@ class Summary:
         """in_adapters: the ids of the model's parameters that are adapters'."""
         parameters = list(model.parameters())
         base = [p for p in parameters if id(p) not in in_adapters]
+        # id of a quantized Parameter, which holds fewer or other elements than the weight has -> the weight's
+        quantized = {
+            id(module.weight): (features(module), kind.packed(module).nbytes)
+            for _, module in base_modules(model)
+            if (kind := kind_of(module)) is not None and kind.why_not(module) is None
+        }
         trainable = [p for p in parameters if p.requires_grad]
         return cls(
             layers=layers,
             trained=tuple(trained),
             not_adapted=tuple(path or "(model)" for path in not_adapted),
-            base=sum(p.numel() for p in base),
+            base=sum(math.prod(quantized[id(p)][0]) if id(p) in quantized else p.numel() for p in base),
             adapters=sum(p.numel() for p in parameters if id(p) in in_adapters),
             trainable=sum(p.numel() for p in trainable),
-            base_bytes=sum(p.nbytes for p in base),
+            base_bytes=sum(quantized[id(p)][1] if id(p) in quantized else p.nbytes for p in base),
             trainable_bytes=sum(p.nbytes for p in trainable),
             embeddings=tuple(
                 path or "(model)" for path, module in base_modules(model) if isinstance(module, nn.Embedding)
@@ -80,11 +94,11 @@ class Summary:
         return 100.0 * self.adapters / max(self.base, 1)
 
     def __str__(self) -> str:
-        head = ("layer", "shape", "adapter", "rank", "alpha", "parameters", "runs")
+        head = ("layer", "shape", "base", "adapter", "rank", "alpha", "parameters", "runs")
         rows = [
-            (row.path or "(model)", f"{row.out_features}x{row.in_features}", str(row.adapter),
-             "" if row.rank is None else str(row.rank), "" if row.alpha is None else f"{row.alpha:g}",
-             f"{row.parameters:,}", row.implementation)
+            (row.path or "(model)", f"{row.out_features}x{row.in_features}", f"{row.base} {size(row.base_bytes)}",
+             str(row.adapter), "" if row.rank is None else str(row.rank),
+             "" if row.alpha is None else f"{row.alpha:g}", f"{row.parameters:,}", row.implementation)
             for row in self.layers
         ]  # fmt: skip
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
@@ -126,8 +140,16 @@ def _row(path: str, layer: FusedLoRALinear) -> LayerRow:
     return LayerRow(
         path, layer.out_features, layer.in_features, names or None,
         sum(adapter.rank for adapter in adapters) or None, adapters[0].alpha if len(adapters) == 1 else None,
-        sum(p.numel() for p in layer.adapters.parameters()), implementation, why,
+        sum(p.numel() for p in layer.adapters.parameters()), implementation, why, *kept(layer),
     )  # fmt: skip
+
+
+def kept(layer: Any) -> tuple[str, int]:
+    """How a linear layer's weight is kept, in a word, and in how many bytes."""
+    kind, weight = kind_of(layer), layer.weight
+    if kind is None or kind.why_not(layer) is not None:
+        return str(weight.dtype).removeprefix("torch."), weight.nbytes
+    return kind.tell(layer), kind.packed(layer).nbytes
 
 
 def _weighed(name: str, strength: float) -> str:
@@ -142,7 +164,7 @@ def _implementation(layer: FusedLoRALinear) -> tuple[str, str | None]:
         return "linear", "the adapter is merged into the weight"
     if not layer.active_adapters:
         return "linear", "no adapter is active"
-    device, dtype = layer.weight.device, layer.weight.dtype
+    device, dtype = layer.weight.device, layer.weight_dtype
     unavailable = backends.why_not(layer.impl, device, dtype) if layer.impl != "auto" else None
     if unavailable is not None:
         return "nothing", f"impl={layer.impl!r} was asked for, which raises: {unavailable}"

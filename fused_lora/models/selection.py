@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import validation
+from .. import quantized, validation
 from ..adapter import is_conv1d
 from ..layer import FusedLoRALinear
 from ..switching import Adapted, base_modules
@@ -27,16 +27,20 @@ class Plan:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """path -> layer that can take A and B: exactly ``nn.Linear`` or Transformers' ``Conv1D``, or fused already.
+    """path -> layer that can take A and B: exactly ``nn.Linear`` or Transformers' ``Conv1D``, a layer of ``quantized``,
+    or fused already.
 
-    Subclasses are left alone: their weight is not what ``F.linear`` expects (quantized), or is read past their forward
+    Other subclasses are left alone: their weight is not what ``F.linear`` expects, or is read past their forward
     (``nn.MultiheadAttention``'s out_proj), and an adapter would silently not be trained.
     """
     modules: Iterable[tuple[str, Any]] = base_modules(model)
     return {
         path: module
         for path, module in modules
-        if type(module) is nn.Linear or is_conv1d(module) or isinstance(module, FusedLoRALinear)
+        if type(module) is nn.Linear
+        or is_conv1d(module)
+        or isinstance(module, FusedLoRALinear)
+        or quantized.kind_of(module) is not None
     }
 
 
@@ -50,7 +54,7 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
     modules = dict(base_modules(model))
     saved = _saved(modules, config)
     candidates = linear_layers(model)
-    head = _output_head(model) if config.target_modules == ALL_LINEAR else None
+    head = output_head(model) if config.target_modules == ALL_LINEAR else None
     chosen = {
         path: layer
         for path, layer in candidates.items()
@@ -62,8 +66,7 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
         _warn_of_idle("target_modules: no linear layer is called", config.target_modules, chosen)
     for path, layer in chosen.items():
         validation.check_whole(layer.weight, f"{path}.weight")
-        if not layer.weight.is_floating_point() or layer.weight.dtype.itemsize < 2:
-            raise TypeError(f"{path}.weight must be float16, bfloat16, float32 or float64, got {layer.weight.dtype}")
+        quantized.check(layer, path)
     parts = {path: part for root in sorted(saved) for path, part in parts_below(modules, root).items()}
     if config.bias == "all":
         parts |= biases(modules, {*chosen, *parts})
@@ -187,7 +190,7 @@ def _to(path: str) -> list[str]:
     return [*_above(path), path]
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     """A Transformers model's output embedding: usual practice leaves it out of "all-linear"."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None

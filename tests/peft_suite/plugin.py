@@ -38,12 +38,11 @@ def pytest_configure(config):
     testing_utils._HUB_MODEL_ACCESSES = EveryModel(int)
     if config.getoption("--fuse"):
         BaseTuner.inject_adapter = _and_fuse(BaseTuner.inject_adapter)
-        for name in ("lora_linear", "plus_adapter"):
+        for name in ("lora_linear", "quantized_lora_linear", "plus_adapter"):
             setattr(integration, name, _counted(getattr(integration, name), "fused", lambda *_, name=name, **__: name))
         integration._PEFT_FORWARD = _counted(integration._PEFT_FORWARD, "peft", _reason)
         for kind in {kind for kind in _subclasses(lora.LoraLayer) if "forward" in vars(kind)}:
-            if kind is not integration.FusedLinear:
-                kind.forward = _counted(kind.forward, "other", lambda layer, *_, **__: integration.kind_of(layer))
+            kind.forward = _counted(kind.forward, "other", lambda layer, *_, **__: integration.kind_of(layer))
 
 
 def pytest_collection_modifyitems(items):
@@ -94,7 +93,7 @@ def _reason(layer, x, *args, **kwargs):
         return re.sub(r"'[^']*'|\d+\.\d+", "…", call)
     if args or kwargs:
         return f"called with {', '.join(kwargs) or 'more arguments'}"
-    return f"x is a {type(x).__name__} of {x.dtype} over {call.weight.dtype}"
+    return f"x is a {type(x).__name__} of {x.dtype} over {call.compute}"
 
 
 def _subclasses(kind):

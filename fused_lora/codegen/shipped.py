@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..backends.four_bits import FourBits
 from ..backends.triton import prepare
 from ..backends.triton.configs import (
     DecodeConfig,
@@ -156,7 +157,7 @@ def compile_case(case: Case, compare: bool = True) -> Iterator[Found]:
 def compile_dequantize(case: DequantizeCase) -> Found:
     blocks, float32, uint8 = case.N * case.K // BLOCKSIZE, torch.float32, torch.uint8
     q, code = _meta(case, case.N * case.K // 2, dtype=uint8), _meta(case, 16, dtype=float32)
-    bits = prepare.FourBits(q, code, _meta(case, blocks, dtype=uint8 if case.double else float32), BLOCKSIZE)
+    bits = FourBits(q, code, _meta(case, blocks, dtype=uint8 if case.double else float32), BLOCKSIZE)
     if case.double:
         absmax2, code2, offset = (_meta(case, *shape, dtype=float32) for shape in ((-(-blocks // 256),), (256,), ()))
         bits = bits._replace(absmax2=absmax2, code2=code2, offset=offset, blocksize2=256)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from planned_launches import Recorder
 
-from fused_lora.backends.triton import launch_dequantize, prepare
+from fused_lora.backends.four_bits import FourBits
+from fused_lora.backends.triton import launch_dequantize
 from fused_lora.backends.triton.launch_dequantize import dequantize_4bit
 from fused_lora.bench.host import stub
 
@@ -19,9 +20,9 @@ def draw(N, K, dtype, double, later=0):
     q = torch.zeros(later + (N * K + 1) // 2, dtype=torch.uint8)[later:]
     code, blocks, out = torch.zeros(16), -(-N * K // 64), torch.empty(N, K, dtype=dtype)
     if not double:
-        return prepare.FourBits(q, code, torch.zeros(blocks), 64), out
+        return FourBits(q, code, torch.zeros(blocks), 64), out
     scales = torch.zeros(blocks, dtype=torch.uint8), 64, torch.zeros(-(-blocks // 256)), torch.zeros(256)
-    return prepare.FourBits(q, code, *scales, torch.tensor(0.0), 256), out
+    return FourBits(q, code, *scales, torch.tensor(0.0), 256), out
 
 
 def main():

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ...plans import Cache
 from ...torch_internals import raw_stream
-from .prepare import FourBits, dequantize_launch, reads_words
+from ..four_bits import FourBits
+from .prepare import dequantize_launch, reads_words
 from .straight import Kept, keep
 
 # a model's weights have few sizes

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...dropout import dropout_threshold, keep_scale
+from ..four_bits import FourBits
 from . import adapter_grad, decode, dequantize, lora_matmul
 from .configs import DECODE_ROWS, DecodeConfig, Problem, ReductionConfig, Schedule, ScheduleConfig, TileConfig
 from .entries import Tiled
@@ -123,24 +123,6 @@ def adapter_grad_launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
-
-
-class FourBits(NamedTuple):
-    """A weight of four bits, as ``dequantize.py`` reads it.
-
-    q: bytes, two elements in each, of any dtype.  code: the 16 values, float32.  absmax: for each block of
-    ``blocksize`` elements a float32 number; with double quantization a byte, which absmax2 (one for ``blocksize2``
-    of them), code2 (256 values) and offset (a scalar), all float32, make a number.
-    """
-
-    q: Tensor
-    code: Tensor
-    absmax: Tensor
-    blocksize: int
-    absmax2: Tensor | None = None
-    code2: Tensor | None = None
-    offset: Tensor | None = None
-    blocksize2: int = 0
 
 
 # elements of a program, whole blocks of any size: 16 bytes of q for each of 128 threads

@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -16,12 +18,23 @@ def load(name):
 def test_minilm_learns_from_real_text_and_its_adapter_reloads(tmp_path, capsys):
     found = load("finetune_minilm").main(["--steps", "12", "--held-out", "64", "--out", str(tmp_path / "adapter")])
     assert found["same"]
+    assert found["agree"] == 1.0
     # seven chapters: one in seven by chance
     assert found["tuned"] > 0.3
     assert "right on unseen sentences" in capsys.readouterr().out
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
+
+
+def test_minilm_learns_over_a_base_of_four_bits(tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    arguments = ["--steps", "12", "--held-out", "64", "--base", "nf4", "--out", str(tmp_path / "adapter")]
+    found = load("finetune_minilm").main(arguments)
+    assert found["same"]
+    assert found["tuned"] > 0.3
+    assert found["agree"] > 0.9
+    assert "nf4 76" in capsys.readouterr().out
 
 
 def test_a_fused_llama_trains_saves_and_resumes_to_the_same_weights(tmp_path):

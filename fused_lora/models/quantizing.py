@@ -113,6 +113,8 @@ def _nf4(layer: Any, compute_dtype: torch.dtype | None) -> nn.Module:
     made.weight = bnb.nn.Params4bit(layer.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
     made.weight = made.weight.to(layer.weight.device)
     made.quant_state = made.weight.quant_state
+    # else inference on such a CPU packs the weight anew, and rounds its scales
+    made.support_avx512bf16_for_cpu = False
     return made
 
 

@@ -21,6 +21,9 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (FourBit(), EightBit(), To
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """How the weight of a linear layer is kept; None where it is plain, or the layer is no linear one."""
+    if type(layer) is nn.Linear and type(layer._parameters.get("weight")) is nn.Parameter:
+        # by far the most, and some ask at every call
+        return None
     # a layer of ours, whose class is made for the kind
     known: Kind | None = getattr(type(layer), "kind", None)
     return known or next((kind for kind in KINDS.values() if kind.holds(layer)), None)

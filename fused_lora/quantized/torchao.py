@@ -54,10 +54,7 @@ class TorchAO(Kind):
 
 def is_torchao(weight: Any) -> bool:
     """Whether it is a tensor of torchao's."""
-    return any(
-        kind.__name__ == "TorchAOBaseTensor" and kind.__module__.split(".")[0] == "torchao"
-        for kind in type(weight).__mro__
-    )
+    return type(weight).__module__.split(".")[0] == "torchao"
 
 
 def _granularity(weight: Any) -> Any:

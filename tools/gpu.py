@@ -190,7 +190,7 @@ def _speed(file: ResultsFile, path: Path | None, deadline: float, dry: bool, qui
 
     device = torch.device("cpu" if dry else "cuda")
     dtypes = SPEED_DTYPES[device.type][: 1 if quick else None]
-    specs = nets.SPEED_NETS[device.type][: 1 if quick else None]
+    specs = nets.runnable(nets.SPEED_NETS[device.type][: 1 if quick else None])
     agenda: list[series.Make] = [partial(models.ModelWorkload, spec, device, models.LORA_NAMES) for spec in specs]
     sizes = dequantizing.SIZES[device.type][: 1 if quick else None]
     agenda += [partial(dequantizing.DequantizeWorkload, *size, dtypes[0], device) for size in sizes]

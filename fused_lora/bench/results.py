@@ -27,6 +27,7 @@ UNITS = ("ms", "us", "bytes", "registers")
 FOLDERS = {
     "layers": "", "models": "models", "scaling": "scaling", "native": "native", "peft": "peft",
     "overhead": "overhead", "distributed": "distributed", "codegen": "codegen", "host": "host",
+    "quantized": "quantized",
 }  # fmt: skip
 
 

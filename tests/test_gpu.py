@@ -183,6 +183,9 @@ def test_the_script_for_the_sanitizer_is_right_and_sees_what_is_wrong(monkeypatc
     )
     assert sanitized.main(["--device", "cpu"]) == 1
     assert "failed: adapter gradients" in capsys.readouterr().out
+    monkeypatch.setattr(sanitized, "dequantize_4bit", lambda bits, out: out.zero_())
+    assert sanitized.main(["--device", "cpu", "--kernel", "_dequantize_4bit_kernel"]) == 1
+    assert "failed: dequantize: 104×72, blocksize=32, double=True" in capsys.readouterr().out
 
 
 def test_its_speed_part_walks_the_whole_way_with_interpreted_kernels(tmp_path, capsys):
@@ -192,7 +195,8 @@ def test_its_speed_part_walks_the_whole_way_with_interpreted_kernels(tmp_path, c
     assert results.environment.device.endswith(", kernels interpreted")
     assert results.complete
     assert {(row.pass_, row.shape.split()[0]) for row in results.rows} == {
-        ("model", "dry-blocks"), ("forward", "dry"), ("step", "dry"), ("decode", "dry-decode")
+        ("model", "dry-blocks"), ("dequantize", "nf4-64x128"),
+        ("forward", "dry"), ("step", "dry"), ("decode", "dry-decode"),
     }  # fmt: skip
     assert results.rows[0].pass_ == "model"
     blocks = {row.candidate for row in results.rows if row.pass_ == "model"}

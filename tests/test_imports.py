@@ -13,11 +13,11 @@ PACKAGE = ROOT / "fused_lora"
 
 # what a module may import, lowest first; a name stands for a module or a whole folder, the longest name counts
 LAYERS = [
-    {"torch_internals", "renamed", "models.patterns", "quantized"},
+    {"torch_internals", "renamed", "models.patterns"},
     {"validation", "dropout", "backends.environment"},
     {"reference", "plans"},
     {"backends"},
-    {"ops"},
+    {"ops", "quantized"},
     {"parallel.sharding"},
     {"functional"},
     {"switching", "adapter", "parameters", "quantized.linear"},

@@ -12,5 +12,9 @@ def test_a_planned_launch_passes_what_the_jit_would_whatever_changed_before_it(l
     assert planned > compared // 2
 
 
+def test_a_weight_of_a_size_seen_before_is_dequantized_past_the_jit(libcuda):
+    stub_process.run("dequantized_launches.py", libcuda)
+
+
 def test_a_backward_like_one_before_goes_straight_to_the_kernels_and_no_other_does(libcuda):
     stub_process.run("planned_backwards.py", libcuda)

@@ -315,7 +315,8 @@ def test_the_summary_says_how_each_base_is_kept_and_in_how_many_bytes():
     told = [row.base for row in found.layers]
     assert told == ["nf4", "nf4", "fp4", "nf4", "nf4", "int8", "int8", "float8_e4m3fn", "int4", "float32"]
     bytes_of = dict(zip([*KINDS, "plain"], (row.base_bytes for row in found.layers), strict=True))
-    assert bytes_of["nf4 of bfloat16, scales plain"] == 128 * 64 // 2 + 128 * 4
+    # halves of bytes, a scale for each 64, and the 16 values
+    assert bytes_of["nf4 of bfloat16, scales plain"] == 128 * 64 // 2 + 128 * 4 + 16 * 4
     assert bytes_of["int8"] == 128 * 64 + 64 * 4
     assert bytes_of["plain"] == 128 * 64 * 4
     assert found.base == len(model) * (128 * 64 + 64)

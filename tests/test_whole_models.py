@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
+import bitsandbytes
 import pytest
 import torch
 from peft.tuners import lora
@@ -13,21 +15,27 @@ from fused_lora.bench.results import ResultsFile
 from fused_lora.demo.net import RichBoyNet
 from fused_lora.integrations.peft import FusedLinear
 from fused_lora.layer import FusedLoRALinear
+from fused_lora.quantized import KINDS, kind_of
+from fused_lora.quantized.layer import FusedLoRAQuantized
 from tools import models
 
 CPU = torch.device("cpu")
 HASTY = measure.Plan(0.0, 2, 2, 0.0)
 BLOCK = nets.NetSpec("block", partial(nets.Block, 32, 48, 4, 2), (2, 6, 32), 3, "float32")
 MIXED = nets.NetSpec("block", partial(nets.Block, 32, 48, 4, 2), (2, 6, 32), 3, "bfloat16+float32")
+NF4 = nets.NetSpec("block", partial(nets.Block, 64, 128, 4, 2), (2, 6, 64), 3, "bfloat16+float32").over_nf4()
 ENCODER = nets.NetSpec("encoder", partial(nets.EncoderLayer, 32, 48, 4), (2, 6, 32), 3, "float32")
 
 
-@pytest.mark.parametrize("spec", [BLOCK, MIXED, ENCODER], ids=lambda spec: f"{spec.name}-{spec.dtype}")
+@pytest.mark.parametrize(
+    "spec", [BLOCK, MIXED, ENCODER, NF4, replace(NF4, dtype="float32")], ids=lambda spec: f"{spec.name}-{spec.dtype}"
+)
 def test_every_candidate_is_right(spec):
     workload = models.ModelWorkload(spec, CPU)
     group = runner.run_group(workload, HASTY)
     assert group.failed == {}
-    assert {row.candidate for row in group.rows} | set(group.absent) == set(models.NAMES)
+    left_out = {"eager", "full"} if spec.nf4 else set()
+    assert {row.candidate for row in group.rows} | set(group.absent) == set(models.NAMES) - left_out
     assert set(group.absent) <= {"ours-auto", "ours-triton", "ours-native"}
 
 
@@ -84,6 +92,32 @@ def test_the_candidates_are_made_as_a_user_makes_them_and_share_what_is_frozen()
     assert {p.dtype for p in models.ModelWorkload(same, CPU).build("peft")[1].values()} == {torch.bfloat16}
 
 
+def test_over_nf4_all_are_made_as_a_user_makes_them_and_share_the_bytes_that_are_kept():
+    workload = models.ModelWorkload(NF4, CPU)
+    made = {name: workload.build(name)[0] for name in ("frozen", workload.ours(), "ours-in-peft", "peft")}
+    assert type(made["frozen"].q_proj) is bitsandbytes.nn.Linear4bit
+    assert isinstance(made[workload.ours()].q_proj, FusedLoRAQuantized)
+    layers = [made["frozen"].q_proj, made[workload.ours()].q_proj]
+    for name in ("peft", "ours-in-peft"):
+        assert isinstance(made[name].get_base_model().q_proj, lora.bnb.Linear4bit)
+        layers.append(made[name].get_base_model().q_proj.base_layer)
+    first, *others = [
+        [part.data_ptr() for part in kind_of(layer).packed(layer).tensors] for layer in layers
+    ]  # fmt: skip
+    assert all(pointers == first for pointers in others)
+    # 4 bits of 16, and scales
+    assert layers[0].weight.nbytes * 4 == layers[0].in_features * layers[0].out_features * 2
+    # as over plain weights: nothing of W is kept for the backward, and what is kept of it anyhow does not count
+    ours, plain = (one.candidate(one.ours()) for one in (workload, models.ModelWorkload(replace(NF4, nf4=False), CPU)))
+    assert measure.saved_bytes(ours.call, ours.parameters) == measure.saved_bytes(plain.call, plain.parameters)
+
+
+def test_what_needs_a_library_that_is_missing_is_not_timed_and_said_not_to_be(monkeypatch, capsys):
+    monkeypatch.setattr(type(KINDS["4-bit"]), "problem", lambda self: "bitsandbytes must be 0.50 or newer")
+    assert nets.runnable([BLOCK, NF4]) == [BLOCK]
+    assert "not timed: block-over-NF4: bitsandbytes must be 0.50 or newer" in capsys.readouterr().out
+
+
 def test_a_wrong_model_gets_no_time(monkeypatch):
     build = models.ModelWorkload.build
 
@@ -113,7 +147,8 @@ def test_minilm_is_the_real_one_where_it_is_installed_and_its_name_says_where_no
 def test_richboynet_is_the_demos_and_the_llama_blocks_have_llamas_sizes():
     assert nets.NETS["cpu"][0].make is RichBoyNet
     with torch.device("meta"):
-        llama = [sum(p.numel() for p in spec.make().parameters()) for spec in nets.NETS["cpu"][2:]]
+        blocks = [spec for spec in nets.NETS["cpu"] if "Llama" in spec.name]
+        llama = [sum(p.numel() for p in spec.make().parameters()) for spec in blocks]
         stand_in = sum(p.numel() for p in nets.encoder_of_minilms_size().parameters())
     # of the released models: a layer of Llama 3.2 1B, of Llama 3 8B, 6 layers of all-MiniLM-L6-v2
     assert (*llama, stand_in) == (60_821_504, 218_112_000, 10_646_784)
@@ -129,8 +164,9 @@ def test_the_command_writes_a_results_file(tmp_path, monkeypatch):
 
 def test_make_gpu_times_blocks_of_llamas_size_at_four_lengths():
     cases = nets.SPEED_NETS["cuda"]
-    assert sorted(spec.shape[0] * spec.shape[1] for spec in cases) == [256, 1024, 4096, 8192]
+    for nf4, tokens in ((False, [256, 1024, 4096, 8192]), (True, [256, 4096])):
+        assert sorted(spec.shape[0] * spec.shape[1] for spec in cases if spec.nf4 == nf4) == tokens
     with torch.device("meta"):
         assert {sum(p.numel() for p in spec.make().parameters()) for spec in cases} == {2 * 218_112_000}
-    (dry,) = nets.SPEED_NETS["cpu"]
-    assert runner.run_group(models.ModelWorkload(dry, CPU, models.LORA_NAMES), HASTY).failed == {}
+    for dry in nets.SPEED_NETS["cpu"]:
+        assert runner.run_group(models.ModelWorkload(dry, CPU, models.LORA_NAMES), HASTY).failed == {}

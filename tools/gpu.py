@@ -183,15 +183,17 @@ def sanitizer_path() -> str | None:
 def _speed(file: ResultsFile, path: Path | None, deadline: float, dry: bool, quick: bool) -> str:
     import torch
 
-    from fused_lora.bench import measure, nets, runner, series
+    from fused_lora.bench import dequantizing, measure, nets, runner, series
     from fused_lora.bench.shapes import DECODE, FORWARD, STEP
 
     from . import models
 
     device = torch.device("cpu" if dry else "cuda")
     dtypes = SPEED_DTYPES[device.type][: 1 if quick else None]
-    specs = nets.SPEED_NETS[device.type][: 1 if quick else None]
+    specs = nets.runnable(nets.SPEED_NETS[device.type][: 1 if quick else None])
     agenda: list[series.Make] = [partial(models.ModelWorkload, spec, device, models.LORA_NAMES) for spec in specs]
+    sizes = dequantizing.SIZES[device.type][: 1 if quick else None]
+    agenda += [partial(dequantizing.DequantizeWorkload, *size, dtypes[0], device) for size in sizes]
     agenda += runner.agenda(device, dtypes, [FORWARD, STEP, DECODE], quick and not dry, "dry" if dry else "gpu")
     plan = measure.Plan(0.0, 2, 2, 0.0) if dry else measure.plan_for(device, quick)
     code = series.compete(agenda, file, path, plan, deadline, dry)

@@ -23,10 +23,13 @@ from torch import Tensor, nn
 
 from fused_lora.bench import measure, series
 from fused_lora.bench.baselines import CANDIDATES, EAGER, FROZEN, OURS_PREFIX, PEFT, Weights, our_choice
-from fused_lora.bench.nets import NETS, NetSpec
+from fused_lora.bench.nets import NETS, NetSpec, runnable
 from fused_lora.bench.results import Environment, ResultsFile, default_path
 from fused_lora.bench.workloads import Candidate, Computed, copies_of, parse_dtype
 from fused_lora.models.apply import apply_lora
+from fused_lora.models.quantizing import quantize_base
+from fused_lora.parameters import made_of
+from fused_lora.quantized import dequantize, kind_of
 
 MODEL = "model"
 FULL, FUSED_PEFT = "full", f"{OURS_PREFIX}in-peft"
@@ -43,26 +46,31 @@ class ModelWorkload:
 
     Adam's learning rate is zero: the same arithmetic, and every step is the same step. The input asks for its gradient,
     as it would inside a deeper model. Models are in eval mode: a dropout of their own would give each other results.
+    Over a base of 4 bits all are held to the weights that it stands for, and nothing is timed that can't keep it so.
     """
 
     pass_, first = MODEL, False
 
     def __init__(self, spec: NetSpec, device: torch.device, names: tuple[str, ...] = NAMES) -> None:
-        self.names = names
+        self.names = tuple(name for name in names if not (spec.nf4 and name in (EAGER, FULL)))
         self.label, self.dtype, self.device, self.spec = str(spec), spec.dtype, device, spec
         base, self.adapter_dtype = parse_dtype(spec.dtype)
         generator = torch.Generator(device).manual_seed(0)
         with torch.random.fork_rng(), device:
             torch.manual_seed(0)
             self.net = spec.make().to(device, base).requires_grad_(False).eval()
+        x = torch.randn(spec.shape, generator=generator, device=device).to(base)
+        with torch.no_grad():
+            # before it is quantized: bitsandbytes packs a weight anew, and rounds its scales, for inference on a CPU
+            shape = self.net(x).shape
+        if spec.nf4:
+            paths = [path for path, module in self.net.named_modules() if isinstance(module, nn.Linear)]
+            quantize_base(self.net, "nf4", target_modules=paths)
         self.weights = {
-            name: Weights.beside(module, spec.rank, SCALE, self.adapter_dtype, generator)
+            name: Weights.beside(_dense(module, base), spec.rank, SCALE, self.adapter_dtype, generator)
             for name, module in self.net.named_modules() if isinstance(module, nn.Linear)
         }  # fmt: skip
         self.longest_sum = max(max(w.weight.shape) for w in self.weights.values()) * len(self.weights)
-        x = torch.randn(spec.shape, generator=generator, device=device).to(base)
-        with torch.no_grad():
-            shape = self.net(x).shape
         dy = (torch.randn(shape, generator=generator, device=device) * shape[-1] ** -0.5).to(base)
         self.copies = copies_of(device, x.nbytes + dy.nbytes)
         self.inputs = [(x.clone().requires_grad_(), dy.clone()) for _ in range(self.copies)]
@@ -87,8 +95,7 @@ class ModelWorkload:
         """
         if name == FULL:
             return copy.deepcopy(self.net).requires_grad_(True), {}
-        # what is in the memo is shared
-        net = copy.deepcopy(self.net, {id(tensor): tensor for tensor in _tensors(self.net)})
+        net = self._copy()
         if name == FROZEN:
             return net, {}
         if name == EAGER:
@@ -103,6 +110,11 @@ class ModelWorkload:
                     adapters[f"{path}.d{side}"].copy_(getattr(weights, f"lora_{side}"))
         return net.eval(), adapters
 
+    def _copy(self) -> nn.Module:
+        """The net over the same frozen tensors: what is in the memo is shared."""
+        states = [vars(module).get("quant_state") for module in self.net.modules()]
+        return copy.deepcopy(self.net, {id(shared): shared for shared in (*_tensors(self.net), *states)})
+
     def _adapted(self, name: str, net: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         paths, rank = list(self.weights), self.spec.rank
         if name not in (PEFT, FUSED_PEFT):
@@ -113,6 +125,8 @@ class ModelWorkload:
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=paths)
+        # as Transformers marks a model that it loads in 4 bits, and PEFT asks
+        net.is_loaded_in_4bit = self.spec.nf4  # type: ignore[assignment]
         # in float32 over a 16-bit base, as PEFT does by default, or in the base's dtype
         wide = self.adapter_dtype == torch.float32
         model: Any = get_peft_model(net, config, autocast_adapter_dtype=wide)  # type: ignore[arg-type]
@@ -149,7 +163,10 @@ class ModelWorkload:
     def exact(self) -> ModelWorkload:
         exact = copy.copy(self)
         exact.dtype, exact.adapter_dtype = "float64", torch.float64
-        exact.net = copy.deepcopy(self.net).double()
+        dense = self._copy()
+        for path, weights in self.weights.items():
+            dense.set_submodule(path, weights.linear())
+        exact.net = copy.deepcopy(dense).double()
         exact.weights = {path: weights.in_float64() for path, weights in self.weights.items()}
         x, dy = self.inputs[0]
         exact.inputs = [(x.detach().double().requires_grad_(), dy.double())]
@@ -160,7 +177,17 @@ class ModelWorkload:
 
 
 def _tensors(net: nn.Module) -> tuple[Tensor, ...]:
-    return (*net.parameters(), *net.buffers())
+    kept = (kind.packed(module).tensors for module in net.modules() if (kind := kind_of(module)) is not None)
+    return (*net.parameters(), *net.buffers(), *itertools.chain.from_iterable(kept))
+
+
+def _dense(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """The linear itself, or where it is quantized a plain one of what it stands for."""
+    kind = kind_of(linear)
+    if kind is None:
+        return linear
+    weight = nn.Parameter(dequantize(kind.packed(linear), dtype), requires_grad=False)
+    return made_of(weight, linear.bias, like=linear, kind=nn.Linear)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = Environment.here(device)
     path = args.out or default_path("models", environment)
     plan = replace(measure.plan_for(device, quick=False), seconds=args.seconds, min_rounds=5)
-    agenda = [partial(ModelWorkload, spec, device) for spec in NETS[device.type]]
+    agenda = [partial(ModelWorkload, spec, device) for spec in runnable(NETS[device.type])]
     file = ResultsFile.open(path, "models", "make models", environment)
     return series.compete(list(agenda), file, path, plan)
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from fused_lora.backends import native
+from fused_lora.backends import four_bits, native
 from fused_lora.backends.triton.configs import DecodeConfig, Schedule, ScheduleConfig
 from fused_lora.backends.triton.entries import Choice, Reduced, Tiled
+from fused_lora.backends.triton.launch_dequantize import dequantize_4bit
 from fused_lora.bench.subjects import ADAPTER_GRADIENTS, FORWARD, INPUT_GRADIENT, Job, Subject, in_one_line, make
 
 # several tiles, and an end that fills none
@@ -22,10 +23,11 @@ SIZES = {"cuda": (300, 328, 648), "cpu": (33, 72, 104)}
 RANKS = {"cuda": (20, 24, 136), "cpu": (20,)}
 DTYPES = ("bfloat16", "bfloat16+float32", "float32")
 # what is chosen -> the kernel that it launches, by a part of its name; the last is in all of the compiled extension's
-KERNELS: dict[type[Choice] | type[None], str] = {
+KERNELS: dict[type[Choice] | type[None] | type[four_bits.FourBits], str] = {
     Tiled: "_lora_matmul_kernel",
     DecodeConfig: "_decode_kernel",
     Reduced: "_adapter_grad_kernel",
+    four_bits.FourBits: "_dequantize_4bit_kernel",
     type(None): "fused_lora4cuda",
 }
 
@@ -58,8 +60,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             if verdict is not None:
                 wrong += 1
                 print(f"failed: {job}: {in_one_line(choice)}: {verdict}")
+    if args.kernel in (None, KERNELS[four_bits.FourBits]):
+        for case, right in _dequantized((N, K), device):
+            launches += 1
+            if not right:
+                wrong += 1
+                print(f"failed: dequantize: {case}: other bits")
     print(f"{launches} launches of {args.kernel or 'every kernel'}: {'all right' if wrong == 0 else f'{wrong} wrong'}")
     return 1 if wrong else 0
+
+
+def _dequantized(shape: tuple[int, int], device: torch.device) -> Iterator[tuple[str, bool]]:
+    """Launches of the dequantizing kernel, and whether their bits are right; of the odd shape it reads bytes."""
+    for N, K in (shape, (shape[0] - 1, shape[1] - 1)):
+        for blocksize, double in ((32, True), (64, False), (4096, True)):
+            bits = four_bits.random((N, K), device, double=double, blocksize=blocksize)
+            for dtype in (torch.bfloat16, torch.float32):
+                got = dequantize_4bit(bits, torch.empty(N, K, dtype=dtype, device=device))
+                yield (
+                    f"{N}×{K}, {blocksize=}, {double=}, {dtype}",
+                    torch.equal(got, four_bits.plain(bits, (N, K), dtype)),
+                )
 
 
 def _choices(subject: Subject) -> Iterator[Choice | None]:

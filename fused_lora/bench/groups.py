@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from .baselines import CANDIDATES, FROZEN, OURS_PREFIX, SCHEDULES
 from .results import ResultsFile, Row, Spread
+from .shapes import DEQUANTIZE
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def groups_of(file: ResultsFile) -> list[Group]:
 
 
 def candidates_of(rows: Iterable[Row]) -> list[str]:
-    """Those that have a time, in the order of CANDIDATES. Only full tables have imposed schedules."""
-    found = {row.candidate for row in rows} - set(SCHEDULES)
+    """Those that have a time, in the order of CANDIDATES. Only full tables have imposed schedules, and weights."""
+    found = {row.candidate for row in rows if row.pass_ != DEQUANTIZE} - set(SCHEDULES)
     return [name for name in CANDIDATES if name in found] + sorted(found - set(CANDIDATES))
 
 

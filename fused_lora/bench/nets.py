@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,17 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..demo.net import RichBoyNet
+from ..quantized import KINDS
 
 
 @dataclass(frozen=True)
 class NetSpec:
-    """make: the model.  shape: of its input, which is floating point."""
+    """make: the model.  shape: of its input, which is floating point.  nf4: its linear layers are put into 4 bits."""
 
     name: str
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     rank: int
     dtype: str
+    nf4: bool = False
+
+    def why_not(self) -> str | None:
+        """Why it can't be made here, or None."""
+        return KINDS["4-bit"].problem() if self.nf4 else None
+
+    def over_nf4(self) -> NetSpec:
+        return replace(self, name=f"{self.name}-over-NF4", nf4=True)
 
     def __str__(self) -> str:
         return f"{self.name} (input {'×'.join(map(str, self.shape))}, R={self.rank})"
@@ -107,6 +116,7 @@ NETS = {
         minilm((8, 64, 384), "float32"),
         NetSpec("Llama-1B-block", _LLAMA_1B, (1, 128, 2048), 16, "bfloat16+float32"),
         NetSpec("Llama-8B-block", _LLAMA_8B, (1, 64, 4096), 16, "bfloat16+float32"),
+        minilm((8, 64, 384), "float32").over_nf4(),
     ),
     "cuda": (
         minilm((64, 256, 384), "bfloat16+float32"),
@@ -123,11 +133,21 @@ def _blocks(make: Callable[[], nn.Module], count: int) -> nn.Module:
 
 _TWO_8B = partial(_blocks, _LLAMA_8B, 2)
 _LENGTHS = {"8k": (8, 1024), "256": (1, 256), "4k": (4, 1024), "1k": (1, 1024)}
+_AT_LENGTHS = {
+    name: NetSpec(f"two-Llama-8B-blocks-{name}", _TWO_8B, (*sizes, 4096), 16, "bfloat16+float32")
+    for name, sizes in _LENGTHS.items()
+}
+_DRY = NetSpec("dry-blocks", partial(_blocks, partial(Block, 64, 64, 4, 2), 2), (1, 6, 64), 4, "float32")
 # what `make gpu` times, most valuable first: PEFT's default, float32 adapters. On a CPU kernels are interpreted
 SPEED_NETS = {
-    "cuda": tuple(
-        NetSpec(f"two-Llama-8B-blocks-{name}", _TWO_8B, (*sizes, 4096), 16, "bfloat16+float32")
-        for name, sizes in _LENGTHS.items()
-    ),
-    "cpu": (NetSpec("dry-blocks", partial(_blocks, partial(Block, 32, 48, 4, 2), 2), (1, 6, 32), 4, "float32"),),
+    "cuda": (*_AT_LENGTHS.values(), *(_AT_LENGTHS[name].over_nf4() for name in ("4k", "256"))),
+    "cpu": (_DRY, _DRY.over_nf4()),
 }
+
+
+def runnable(specs: Sequence[NetSpec]) -> list[NetSpec]:
+    """Those that can be made here; says why the others can't."""
+    for spec in specs:
+        if (why := spec.why_not()) is not None:
+            print(f"not timed: {spec.name}: {why}")
+    return [spec for spec in specs if spec.why_not() is None]

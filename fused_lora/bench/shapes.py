@@ -9,6 +9,7 @@ BACKWARD = "backward"  # dx, dA, dB of a forward that is not timed
 STEP = "step"  # forward and backward
 DECODE = "decode"  # forward of up to 16 tokens, no gradients
 TRAIN = "train"  # a network's training step, optimizer included
+DEQUANTIZE = "dequantize"  # a 4-bit weight into 16 bits; no pass of a layer
 PASSES = (FORWARD, BACKWARD, STEP, DECODE, TRAIN)
 _LAYER, _DECODE = (FORWARD, BACKWARD, STEP), (DECODE,)
 

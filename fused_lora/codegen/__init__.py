@@ -6,7 +6,7 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..backends import environment
 
 if TYPE_CHECKING:
-    from .shipped import Case, Found
+    from .shipped import Case, DequantizeCase, Found
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 RANKS = (8, 16, 32, 64, 128)
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         return _refuse("Triton is not installed")
     from . import record
 
-    found = _compile_all(_cases(archs, ranks))
+    found = _compile_all([*_cases(archs, ranks), *_dequantize_cases(archs)])
     file = record.of(found)
     print(record.table(file))
     path = args.json or (record.default_path() if (archs, ranks) == (list(ARCHS), list(RANKS)) else None)
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-def _compile_all(cases: list[Case]) -> list[Found]:
+def _compile_all(cases: Sequence[Case | DequantizeCase]) -> list[Found]:
     """In as many processes as there are cores, none of them forked from this one's threads. In the order of cases.
 
     Neighbours share what they have in common, the bare GEMM among it, so a process takes several at a time.
@@ -62,10 +62,10 @@ def _compile_all(cases: list[Case]) -> list[Found]:
         return [row for rows in _progress(pool.map(_compile, cases, chunksize=5), len(cases)) for row in rows]
 
 
-def _compile(case: Case) -> list[Found]:
-    from .shipped import compile_case
+def _compile(case: Case | DequantizeCase) -> list[Found]:
+    from .shipped import DequantizeCase, compile_case, compile_dequantize
 
-    return list(compile_case(case))
+    return [compile_dequantize(case)] if isinstance(case, DequantizeCase) else list(compile_case(case))
 
 
 def _cases(archs: list[int], ranks: list[int]) -> list[Case]:
@@ -82,10 +82,25 @@ def _cases(archs: list[int], ranks: list[int]) -> list[Case]:
     ]
 
 
+def _dequantize_cases(archs: list[int]) -> list[DequantizeCase]:
+    import torch
+
+    from .shipped import DequantizeCase
+
+    return [
+        DequantizeCase(arch, 4096, 4096, dtype, double)
+        for arch in archs
+        for dtype in (torch.bfloat16, torch.float16)
+        for double in (True, False)
+    ]
+
+
 def _name(row: Found) -> str:
+    from .shipped import DequantizeCase
+
     case = row.case
-    dtype = str(case.dtype).removeprefix("torch.")
-    return f"sm_{case.arch}, {row.pass_}, {dtype}, R {case.R}, M {case.M}, {row.schedule}"
+    rows = "" if isinstance(case, DequantizeCase) else f"R {case.R}, M {case.M}, "
+    return f"sm_{case.arch}, {row.pass_}, {str(case.dtype).removeprefix('torch.')}, {rows}{row.schedule}"
 
 
 def _numbers(text: str, known: tuple[int, ...] | None, name: str) -> list[int]:

@@ -46,7 +46,10 @@ MATRIX_INSTRUCTION = {
     120: "mma.sync",
 }
 
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+_TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Resources:
     assembler: ptxas's version.  warnings: its, by code.  matrix_instructions: PTX's names.  loops: machine instructions
     in each innermost loop that has matrix instructions, fewest first; matrix_counts: how many of each are those;
     loop_waits: how many of the first one's wait for memory or for them.  miscompiled: what ``sass.py`` finds wrong.
+    length: machine instructions in all.  global_accesses: the names of those that load from memory or store to it.
     """
 
     registers: int
@@ -68,6 +72,8 @@ class Resources:
     matrix_counts: tuple[int, ...]
     loop_waits: int
     miscompiled: tuple[str, ...]
+    length: int = 0
+    global_accesses: tuple[str, ...] = ()
 
 
 def compile_launch(launch: Launch, arch: int) -> Resources:
@@ -146,4 +152,6 @@ def _read(compiled: Any, log: str) -> Resources:
         matrix_counts=tuple(sum(bool(sass.MATRIX.search(one.name)) for one in loop) for loop in loops),
         loop_waits=sum(bool(re.search(r"DEPBAR|SYNCS", one.name)) for one in loops[0]) if loops else 0,
         miscompiled=(*sass.unwritten_reads(instructions), *sass.early_writes(instructions)),
+        length=1 + max(place for place, one in enumerate(instructions) if one.name == "EXIT"),
+        global_accesses=tuple(one.name for one in instructions if re.match("(LD|ST)G", one.name)),
     )

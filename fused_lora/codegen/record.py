@@ -12,7 +12,7 @@ import torch
 from ..bench import results
 from ..bench.results import Environment, ResultsFile, Row
 from ..bench.table import NOTHING, markdown
-from .shipped import Found
+from .shipped import DequantizeCase, Found
 
 # no GPU was used, and what the compiler makes does not depend on the CPU
 OFFLINE = "offline compile"
@@ -35,21 +35,24 @@ def of(found: Iterable[Found]) -> ResultsFile:
 
 
 def _row(found: Found) -> Row:
-    case, got, tile = found.case, found.resources, found.tile
+    case, got = found.case, found.resources
+    *tile, warps, stages = found.tile
+    weight = f"K={case.K} N={case.N}"
+    shape = weight if isinstance(case, DequantizeCase) else f"M={case.M} {weight} R={case.R}"
     return Row(
-        found.pass_, f"M={case.M} K={case.K} N={case.N} R={case.R}", str(case.dtype).removeprefix("torch."),
+        found.pass_, shape, str(case.dtype).removeprefix("torch."),
         "ours-triton", 1, got.registers, got.registers, got.registers, unit="registers",
         extra={
-            "arch": case.arch, "tile": f"{'×'.join(map(str, tile[:3]))}, {tile[3]}, {tile[4]}", "warps": tile[3],
+            "arch": case.arch, "tile": f"{'×'.join(map(str, tile))}, {warps}, {stages}", "warps": warps,
             "schedule": found.schedule, "loads": found.loads, "spill_bytes": got.spill_bytes,
-            "shared_kb": round(got.shared_bytes / 1024), "instructions": list(got.matrix_instructions),
+            "shared_kb": round(got.shared_bytes / 1024), "instructions": list(found.instructions),
             "loop": found.loop, "plain": found.plain_loop, "waits": got.loop_waits, "ptxas": got.assembler,
         },
     )  # fmt: skip
 
 
 def sizes(row: Row) -> dict[str, int]:
-    """M, K, N and R of a row's shape."""
+    """M, K, N and R of a row's shape; of a weight alone K and N."""
     return {name: int(value) for name, value in re.findall(r"\b([MKNR])=(\d+)", row.shape)}
 
 
@@ -61,8 +64,8 @@ def _lines(file: ResultsFile) -> Iterator[tuple[object, ...]]:
     for row in file.rows:
         about, size = row.extra, sizes(row)
         yield (
-            f"sm_{about['arch']}", row.pass_, row.dtype, size["R"], size["M"], about["tile"], about["schedule"],
-            about["loads"], f"{row.median:g}", about["spill_bytes"], about["shared_kb"],
-            ", ".join(about["instructions"]), about["loop"] or NOTHING, about["plain"] or NOTHING, about["waits"],
-            about["ptxas"],
+            f"sm_{about['arch']}", row.pass_, row.dtype, size.get("R", NOTHING), size.get("M", NOTHING),
+            about["tile"], about["schedule"], about["loads"], f"{row.median:g}", about["spill_bytes"],
+            about["shared_kb"], ", ".join(about["instructions"]), about["loop"] or NOTHING, about["plain"] or NOTHING,
+            about["waits"], about["ptxas"],
         )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..backends.four_bits import FourBits
 from ..backends.triton import prepare
 from ..backends.triton.configs import (
     DecodeConfig,
@@ -29,6 +30,10 @@ from .compiler import DEVICES, MATRIX_INSTRUCTION, Resources, compile_launch
 Config = TypeVar("Config", TileConfig, DecodeConfig, ReductionConfig)
 # the main loop of tiles that wait may have this many times the instructions of the bare GEMM's
 LOOP_LIMIT = 1.05
+# of elements that share a scale, bitsandbytes' default
+BLOCKSIZE = 64
+# what loads and stores 16 bytes
+WIDE = ("LDG.E.128", "STG.E.128")
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,21 @@ class Case:
 
 
 @dataclass(frozen=True)
+class DequantizeCase:
+    """A weight of four bits, N × K, in blocks of 64, with double quantization or without, dequantized into dtype."""
+
+    arch: int
+    K: int
+    N: int
+    dtype: torch.dtype
+    double: bool
+
+
+@dataclass(frozen=True)
 class Found:
     """plain: the same tile's bare GEMM, where there is one to compare with.  loads: "descriptors" or "pointers"."""
 
-    case: Case
+    case: Case | DequantizeCase
     pass_: str
     tile: tuple[int, ...]
     schedule: str
@@ -85,9 +101,16 @@ class Found:
     def plain_loop(self) -> int | None:
         return self.plain.loops[0] if self.plain is not None and self.plain.loops else None
 
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Those that make its speed: of matrices, or where there are none, those that load and store 16 bytes."""
+        if not isinstance(self.case, DequantizeCase):
+            return self.resources.matrix_instructions
+        return tuple(name for name in WIDE if name in self.resources.global_accesses)
+
     def faults(self) -> list[str]:
         """What is wrong, in words: spills, warnings, code that ``sass.py`` finds wrong, another matrix instruction,
-        a main loop longer than allowed.
+        a main loop longer than allowed, loads and stores of less than 16 bytes where there are no matrices.
 
         A tile that recomputes has more to do in its main loop than a bare GEMM, so that one's length is free.
         """
@@ -95,6 +118,10 @@ class Found:
         if self.resources.spill_bytes:
             faults.append(f"{self.resources.spill_bytes} bytes of spills")
         faults += [f"ptxas {self.resources.assembler} miscompiles: {what}" for what in self.resources.miscompiled]
+        if isinstance(self.case, DequantizeCase):
+            faults += [f"no {name}" for name in WIDE if name not in self.instructions]
+            narrow = sorted({name for name in self.resources.global_accesses if name.startswith("ST")} - {*WIDE})
+            return faults + [f"stores by {name}" for name in narrow]
         expected = MATRIX_INSTRUCTION[self.case.arch]
         if not self.case.exact and expected not in self.resources.matrix_instructions:
             faults.append(f"no {expected}")
@@ -125,6 +152,19 @@ def compile_case(case: Case, compare: bool = True) -> Iterator[Found]:
     call = prepare.adapter_grad_launch(x, h, dy, h, 1.5, seed, 0.1, A, B, reduction, parts, _counters(case))
     tile = (reduction.BLOCK_M, reduction.BLOCK_C, reduction.BLOCK_R, reduction.num_warps, reduction.num_stages)
     yield Found(case, "adapter gradients", tile, "in parts", "pointers", compile_launch(call, case.arch), None)
+
+
+def compile_dequantize(case: DequantizeCase) -> Found:
+    blocks, float32, uint8 = case.N * case.K // BLOCKSIZE, torch.float32, torch.uint8
+    q, code = _meta(case, case.N * case.K // 2, dtype=uint8), _meta(case, 16, dtype=float32)
+    bits = FourBits(q, code, _meta(case, blocks, dtype=uint8 if case.double else float32), BLOCKSIZE)
+    if case.double:
+        absmax2, code2, offset = (_meta(case, *shape, dtype=float32) for shape in ((-(-blocks // 256),), (256,), ()))
+        bits = bits._replace(absmax2=absmax2, code2=code2, offset=offset, blocksize2=256)
+    call = prepare.dequantize_launch(bits, _meta(case, case.N, case.K))
+    tile = (call.variant.BLOCK, BLOCKSIZE, call.num_warps, call.num_stages)
+    pass_ = "dequantize, double" if case.double else "dequantize"
+    return Found(case, pass_, tile, "words", "pointers", compile_launch(call, case.arch), None)
 
 
 def _compile_matmul(case: Case, pass_: str, operands: tuple[Any, ...], h: Tensor, compare: bool) -> Found:
@@ -186,5 +226,5 @@ def _scratch(case: Case, shape: tuple[int, ...]) -> Tensor:
     return _meta(case, *shape, dtype=torch.float32)
 
 
-def _meta(case: Case, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(*shape, dtype=dtype or case.dtype, device="meta")
+def _meta(case: Case | DequantizeCase, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or case.dtype, device="meta")

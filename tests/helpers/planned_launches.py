@@ -49,7 +49,7 @@ def plain(args, names):
     """Grid, function and parameters: sizes, strides, flags and scale as they are, of a pointer its alignment and name.
 
     names: address -> number, of the operands and then by when it was first seen. Scratch, the last but one before
-    scale, has none: a plan's launches share it.
+    scale, has none: a plan's launches share it. A launch without scale has no scratch.
     """
     grid, function, parameters = args[:3], args[4], args[9:]
     shown, pointers = [], {}
@@ -66,11 +66,11 @@ def plain(args, names):
             shown.append("pointer")
         else:
             shown.append(value)
-    scratch = next(index for index, value in enumerate(shown) if isinstance(value, float)) - 2
-    shown[scratch] = pointers[scratch] = "scratch"
+    for index in [index - 2 for index, value in enumerate(shown) if isinstance(value, float)][:1]:
+        shown[index] = "scratch"
+        pointers.pop(index, None)
     for index, address in pointers.items():
-        if index != scratch:
-            shown[index] = ("pointer", address % 16, names.setdefault(address, len(names)))
+        shown[index] = ("pointer", address % 16, names.setdefault(address, len(names)))
     return grid, function, shown
 
 

@@ -19,7 +19,7 @@ from fused_lora.bench.results import ResultsFile
 from fused_lora.cli import main
 from fused_lora.codegen import record
 from fused_lora.codegen.compiler import Resources
-from fused_lora.codegen.shipped import Case, Found
+from fused_lora.codegen.shipped import Case, DequantizeCase, Found
 
 MATRIX_INSTRUCTION = {
     80: "mma.sync",
@@ -102,6 +102,41 @@ def test_shipped_launches_compile_without_spills_or_warnings_to_the_instruction_
     assert ("descriptors" in {row["loads"] for row in found}) == (arch in (90, 100))
 
 
+DEQUANTIZE = """
+import json, sys, torch
+from fused_lora.codegen.shipped import DequantizeCase, compile_dequantize
+
+found = []
+for arch in (80, 86, 89, 90, 100, 120):
+    for dtype, double in ((torch.bfloat16, True), (torch.float16, False)):
+        one = compile_dequantize(DequantizeCase(arch, 4096, 14336, dtype, double))
+        found.append(vars(one.resources) | {"case": str(one.case), "faults": one.faults(), "tile": one.tile})
+print(json.dumps(found))
+"""
+
+
+def test_dequantizing_loads_and_stores_16_bytes_in_few_instructions_and_registers():
+    found = _compile(DEQUANTIZE)
+    assert len(found) == 12
+    for row in found:
+        assert row["faults"] == [], row
+        block, _, warps, _ = row["tile"]
+        # an H100 issues 21 for each element in the time that its memory takes to bring and take it, a B200 11
+        assert row["length"] * 32 * warps / block < 9.5, row
+        # of 64 warps that an SM holds, at least half
+        assert row["registers"] <= 64, row
+
+
+def test_a_narrow_store_fails_the_command():
+    case = DequantizeCase(90, 4096, 4096, torch.bfloat16, True)
+    for accesses, faults in (
+        (("LDG.E.U8", "LDG.E.128", "STG.E.128"), []),
+        (("LDG.E.U8", "STG.E.128", "STG.E.U16"), ["no LDG.E.128", "stores by STG.E.U16"]),
+    ):
+        got = Resources(32, 0, 2048, "12.8.93", (), (), (), (), 0, (), 300, accesses)
+        assert Found(case, "dequantize", (4096, 64, 4, 1), "words", "pointers", got, None).faults() == faults
+
+
 def found(schedule="PUBLISH", dtype=torch.bfloat16, **changes):
     got = Resources(128, 0, 1024, "12.8.93", (), ("wgmma.mma_async",), (100, 130), (4, 8), 3, ())
     case = Case(90, 8192, 64, 64, 16, dtype, dtype)
@@ -155,6 +190,8 @@ def test_the_command_compiles_every_gpu_rank_dtype_and_kernel():
     cases = codegen._cases([90, 80], [8, 16])
     assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 3
     assert {case.M for case in cases} == {8192, 256, 16}
+    cases = codegen._dequantize_cases([90, 80])
+    assert len(cases) == len(set(cases)) == 2 * 2 * 2
 
 
 @pytest.mark.parametrize("arguments", [["--arch", "75"], ["--rank", "0"], ["--rank", "eight"]])

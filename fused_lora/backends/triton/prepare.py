@@ -10,7 +10,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...dropout import dropout_threshold, keep_scale
-from . import adapter_grad, decode, lora_matmul
+from ..four_bits import FourBits
+from . import adapter_grad, decode, dequantize, lora_matmul
 from .configs import DECODE_ROWS, DecodeConfig, Problem, ReductionConfig, Schedule, ScheduleConfig, TileConfig
 from .entries import Tiled
 from .straight import Launch
@@ -122,6 +123,38 @@ def adapter_grad_launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
+
+
+# elements of a program, whole blocks of any size: 16 bytes of q for each of 128 threads
+DEQUANTIZED_AT_ONCE, DEQUANTIZE_WARPS = 4096, 4
+
+
+def dequantize_launch(bits: FourBits, out: Tensor) -> Launch:
+    """The launch of ``dequantize.py`` that fills out, contiguous and of 16 or 32 bits."""
+    numel, blocksize, nested = out.numel(), bits.blocksize, bits.offset is not None
+    rows = DEQUANTIZED_AT_ONCE // blocksize
+    assert out.is_contiguous()
+    assert blocksize % 8 == DEQUANTIZED_AT_ONCE % blocksize == 0
+    assert not nested or bits.blocksize2 % rows == 0, "the blocks of a program must share one absmax2"
+    words = reads_words(bits, out)
+    q = bits.q.view(torch.uint8).view(-1)
+    return Launch(
+        kernel=dequantize._dequantize_4bit_kernel,
+        grid=(cdiv(numel, DEQUANTIZED_AT_ONCE), 1),
+        args=(
+            q.view(torch.int32) if words else q, bits.code, bits.absmax, bits.code2, bits.absmax2, bits.offset, out,
+            numel, numel // 8, cdiv(numel, blocksize),
+        ),
+        varying=7,
+        variant=dequantize.Variant(nested, words, blocksize, bits.blocksize2, DEQUANTIZED_AT_ONCE),
+        num_warps=DEQUANTIZE_WARPS,
+        num_stages=1,
+    )  # fmt: skip
+
+
+def reads_words(bits: FourBits, out: Tensor) -> bool:
+    """Whether every eight elements are an aligned word."""
+    return out.numel() % 8 == 0 and bits.q.data_ptr() % 4 == 0
 
 
 def scratch_of(problem: Problem, chosen: Tiled | DecodeConfig) -> tuple[int, ...]:

@@ -68,8 +68,6 @@ MUTANTS = [
            "      wgmma_fence();\n      multiply_by_v<Shape", "      multiply_by_v<Shape"),
     Mutant("sums are read before they are done", "low_rank.cuh", "    if constexpr (H) stages.finish();"),
     Mutant("its own h is not fenced for wgmma", "low_rank.cuh", "    fence_shared_for_tma();\n"),
-    Mutant("its own h is multiplied before all have put it there", "low_rank.cuh",
-           "    fence_shared_for_tma();\n    sync_warpgroup(1 + consumer);", "    fence_shared_for_tma();"),
     Mutant("scale is lost", "low_rank.cuh", "first * arguments.scale, second * arguments.scale", "first, second"),
     Mutant("dropout's bits are shifted", "low_rank.cuh",
            "* BLOCK_Q + column_of_pair()) / 2;\n", "* BLOCK_Q + column_of_pair()) / 2 + 1;\n", dropout=True),

@@ -35,8 +35,8 @@ enum Outcome { RIGHT = 0, HANGS = 1, TOO_MUCH_SHARED_MEMORY = 2, BROKEN = 3 };
 struct Turns {
   uint64_t seed = 0;
   int resident = 4;  // blocks in flight
-  // Of the blocks that start first, how many get one turn in 64; where turns are drawn, so does one warpgroup in half
-  // of all blocks that have several, since warpgroups drift far apart.
+  // Of the blocks that start first, how many get one turn in 64. Where turns are drawn, so does a warp or a warpgroup
+  // in two of three blocks, since they drift far apart.
   int delayed = 0;
 };
 
@@ -351,8 +351,9 @@ class Machine {
   }
 
   void start(Block& block, bool delayed) {
-    const int warpgroups = threads_ / WARPGROUP;
-    const int behind = turns.seed == 0 || warpgroups < 2 ? -1 : static_cast<int>(draw_() % (2 * warpgroups));
+    const int drifting[] = {0, WARP, WARPGROUP};
+    const int together = turns.seed == 0 ? 0 : drifting[draw_() % 3];
+    const int behind = together == 0 || threads_ <= together ? -1 : static_cast<int>(draw_() % (threads_ / together));
     block.left = threads_;
     block.allocated.reset(new (std::align_val_t(MOST_ALIGNMENT)) unsigned char[shift_ + shared_bytes_]);
     block.shared = block.allocated.get() + shift_;
@@ -368,7 +369,7 @@ class Machine {
       Fiber& fiber = block.fibers[thread];
       fiber.block = &block;
       fiber.thread = thread;
-      fiber.delayed = delayed || thread / WARPGROUP == behind;
+      fiber.delayed = delayed || (behind >= 0 && thread / together == behind);
       fiber.state = {};
       fiber.begun = false;
       getcontext(&fiber.context);

@@ -1,8 +1,7 @@
-#include "adapter_grad.h"
-
 #include <type_traits>
 
 #include "adapter_grad.cuh"
+#include "adapter_grad.h"
 
 namespace fused_lora::cuda {
 namespace {
@@ -83,8 +82,7 @@ const char* hopper_why_not(Arithmetic arithmetic, const AdapterGradArguments& ar
 Plan plan_hopper_adapter_grad(const AdapterGradArguments& arguments, int32_t sms) {
   return with_tile<BFloat16>(arguments.R, [&](auto tile) {
     using Tile = decltype(tile);
-    const int64_t tiles =
-        gradient_tiles<typename Tile::Shape>(arguments.dA.columns, arguments.dB.columns, arguments.R);
+    const int64_t tiles = gradient_tiles<typename Tile::Shape>(arguments.dA.columns, arguments.dB.columns, arguments.R);
     const bool drops = arguments.dA.columns > 0 && arguments.dropout.seed != nullptr;
     Plan plan{};
     // One block on an SM has enough bytes on their way, and the fewer the parts, the sooner they are summed. Where x is

@@ -162,8 +162,9 @@ struct Consumer {
                                                                  step > 0 || k > 0);
     }
     wgmma_commit();
-    // at once, for the next step writes to the registers that wgmma reads; and when it is done, which takes the
-    // registers of all four warps, all of them have read a from the stage
+    // all four warps have read a from the stage before one thread says so for them
+    sync_warpgroup(1 + consumer);
+    // at once, for the next step writes to the registers that wgmma reads
     stages.pass();
     stages.finish();
   }

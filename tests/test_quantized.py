@@ -176,6 +176,15 @@ def test_a_step_takes_one_weight_more_than_over_plain_ones(kind, dtype, monkeypa
     assert plain + weight // 2 <= over_quantized <= plain + weight + scales + K * dtype.itemsize
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode_computes_the_same(kind):
+    model = shaken(apply_lora(net(KINDS[kind]), rank=4)).eval()
+    x = torch.randn(5, 128)
+    with torch.inference_mode():
+        y = model(x)
+    assert torch.equal(y, model(x))
+
+
 def test_the_quantized_parameter_is_the_very_one_and_the_state_dict_keeps_its_names():
     for make in KINDS.values():
         layer = make(128, 32)

@@ -12,7 +12,8 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
 
 import bitsandbytes as bnb
-from quantized_layers import KINDS, eight_bit, four_bit, net, shaken, stored, values
+from quantized_layers import KINDS, eight_bit, four_bit, net, shaken, stored, torchao, values
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
 from fused_lora import (
     FusedLoRALinear,
@@ -251,6 +252,10 @@ def test_a_library_that_is_missing_or_too_old_is_named(version, told, monkeypatc
 # --------------------------------------------------------------------------------------------------
 
 
+def changing_x():
+    return torchao(128, 32, config=Int8DynamicActivationInt8WeightConfig())
+
+
 def not_computable():
     layer = four_bit(128, 32)
     layer.compute_dtype = torch.float64
@@ -266,6 +271,7 @@ def not_computable():
             "0: its weight must be quantized, got one",
         ),
         (lambda: bnb.nn.Linear8bitLt(128, 32).to("cpu"), "0: its weight must be kept in 8 bits, got has_fp16_weights"),
+        (changing_x, r"0: its weight must be quantized alone, got one that changes x too \(act_quant_kwargs\)"),
         (not_computable, "0: compute_dtype must be float16, bfloat16, float32 or None, got torch.float64"),
     ],
 )

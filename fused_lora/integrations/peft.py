@@ -170,8 +170,7 @@ def fuse(model: Model, *, impl: str = "auto") -> Model:
         ValueError: the model has no such layer; nothing is changed.
     """
     validation.check_impl(impl)
-    kinds: set[Any] = {type(module) for module in model.modules()}
-    if not any(issubclass(kind, lora.Linear) or issubclass(_ours_for(kind) or object, _Fused) for kind in kinds):
+    if not fuses(model):
         others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, BaseTunerLayer)})
         raise ValueError(
             "model must have layers of peft.tuners.lora.Linear, got "
@@ -179,6 +178,12 @@ def fuse(model: Model, *, impl: str = "auto") -> Model:
         )
     _change_classes(model, impl)
     return model
+
+
+def fuses(model: nn.Module) -> bool:
+    """Whether the model has a layer for :func:`fuse`, fused yet or not."""
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    return any(issubclass(kind, lora.Linear) or issubclass(_ours_for(kind) or object, _Fused) for kind in kinds)
 
 
 def unfuse(model: Model) -> Model:

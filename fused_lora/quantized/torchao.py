@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from .kind import Kind, Packed, Recipe
 
+# what torchao does to x in its own products
+_OF_X = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale", "activation_quantization")
+
 
 class TorchAO(Kind):
     name = "torchao"
@@ -24,6 +27,9 @@ class TorchAO(Kind):
         weight = layer.weight
         if not hasattr(weight, "dequantize"):
             return f"its weight must be one that torchao dequantizes, got {type(weight).__name__}"
+        changed = next((name for name in _OF_X if getattr(weight, name, None) is not None), None)
+        if changed is not None:
+            return f"its weight must be quantized alone, got one that changes x too ({changed})"
         return self.problem()
 
     def tell(self, layer: Any) -> str:
@@ -35,7 +41,7 @@ class TorchAO(Kind):
         return layer.weight.dtype
 
     def packed(self, layer: Any) -> Packed:
-        return Packed((self.name,), (layer.weight.detach(),))
+        return Packed((self.name,), (layer.weight,))
 
     def dequantize(self, recipe: Recipe, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         weight: Any = tensors[0]

@@ -71,7 +71,7 @@ def _and_fuse(inject_adapter):
     @functools.wraps(inject_adapter)
     def inject(self, *args, **kwargs):
         inject_adapter(self, *args, **kwargs)
-        if any(isinstance(module, lora.Linear) for module in self.modules()):
+        if integration.fuses(self):
             integration.fuse(self)
 
     return inject

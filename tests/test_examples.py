@@ -34,7 +34,7 @@ def test_minilm_learns_over_a_base_of_four_bits(tmp_path, capsys):
     assert found["same"]
     assert found["tuned"] > 0.3
     assert found["agree"] > 0.9
-    assert "nf4 76" in capsys.readouterr().out
+    assert "nf4 77" in capsys.readouterr().out
 
 
 def test_a_fused_llama_trains_saves_and_resumes_to_the_same_weights(tmp_path):

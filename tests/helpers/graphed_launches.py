@@ -25,7 +25,7 @@ from fused_lora.bench.host import stub
 EAGER, SIDE, CAPTURING, OTHER = 7, 20, 30, 40
 K, N = 256, 512
 # decode, tiles that hand h over, and tiles by descriptors
-TOKENS = (1, 300, 8192)
+TOKENS = (1, 2000, 8192)
 
 
 class Launches:
@@ -230,7 +230,7 @@ def the_real_make_graphed_callables(scene):
         (torch.cuda, "synchronize", lambda: None),
     ):
         net = nn.Sequential(scene.layer, nn.GELU(), FusedLoRALinear(N, K, rank=4, impl="triton", dtype=torch.bfloat16))
-        x = torch.zeros(300, K, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.zeros(2000, K, dtype=torch.bfloat16, requires_grad=True)
         graphed = torch.cuda.make_graphed_callables(net, (x,), pool=object())
         scene.launches.start()
         for _ in range(3):

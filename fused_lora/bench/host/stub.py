@@ -56,7 +56,8 @@ def install(folder: Path) -> ctypes.c_ulonglong:
 
     from ...backends.triton import choice, configs
 
-    gpu = configs.Device((9, 0), 232448, 132, "a stub of an H100")
+    # a GPU on which some launches take tensor descriptors
+    gpu = configs.Device((10, 0), 232448, 148, "a stub of a B200")
     cuda: Any = CudaDriver()
     cuda.get_current_device = lambda: 0
     cuda.get_current_stream = lambda device: 0

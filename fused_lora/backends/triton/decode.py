@@ -179,6 +179,11 @@ def _sum_of_parts(acc, tile_ptr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr, ROW
     """acc is this program's part: all there is, or in a slot too."""
     if PARTS > 1:
         acc = tl.load(_slot_ptrs(tile_ptr, 0, BLOCK_C, ROWS))
-        for part in tl.static_range(1, PARTS):
-            acc += tl.load(_slot_ptrs(tile_ptr, part, BLOCK_C, ROWS))
+        if ROWS < 128:
+            for part in tl.static_range(1, PARTS):
+                acc += tl.load(_slot_ptrs(tile_ptr, part, BLOCK_C, ROWS))
+        else:
+            # one after the other: all on their way at once would leave no registers
+            for part in range(1, PARTS):
+                acc += tl.load(_slot_ptrs(tile_ptr, part, BLOCK_C, ROWS))
     return acc

@@ -54,7 +54,7 @@ _RESERVED = 1024
 
 
 def _accumulator_limit(problem: Problem, device: Device) -> int:
-    """As for the tiled kernel (``configs.accumulator_limit``), with registers for two programs of 8 warps on an SM."""
+    """As for the tiled kernel (``configs.accumulator_limit``), but sums of parts take as many registers again."""
     if problem.tensor_cores and device.capability[0] in (9, 10):
         return 64
     return 32 if problem.itemsize == 2 else 16
@@ -114,15 +114,18 @@ def split_decode(config: DecodeConfig, problem: Problem, device: Device) -> Deco
     """config with as many parts as run at once, but with few for how little each reads.
 
     After its own part, whoever is last at a tile reads all slots: a part's loads and those are least together where
-    both are alike.
+    both are alike (``_most_parts``).
     """
     rows, steps = -(-problem.M // config.ROWS), -(-problem.Q // config.BLOCK_Q)
     tiles, h_tiles = rows * -(-problem.P // config.BLOCK_P), rows * -(-problem.R // config.BLOCK_R)
     places = decode_programs(config, problem, device) * device.sms
-    loads = (config.ROWS + config.BLOCK_P) * problem.Q * problem.itemsize
-    slot = 4 * config.ROWS * config.BLOCK_P
     # a part of one step would spend its time filling the pipeline
-    split = max(min(places // (tiles + h_tiles), steps // 2, math.isqrt(loads // slot), MAX_SPLIT), 1)
+    split = max(min(places // (tiles + h_tiles), steps // 2, _most_parts(config.BLOCK_P, config, problem)), 1)
     room = (places - tiles * split) // h_tiles
-    h_parts = min(room if room > 0 else MAX_SPLIT, steps // 4, MAX_SPLIT)
+    h_parts = min(room if room > 0 else MAX_SPLIT, steps // 4, _most_parts(config.BLOCK_R, config, problem))
     return replace(config, SPLIT=split, SPLIT_H=max(split, h_parts))
+
+
+def _most_parts(columns: int, config: DecodeConfig, problem: Problem) -> int:
+    loads, slot = (config.ROWS + columns) * problem.Q * problem.itemsize, 4 * config.ROWS * columns
+    return min(math.isqrt(loads // slot), MAX_SPLIT)

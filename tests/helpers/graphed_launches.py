@@ -23,7 +23,7 @@ from fused_lora.backends.triton import launch, straight, workspace
 from fused_lora.bench.host import stub
 
 EAGER, SIDE, CAPTURING, OTHER = 7, 20, 30, 40
-K, N = 256, 512
+K, N = 256, 768
 # decode, tiles that hand h over, and tiles by descriptors
 TOKENS = (1, 2000, 8192)
 

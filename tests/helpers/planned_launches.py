@@ -155,7 +155,7 @@ def main():
                 operands = changed(rng, operands)
     torch.set_float32_matmul_precision("highest")
     # a wave of tiles and aligned rows: tensor descriptors, w's kept, x's made anew where x lies elsewhere
-    large = [torch.randn(4096, 512), torch.randn(1024, 512), torch.randn(16, 512), torch.randn(1024, 16)]
+    large = [torch.randn(4096, 512), torch.randn(1280, 512), torch.randn(16, 512), torch.randn(1280, 16)]
     large = [tensor.to(torch.bfloat16) for tensor in large]
     for _ in range(2):
         assert compare(recorder, forward, [*large, None, 1.5, 0.0]) == (1, 1)

@@ -162,8 +162,8 @@ def test_the_command_fails_and_says_which_launch_is_not_as_it_must_be(row, fault
 
 def test_the_command_compiles_every_gpu_rank_dtype_and_kernel():
     cases = codegen._cases([90, 80], [8, 16])
-    assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 3
-    assert {case.M for case in cases} == {8192, 256, 16}
+    assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 4
+    assert {case.M for case in cases} == {8192, 256, 128, 16}
 
 
 @pytest.mark.parametrize("arguments", [["--arch", "75"], ["--rank", "0"], ["--rank", "eight"]])

@@ -177,7 +177,8 @@ def fits(config: TileConfig, problem: Problem, device: Device) -> bool:
 
 # Largest first: BLOCK_M, BLOCK_P, BLOCK_Q, warps, stages.
 _Tiles = tuple[tuple[int, int, int, int, int], ...]
-_WGMMA: _Tiles = ((128, 256, 64, 8, 4), (128, 256, 64, 8, 3))
+_WGMMA: _Tiles = ((128, 256, 64, 8, 3),)
+_DEEP_WGMMA: _Tiles = ((128, 256, 64, 8, 4), *_WGMMA)
 _DEEP: _Tiles = ((128, 128, 64, 8, 3),)
 _ONE_WAVE: _Tiles = ((128, 128, 64, 8, 6), (128, 128, 64, 8, 5), (128, 128, 64, 8, 4))
 _TCGEN05: _Tiles = ((128, 128, 64, 4, 3), *_DEEP)
@@ -214,10 +215,12 @@ def candidate_tiles(problem: Problem, device: Device) -> list[TileConfig]:
         candidates, widest_rank = _HALF, MAX_BLOCK_R if generation == 10 else MAX_BLOCK_R_CROWDED
         if generation == 9:
             candidates = _DEEP + candidates
-            if _tiles(problem, 128, 128) <= device.sms:
+            # blocks of ranks after the first need up to 50 KB beside the pipeline, as compiling showed
+            deep = problem.R <= widest_rank
+            if deep and _tiles(problem, 128, 128) <= device.sms:
                 candidates = _ONE_WAVE + candidates
             if 3 * _tiles(problem, 128, 256) >= 2 * device.sms:
-                candidates = _WGMMA + candidates
+                candidates = (_DEEP_WGMMA if deep else _WGMMA) + candidates
         elif generation == 10 and problem.adapter_itemsize == 2:
             candidates = _TCGEN05 + candidates
     rank = block_r(problem.R, widest_rank)

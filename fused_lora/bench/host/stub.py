@@ -56,8 +56,7 @@ def install(folder: Path) -> ctypes.c_ulonglong:
 
     from ...backends.triton import choice, configs
 
-    # a GPU on which some launches take tensor descriptors
-    gpu = configs.Device((10, 0), 232448, 148, "a stub of a B200")
+    gpu = configs.Device((9, 0), 232448, 132, "a stub of an H100")
     cuda: Any = CudaDriver()
     cuda.get_current_device = lambda: 0
     cuda.get_current_stream = lambda device: 0
@@ -65,6 +64,9 @@ def install(folder: Path) -> ctypes.c_ulonglong:
     driver.set_active(cuda)
     rules: Any = choice
     rules.known_device = lambda device: gpu
+    # descriptors in large launches, as a tuned choice may have them: their cost is the host's too
+    tiles: Any = configs
+    tiles.takes_descriptors = lambda problem, count, device: configs.can_describe(problem, gpu) and count >= gpu.sms
     kernels: Any = backend
     kernels.why_not = lambda device, dtype: None
     return ctypes.c_ulonglong.in_dll(library, "stub_launches")

@@ -23,9 +23,9 @@ from fused_lora.backends.triton import launch, straight, workspace
 from fused_lora.bench.host import stub
 
 EAGER, SIDE, CAPTURING, OTHER = 7, 20, 30, 40
-K, N = 256, 768
+K, N = 256, 512
 # decode, tiles that hand h over, and tiles by descriptors
-TOKENS = (1, 2000, 8192)
+TOKENS = (1, 2000, 16384)
 
 
 class Launches:
@@ -190,7 +190,8 @@ def a_graph_that_outlives_plans_and_workspace(scene):
         scene.used(scene.step, 1)
     with scene.gpu.capture(SIDE):
         captured = scene.used(scene.step, 1)
-    assert captured == of_stream(SIDE)
+    # and perhaps what was outgrown before
+    assert of_stream(SIDE) <= captured
     graph, launch._matmul_plans._most = scene.launches.every, 1
     with scene.gpu.on(SIDE):
         both(scene)

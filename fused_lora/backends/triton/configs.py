@@ -216,7 +216,7 @@ def candidate_tiles(problem: Problem, device: Device) -> list[TileConfig]:
         if generation == 9:
             candidates = _DEEP + candidates
             # blocks of ranks after the first need up to 50 KB beside the pipeline, as compiling showed
-            deep = problem.R <= widest_rank
+            deep = widest_rank >= problem.R
             if deep and _tiles(problem, 128, 128) <= device.sms:
                 candidates = _ONE_WAVE + candidates
             if 3 * _tiles(problem, 128, 256) >= 2 * device.sms:

@@ -17,11 +17,10 @@ from fused_lora.backends.triton.configs import (
     ReductionProblem,
     Schedule,
     default_config,
-    default_decode,
     default_reduction,
     default_schedule,
-    takes_decode,
 )
+from fused_lora.backends.triton.decode_configs import default_decode, takes_decode
 from fused_lora.backends.triton.entries import Entry, Reduced, Tiled, class_of
 from fused_lora.bench import subjects
 from fused_lora.tuning.candidates import ROUNDS, fitting
@@ -69,7 +68,7 @@ GPUS = [
 def rule(problem, device):
     if isinstance(problem, ReductionProblem):
         return Reduced(default_reduction(problem.R, problem.itemsize, device), 4)
-    if takes_decode(problem):
+    if takes_decode(problem, device):
         return default_decode(problem, device)
     tile = default_config(problem, device)
     return Tiled(tile, default_schedule(problem, tile, device))
@@ -77,7 +76,7 @@ def rule(problem, device):
 
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: device.name)
 def test_candidates_are_many_fit_and_can_be_written_down(device):
-    sizes = itertools.product((1, 300, 8192), (16, 100), ((2, 2, True), (2, 4, True), (4, 4, True), (4, 4, False)))
+    sizes = itertools.product((1, 100, 300, 8192), (16, 100), ((2, 2, True), (2, 4, True), (4, 4, True), (4, 4, False)))
     problems = [Problem(M, 4096, 4096, R, a, u, False, exact) for M, R, (a, u, exact) in sizes]
     problems += [ReductionProblem(8192, 8192, R, itemsize) for R in (16, 100) for itemsize in (2, 4)]
     for problem in problems:

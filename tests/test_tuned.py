@@ -43,6 +43,7 @@ ENTRIES = [
     an_entry(),
     an_entry(dataclasses.replace(TRAINING, along_p=True), PRODUCED),
     an_entry(Problem(1, 4096, 4096, 16, 2, 2), DECODE),
+    an_entry(Problem(100, 4096, 4096, 16, 2, 2), dataclasses.replace(DECODE, BLOCK_Q=64, ROWS=128)),
     an_entry(ReductionProblem(8192, 8192, 16, 2), REDUCED),
 ]
 
@@ -95,6 +96,14 @@ def test_files_with_the_names_that_fields_once_had_are_read_and_written_with_tod
     assert table.complaints == []
     assert list(table.entries.values()) == ENTRIES
     assert table.as_json() == today
+
+
+def test_an_older_entry_of_decode_which_had_one_height_of_tiles_is_read(tmp_path):
+    path = written(tmp_path, ENTRIES[2])
+    data = json.loads(path.read_text())
+    assert data["entries"][0]["config"].pop("ROWS") == 16
+    path.write_text(json.dumps(data))
+    assert list(tuned.read(path).entries.values()) == [ENTRIES[2]]
 
 
 def test_a_class_is_all_alike_but_tokens_and_rank_rounded_up_to_powers_of_two(tmp_path):
@@ -164,7 +173,7 @@ def test_the_file_is_the_named_one_or_the_users_own(tmp_path, monkeypatch, forge
     assert tuned.current().entries == {}
     tuned.current.cache_clear()
     monkeypatch.setenv(tuned.VARIABLE, str(written(tmp_path, *ENTRIES)))
-    assert len(tuned.current().entries) == 4
+    assert len(tuned.current().entries) == 5
     # a relative XDG_CONFIG_HOME counts as unset, says its specification
     monkeypatch.setenv("XDG_CONFIG_HOME", "relative")
     monkeypatch.setenv("HOME", "/somewhere")
@@ -202,7 +211,7 @@ def test_info_names_the_file_and_whom_its_entries_are_for(tmp_path, monkeypatch,
     path = written(tmp_path, *ENTRIES)
     monkeypatch.setenv(tuned.VARIABLE, str(path))
     assert main(["info"]) == 0
-    assert f"Tuned choices in {path}\n  4             for Some GPU" in capsys.readouterr().out
+    assert f"Tuned choices in {path}\n  5             for Some GPU" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- what is wrong is refused
@@ -264,7 +273,7 @@ def test_a_malformed_entry_is_refused_by_name_and_the_others_stand(tmp_path, pla
     [
         (ENTRIES[0], TRAINING, SMALL),
         (ENTRIES[2], ENTRIES[2].problem, dataclasses.replace(SMALL, shared_memory=16 * 1024)),
-        (ENTRIES[3], ENTRIES[3].problem, dataclasses.replace(SMALL, shared_memory=16 * 1024)),
+        (ENTRIES[4], ENTRIES[4].problem, dataclasses.replace(SMALL, shared_memory=16 * 1024)),
         (an_entry(ReductionProblem(8192, 8192, 16, 2), REDUCED), ReductionProblem(8192, 8192, 16, 2), None),
         (an_entry(TRAINING, DECODE), TRAINING, HOPPER),
         (an_entry(Problem(64, 96, 96, 16, 2, 2), PRODUCED), Problem(64, 96, 96, 16, 2, 2), HOPPER),

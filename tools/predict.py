@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fused_lora.backends.triton.configs import (
-    DECODE_ROWS,
     Device,
     Problem,
     Schedule,
@@ -23,6 +22,7 @@ from fused_lora.backends.triton.configs import (
     default_config,
     default_schedule,
 )
+from fused_lora.backends.triton.decode_configs import takes_decode, tile_rows
 from fused_lora.bench.results import Row
 
 from . import compiled, traffic
@@ -81,10 +81,10 @@ FORWARD, INPUT_GRADIENT = "forward", "input gradient"
 
 def grid_of(pass_: str, layer: Layer, gpu: Gpu, known: Sequence[Row] = ()) -> Grid | None:
     """The tiles, by the rules that choose a tile and a schedule; None for decode, where memory decides."""
-    if layer.M <= DECODE_ROWS:
-        return None
     P, Q = (layer.N, layer.K) if pass_ == FORWARD else (layer.K, layer.N)
     problem = Problem(layer.M, P, Q, layer.R, layer.itemsize, layer.itemsize)
+    if takes_decode(problem, gpu.device):
+        return None
     tile = default_config(problem, gpu.device)
     schedule = default_schedule(problem, tile, gpu.device).kind
     major, minor = gpu.device.capability
@@ -124,7 +124,8 @@ def _fused_flops(pass_: str, layer: Layer, grid: Grid | None) -> int:
     width = block_r(layer.R)
     padded = -(-layer.R // width) * width
     if grid is None:
-        # the tokens are padded to one tile
-        return 2 * DECODE_ROWS * (P * Q + padded * (P + Q))
+        # the tokens are padded to whole tiles
+        rows = tile_rows(layer.M)
+        return 2 * -(-layer.M // rows) * rows * (P * Q + padded * (P + Q))
     columns = -(-P // grid.tile.BLOCK_P) if grid.schedule == Schedule.RECOMPUTE else 1
     return 2 * layer.M * (P * Q + padded * (Q * columns + P))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 RANKS = (8, 16, 32, 64, 128)
-TOKENS = (8192, 256, 16)
+TOKENS = (8192, 256, 128, 16)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

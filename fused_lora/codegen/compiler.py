@@ -57,9 +57,10 @@ class Resources:
     """Of one program: registers per thread, bytes spilled, bytes of shared memory.
 
     assembler: ptxas's version.  warnings: its, by code.  matrix_instructions: PTX's names.  loops: machine instructions
-    in each innermost loop that has matrix instructions, fewest first; matrix_counts: how many of each are those;
-    loop_waits: how many of the first one's wait for memory or for them.  miscompiled: what ``sass.py`` finds wrong.
-    length: machine instructions in all.  global_accesses: the names of those that load from memory or store to it.
+    in each innermost loop that has matrix instructions, fewest first, without that over ranks at a tile's end;
+    matrix_counts: how many of each are those; loop_waits: how many of the first one's wait for memory or for them.
+    miscompiled: what ``sass.py`` finds wrong.  length: machine instructions in all.  global_accesses: the names of
+    those that load from memory or store to it.
     """
 
     registers: int
@@ -139,7 +140,9 @@ def _read(compiled: Any, log: str) -> Resources:
     if registers is None:
         raise RuntimeError(f"ptxas must say how many registers are used, got: {log.strip() or 'nothing'}")
     instructions = sass.disassemble(compiled.asm["cubin"])
-    loops = sorted(sass.matrix_loops(instructions), key=len)
+    # the loop over ranks scales v, and no main loop multiplies single numbers
+    loops = [loop for loop in sass.matrix_loops(instructions) if not any(one.name.startswith("FMUL") for one in loop)]
+    loops.sort(key=len)
     matrix = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", compiled.asm["ptx"])
     return Resources(
         registers=int(registers[1]),

@@ -19,11 +19,10 @@ from ..backends.triton.configs import (
     ScheduleConfig,
     TileConfig,
     default_config,
-    default_decode,
     default_reduction,
     default_schedule,
-    takes_decode,
 )
+from ..backends.triton.decode_configs import default_decode, takes_decode
 from ..backends.triton.entries import Tiled
 from .compiler import DEVICES, MATRIX_INSTRUCTION, Resources, compile_launch
 
@@ -175,12 +174,12 @@ def _compile_matmul(case: Case, pass_: str, operands: tuple[Any, ...], h: Tensor
     sizes = (case.M, w.shape[1], w.shape[0], case.R, case.dtype.itemsize, case.adapter_dtype.itemsize)
     problem = Problem(*sizes, case.dropout, not case.exact, prepare.aligned(a, w))
     out = _meta(case, case.M, w.shape[1])
-    if takes_decode(problem):
+    if takes_decode(problem, device):
         decode = prepare.whole_parts(_staged(default_decode(problem, device), case), problem.Q)
         slots = _scratch(case, prepare.scratch_of(problem, decode))
         given: tuple[Any, ...] = (*operands, 1.5, out, h, slots, _counters(case), decode)
         call = prepare.decode_launch(*given)
-        tile = (decode.BLOCK_P, decode.BLOCK_Q, decode.BLOCK_R, decode.num_warps, decode.num_stages)
+        tile = (decode.ROWS, decode.BLOCK_P, decode.BLOCK_Q, decode.num_warps, decode.num_stages)
         return Found(case, pass_, tile, "decode", "pointers", compile_launch(call, case.arch), None)
     config = _staged(default_config(problem, device), case)
     schedule = default_schedule(problem, config, device)

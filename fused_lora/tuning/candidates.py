@@ -16,12 +16,10 @@ from ..backends.triton.configs import (
     Schedule,
     ScheduleConfig,
     TileConfig,
-    candidate_decodes,
     candidate_tiles,
     default_schedule,
-    split_decode,
-    takes_decode,
 )
+from ..backends.triton.decode_configs import candidate_decodes, split_decode
 from ..backends.triton.entries import Choice, Reduced, Tiled, check
 from ..backends.triton.tuned import why_not
 
@@ -34,9 +32,8 @@ def starts(problem: Problem | ReductionProblem, device: Device, best: Choice) ->
     if isinstance(problem, ReductionProblem):
         yield from neighbours(problem, device, best)
         return
-    if takes_decode(problem):
-        for config in candidate_decodes(problem):
-            yield split_decode(config, problem, device)
+    for config in candidate_decodes(problem, device):
+        yield split_decode(config, problem, device)
     for tile in candidate_tiles(problem, device):
         yield Tiled(tile, default_schedule(problem, tile, device))
 
@@ -51,7 +48,7 @@ def neighbours(problem: Problem | ReductionProblem, device: Device, best: Choice
             yield Reduced(config, best.parts)
         yield from (replace(best, parts=parts) for parts in _halved_and_doubled(best.parts))
     else:
-        yield from _around(best, "num_stages", "num_warps", "BLOCK_Q", "BLOCK_P", "SPLIT", "SPLIT_H")
+        yield from _around(best, "num_stages", "num_warps", "BLOCK_Q", "BLOCK_P", "ROWS", "SPLIT", "SPLIT_H")
 
 
 def schedules(problem: Problem | ReductionProblem, device: Device, best: Choice) -> Iterator[Choice]:
@@ -89,7 +86,7 @@ def _around(config: Config, *names: str) -> Iterator[Config]:
         if name == "num_stages":
             values = [value - 1, value + 1] if value > 1 else [value + 1]
         else:
-            values = _halved_and_doubled(value, MIN_DOT if name.startswith("BLOCK_") else 1)
+            values = _halved_and_doubled(value, MIN_DOT if name == "ROWS" or name.startswith("BLOCK_") else 1)
         for other in values:
             yield replace(config, **{name: other})
 

@@ -25,7 +25,7 @@ from fused_lora.bench.host import stub
 EAGER, SIDE, CAPTURING, OTHER = 7, 20, 30, 40
 K, N = 256, 512
 # decode, tiles that hand h over, and tiles by descriptors
-TOKENS = (1, 300, 8192)
+TOKENS = (1, 2000, 16384)
 
 
 class Launches:
@@ -190,7 +190,8 @@ def a_graph_that_outlives_plans_and_workspace(scene):
         scene.used(scene.step, 1)
     with scene.gpu.capture(SIDE):
         captured = scene.used(scene.step, 1)
-    assert captured == of_stream(SIDE)
+    # and perhaps what was outgrown before
+    assert of_stream(SIDE) <= captured
     graph, launch._matmul_plans._most = scene.launches.every, 1
     with scene.gpu.on(SIDE):
         both(scene)
@@ -230,7 +231,7 @@ def the_real_make_graphed_callables(scene):
         (torch.cuda, "synchronize", lambda: None),
     ):
         net = nn.Sequential(scene.layer, nn.GELU(), FusedLoRALinear(N, K, rank=4, impl="triton", dtype=torch.bfloat16))
-        x = torch.zeros(300, K, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.zeros(2000, K, dtype=torch.bfloat16, requires_grad=True)
         graphed = torch.cuda.make_graphed_callables(net, (x,), pool=object())
         scene.launches.start()
         for _ in range(3):

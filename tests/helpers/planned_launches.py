@@ -90,7 +90,7 @@ def forward(operands):
 def draw(rng, dtype=None):
     dtype = dtype or rng.choice(DTYPES)
     adapters = rng.choice((dtype, torch.float32))
-    lead = rng.choice(((1,), (7,), (16,), (17,), (2, 40), (300,)))
+    lead = rng.choice(((1,), (16,), (17,), (33,), (2, 40), (300,), (1100,)))
     K, N, R = rng.choice((64, 123, 256)), rng.choice((48, 129, 512)), rng.choice((1, 5, 16, 100))
     bias = torch.randn(N).to(dtype) if rng.random() < 0.5 else None
     A, B = torch.randn(R, K).to(adapters), torch.randn(N, R).to(adapters)
@@ -155,7 +155,7 @@ def main():
                 operands = changed(rng, operands)
     torch.set_float32_matmul_precision("highest")
     # a wave of tiles and aligned rows: tensor descriptors, w's kept, x's made anew where x lies elsewhere
-    large = [torch.randn(4096, 512), torch.randn(1024, 512), torch.randn(16, 512), torch.randn(1024, 16)]
+    large = [torch.randn(4096, 512), torch.randn(1280, 512), torch.randn(16, 512), torch.randn(1280, 16)]
     large = [tensor.to(torch.bfloat16) for tensor in large]
     for _ in range(2):
         assert compare(recorder, forward, [*large, None, 1.5, 0.0]) == (1, 1)

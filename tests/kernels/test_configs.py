@@ -1,5 +1,6 @@
 """The rule that picks tiles answers for every GPU and every size, within the limits."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,13 +13,18 @@ from fused_lora.backends.triton.configs import (
     Problem,
     Schedule,
     block_r,
-    decode_programs,
     default_config,
-    default_decode,
     default_reduction,
     default_schedule,
     fits,
     reduction_parts,
+)
+from fused_lora.backends.triton.decode_configs import (
+    MOST_ROWS,
+    decode_programs,
+    default_decode,
+    fits_decode,
+    takes_decode,
 )
 
 # shared memory that a program may use, from the CUDA programming guide, table of compute capabilities
@@ -32,6 +38,7 @@ DEVICES = {
     "unknown, small": Device((99, 0), 48 * 1024, 1),
     "unknown, large": Device((13, 0), 1024 * 1024, 1000),
 }
+HOPPER = Device((9, 0), 227 * 1024, 132)
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
@@ -73,10 +80,10 @@ def test_parts_of_a_reduction_run_at_once_and_have_rows_enough(device):
         assert parts == 1 or (parts * tiles <= PROGRAMS * device.sms and rows >= parts * LEAST_ROWS)
 
 
-def test_tensor_descriptors_are_for_hopper_and_datacentre_blackwell_alone():
+def test_tensor_descriptors_are_for_datacentre_blackwell_alone():
     problem = Problem(8192, 4096, 4096, 16, 2, 2, aligned=True)
     schedules = {name: default_schedule(problem, default_config(problem, d), d) for name, d in DEVICES.items()}
-    assert {name for name, schedule in schedules.items() if schedule.descriptors} == {"sm_90", "sm_100"}
+    assert {name for name, schedule in schedules.items() if schedule.descriptors} == {"sm_100"}
 
 
 @pytest.mark.parametrize(("columns", "rank"), [(8192, 16), (8192, 64), (2048, 16), (20480, 16), (28672, 128)])
@@ -102,7 +109,65 @@ def test_decoding_has_room_for_two_programs_on_every_device_and_no_part_is_empty
 
 
 def test_decoding_fills_a_gpu_and_waits_for_no_second_wave():
-    hopper = Device((9, 0), 227 * 1024, 132)
-    config = default_decode(Problem(1, 4096, 4096, 16, 2, 2), hopper)
+    config = default_decode(Problem(1, 4096, 4096, 16, 2, 2), HOPPER)
     assert config == DecodeConfig(64, 128, 16, SPLIT=4, SPLIT_H=8, num_warps=4, num_stages=4)
     assert 4096 // 64 * 4 + 8 == 2 * 132
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
+def test_few_rows_take_the_least_tile_that_holds_them_and_more_take_parts_that_run_at_once(device):
+    sizes = itertools.product((1, 1024, 4096, 14336), (1, 4096), (1, 64, 100), (2, 4), (False, True))
+    for P, Q, rank, itemsize, exact in sizes:
+        for M in (1, 16, 17, 32, 33, 64, 65, 128, 129, 300, 1024):
+            problem = Problem(M, P, Q, rank, itemsize, itemsize, False, itemsize == 2 or not exact)
+            config = default_decode(problem, device)
+            rows = [rows for rows in (16, 32, 64) if rows >= M] or [128]
+            assert rows[0] == config.ROWS, (problem, config)
+            takes = takes_decode(problem, device)
+            if M <= 128:
+                # float32 that passes through registers leaves none for the tallest
+                roomy = itemsize == 2 or (problem.tensor_cores and device.capability[0] in (9, 10))
+                assert takes == (M <= 64 or roomy), (problem, config)
+            if takes:
+                assert fits_decode(config, problem, device)
+            if takes and M > 128:
+                blocks = -(-M // 128)
+                parts = blocks * (-(-P // config.BLOCK_P) + -(-rank // config.BLOCK_R)) * config.SPLIT
+                assert config.SPLIT > 1
+                assert parts <= decode_programs(config, problem, device) * device.sms, (problem, config)
+
+
+def test_no_decode_with_dropout_nor_of_many_rows():
+    few = Problem(16, 64, 65536, 16, 2, 2)
+    assert takes_decode(few, HOPPER)
+    assert takes_decode(dataclasses.replace(few, M=MOST_ROWS), HOPPER)
+    assert not takes_decode(dataclasses.replace(few, M=MOST_ROWS + 1), HOPPER)
+    assert not takes_decode(dataclasses.replace(few, dropout=True), HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("M", "P", "expected"),
+    [
+        (256, 4096, "parts"),
+        (384, 4096, ("PRODUCE", 128, 6)),
+        (768, 4096, ("PRODUCE", 256, 4)),
+        (1024, 4096, ("RECOMPUTE", 256, 4)),
+        (2048, 4096, ("PUBLISH", 256, 4)),
+        (256, 14336, ("PRODUCE", 256, 4)),
+        (512, 1024, "parts"),
+    ],
+)
+def test_an_h100_has_a_way_to_be_busy_at_every_m(M, P, expected):
+    problem = Problem(M, P, 4096, 16, 2, 2)
+    if expected == "parts":
+        assert takes_decode(problem, HOPPER)
+        return
+    assert not takes_decode(problem, HOPPER)
+    tile = default_config(problem, HOPPER)
+    assert (default_schedule(problem, tile, HOPPER).kind.name, tile.BLOCK_P, tile.num_stages) == expected
+
+
+@pytest.mark.parametrize("rank", [64, 128, 1000])
+def test_ranks_are_published_in_blocks_that_leave_the_whole_tile_its_registers(rank):
+    tile = default_config(Problem(8192, 4096, 4096, rank, 2, 2, aligned=True), HOPPER)
+    assert (tile.BLOCK_M, tile.BLOCK_P, tile.BLOCK_R) == (128, 256, 64)

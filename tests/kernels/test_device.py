@@ -20,8 +20,8 @@ ON_GPU = torch.cuda.is_available()
 # of the kernels: the rule's choice, then each way to share h, in the rule's tile
 PRODUCE = ScheduleConfig(Schedule.PRODUCE, 4 if ON_GPU else 2)
 SCHEDULES = [None, ScheduleConfig(Schedule.PUBLISH), PRODUCE, ScheduleConfig(Schedule.RECOMPUTE)]
-# tokens that take the decode kernel, producers, and publishers
-TOKENS = [4, 300, 5000] if ON_GPU else [4, 40]
+# tokens that take the decode kernel, it too in taller tiles and in parts of several, and publishers
+TOKENS = [4, 100, 300, 5000] if ON_GPU else [4, 40]
 K, N, R = (1024, 1536, 16) if ON_GPU else (64, 64, 16)
 LAUNCHES, STEPS, ROUNDS = (1000, 200, 200) if ON_GPU else (1, 1, 1)
 DEVICE = "cuda" if ON_GPU else "cpu"

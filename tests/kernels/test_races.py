@@ -31,8 +31,8 @@ def matmul(schedule, rank=3, dropout=False):
     return lambda: launch.lora_matmul(*operands, *rest, config=TILE, schedule=schedule)
 
 
-def decode(rank=3):
-    inputs = oracle.draw(3, 70, 50, rank)
+def decode(rank=3, rows=3):
+    inputs = oracle.draw(rows, 70, 50, rank)
     operands = (inputs.x, inputs.weight.t(), inputs.lora_A.t(), inputs.lora_B.t(), inputs.bias, inputs.scale)
     return lambda: launch.lora_matmul(*operands, None, 0.0, False, config=DECODE)
 
@@ -52,6 +52,7 @@ CALLS = {
     "produce, many ranks": lambda: matmul(ScheduleConfig(Schedule.PRODUCE, 2), rank=20),
     "decode": decode,
     "decode, many ranks": lambda: decode(20),
+    "decode, blocks of rows": lambda: decode(rows=35),
     "adapter gradients": adapter_grad,
 }
 

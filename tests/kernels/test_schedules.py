@@ -128,7 +128,7 @@ def test_every_tile_has_one_place_and_no_tile_waits_for_a_later_one(tiles_m, til
 
 
 def test_schedule_recomputes_in_narrow_outputs_produces_in_small_launches_and_else_publishes():
-    device = Device((9, 0), 227 * 1024, 132)
+    device = Device((10, 0), 227 * 1024, 132)
     tile = TileConfig(128, 128, 64, 16, 8, 8, 3)
 
     def chosen(M, P, Q=4096, aligned=False):
@@ -141,6 +141,8 @@ def test_schedule_recomputes_in_narrow_outputs_produces_in_small_launches_and_el
     assert chosen(256, 4096, aligned=True) == ScheduleConfig(Schedule.PRODUCE, 8)
     assert chosen(8192, 256) == RECOMPUTE
     assert chosen(256, 4096) == ScheduleConfig(Schedule.PRODUCE, 8)
+    # a wave of tiles, with room for no producer: nothing is left to do when publishers are done
+    assert chosen(1024, 2048, Q=4096) == RECOMPUTE
     assert chosen(256, 4096, Q=100) == ScheduleConfig(Schedule.PRODUCE, 2)
     for M in (1, 100, 1000, 10_000):
         schedule = chosen(M, 4096)

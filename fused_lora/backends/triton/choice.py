@@ -21,12 +21,11 @@ from .configs import (
     ReductionProblem,
     TileConfig,
     default_config,
-    default_decode,
     default_reduction,
     default_schedule,
     reduction_parts,
-    takes_decode,
 )
+from .decode_configs import default_decode, takes_decode
 from .entries import Reduced, Tiled
 from .prepare import reduction_tiles
 
@@ -50,8 +49,8 @@ def choice(problem: Problem, device: torch.device) -> Tiled | DecodeConfig:
 
 def rule(problem: Problem, device: torch.device) -> Tiled | DecodeConfig:
     """What the rules choose on this device, whatever is tuned."""
-    if takes_decode(problem):
-        known = known_device(device)
+    known = known_device(device)
+    if takes_decode(problem, known):
         return INTERPRETER_DECODE if known is INTERPRETER else default_decode(problem, known)
     return tiled_rule(problem, device)
 

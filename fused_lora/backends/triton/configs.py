@@ -81,6 +81,10 @@ class TileConfig:
     num_stages: int
 
 
+# tl.dot's least size on every side
+MIN_DOT = 16
+
+
 @dataclass(frozen=True)
 class ScheduleConfig:
     """split: programs that share the low-rank product of a row of tiles, for PRODUCE; 1 otherwise.
@@ -104,7 +108,7 @@ class ReductionConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Q is cut into SPLIT parts for a tile of out, into SPLIT_H for a tile of the low-rank product."""
+    """Q is cut into SPLIT parts for a tile of out, ROWS x BLOCK_P, into SPLIT_H for a tile of the low-rank product."""
 
     BLOCK_P: int
     BLOCK_Q: int
@@ -113,12 +117,11 @@ class DecodeConfig:
     SPLIT_H: int
     num_warps: int
     num_stages: int
+    ROWS: int = MIN_DOT
 
 
-# tl.dot's least size on every side
-MIN_DOT = 16
-# rows of the one tile that holds all tokens of a decoding step
-DECODE_ROWS = MIN_DOT
+# parts of Q, or producers of a row of tiles, at most
+MAX_SPLIT = 16
 # widest rank block that leaves the accumulators in registers beside a tile of the output
 MAX_BLOCK_R = 128
 MAX_BLOCK_R_CROWDED = 64
@@ -175,7 +178,9 @@ def fits(config: TileConfig, problem: Problem, device: Device) -> bool:
 # Largest first: BLOCK_M, BLOCK_P, BLOCK_Q, warps, stages.
 _Tiles = tuple[tuple[int, int, int, int, int], ...]
 _WGMMA: _Tiles = ((128, 256, 64, 8, 3),)
+_DEEP_WGMMA: _Tiles = ((128, 256, 64, 8, 4), *_WGMMA)
 _DEEP: _Tiles = ((128, 128, 64, 8, 3),)
+_ONE_WAVE: _Tiles = ((128, 128, 64, 8, 6), (128, 128, 64, 8, 5), (128, 128, 64, 8, 4))
 _TCGEN05: _Tiles = ((128, 128, 64, 4, 3), *_DEEP)
 _HALF: _Tiles = ((128, 128, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 2))
 _FLOAT: _Tiles = ((128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 8, 2), (32, 32, 32, 4, 2))
@@ -186,9 +191,13 @@ def default_config(problem: Problem, device: Device) -> TileConfig:
     """The largest tile that fits; the last candidate fits every GPU.
 
     Steps of 64 along Q are for wgmma and tcgen05, which take them from shared memory. Tiles of 128 x 256 are for wgmma
-    alone, where they come near cuBLAS's own pace, if there is one for every SM. Blocks of 128 ranks are for tcgen05,
-    and for wgmma with descriptors: elsewhere they spill, or lengthen the main loop of those who wait, or leave
-    registers for half the tile only, as compiling showed.
+    alone, where they come near cuBLAS's own pace, if there is one for two SMs of three: those of 128 x 128 bring a
+    third more out of L2 for the same work. Where an SM gets no second tile, the pipeline has all of its memory: three
+    stages, with 64 KB on their way, gave 512 rows half a microsecond a step on an H100, which a load's latency takes.
+
+    Blocks of 128 ranks are for tcgen05 alone. Elsewhere they spill, or lengthen the main loop of those who wait, as
+    compiling showed, or leave registers for half the tile only: on an H100 rank 128, in 128 x 128, took 1.72 of
+    cuBLAS's time, rank 64, in 128 x 256, 1.19.
     """
     candidates = candidate_tiles(problem, device)
     smallest = replace(candidates[-1], num_stages=1, BLOCK_R=MIN_DOT)
@@ -203,14 +212,17 @@ def candidate_tiles(problem: Problem, device: Device) -> list[TileConfig]:
     elif problem.itemsize == 4:
         candidates, widest_rank = _FLOAT, MAX_BLOCK_R_FLOAT
     else:
-        roomy = generation == 10 or takes_descriptors(problem, _tiles(problem, 128, 128), device)
-        candidates, widest_rank = _HALF, MAX_BLOCK_R if roomy else MAX_BLOCK_R_CROWDED
+        candidates, widest_rank = _HALF, MAX_BLOCK_R if generation == 10 else MAX_BLOCK_R_CROWDED
         if generation == 9:
             candidates = _DEEP + candidates
+            # blocks of ranks after the first need up to 50 KB beside the pipeline, as compiling showed
+            deep = widest_rank >= problem.R
+            if deep and _tiles(problem, 128, 128) <= device.sms:
+                candidates = _ONE_WAVE + candidates
+            if 3 * _tiles(problem, 128, 256) >= 2 * device.sms:
+                candidates = (_DEEP_WGMMA if deep else _WGMMA) + candidates
         elif generation == 10 and problem.adapter_itemsize == 2:
             candidates = _TCGEN05 + candidates
-        if generation == 9 and _tiles(problem, 128, 256) >= device.sms:
-            candidates = _WGMMA + candidates
     rank = block_r(problem.R, widest_rank)
     rows = max(next_power_of_2(max(problem.M, 1)), MIN_DOT)
     return [
@@ -230,19 +242,23 @@ def can_describe(problem: Problem, device: Device) -> bool:
 
 
 def takes_descriptors(problem: Problem, tiles: int, device: Device) -> bool:
-    """Whether tensor descriptors load a and w: where they can and tiles are a wave or more.
+    """Whether tensor descriptors load a and w: not on Hopper, elsewhere where they can and tiles are a wave or more.
 
-    The kernel then outlasts the encoding of two descriptors on the host, and its main loop has about a fifth fewer
-    instructions than with pointers.
+    They give the main loop about a fifth fewer instructions, and the host two encodings to make or find. On an H100 no
+    wall time won by it (``benchmarks/results/nvidia-h100-80gb-hbm3-2026-11-24.json``: ``ours-triton``, which took them,
+    beside ``ours-publish``, which took pointers in the same tile). At all 32 shapes they were behind, by 33 to 125 µs a
+    forward, of which 31 to 42 were not theirs, and not by less in launches of 2.6 ms than of 0.1. On Blackwell they
+    wait to be measured.
     """
-    return can_describe(problem, device) and tiles >= device.sms
+    return device.capability[0] == 10 and can_describe(problem, device) and tiles >= device.sms
 
 
 MAX_PRODUCERS = 8
 
 
 def default_schedule(problem: Problem, config: TileConfig, device: Device) -> ScheduleConfig:
-    """RECOMPUTE for one or two columns of tiles, PRODUCE while SMs are idle anyway, else PUBLISH.
+    """RECOMPUTE for one or two columns of tiles, PRODUCE while SMs are idle anyway, RECOMPUTE for about one wave, where
+    nothing is left to do when publishers are done, else PUBLISH.
 
     A model of the launch (unit: a plain tile; u adds a tenth at rank 16, a quarter at rank 64; 132 SMs) gives,
     over the plain GEMM and for 4096 columns of output in tiles of 256:
@@ -263,7 +279,8 @@ def default_schedule(problem: Problem, config: TileConfig, device: Device) -> Sc
     idle = (device.sms - tiles) // rows
     if idle >= 1:
         return ScheduleConfig(Schedule.PRODUCE, min(idle, MAX_PRODUCERS, -(-problem.Q // config.BLOCK_Q)))
-    return ScheduleConfig(Schedule.PUBLISH, descriptors=descriptors)
+    alone = tiles <= device.sms and problem.R <= config.BLOCK_R
+    return ScheduleConfig(Schedule.RECOMPUTE if alone else Schedule.PUBLISH, descriptors=descriptors)
 
 
 def default_reduction(rank: int, itemsize: int, device: Device) -> ReductionConfig:
@@ -308,65 +325,6 @@ def reduction_parts(config: ReductionConfig, rows: int, tiles: int, itemsize: in
     places = max(device.shared_memory // _reduction_buffers(config, itemsize), 1)
     at_once = min(PROGRAMS, places) * device.sms
     return max(min(at_once // max(tiles, 1), rows // LEAST_ROWS, MOST_PARTS), 1)
-
-
-def takes_decode(problem: Problem) -> bool:
-    """Whether ``decode.py`` computes this problem: M so small that reading w takes all the time, and no dropout, which
-    only training has."""
-    return problem.M <= DECODE_ROWS and not problem.dropout
-
-
-# Largest first: BLOCK_P, bytes of w in a row of BLOCK_Q, stages. Two programs of the first have 96 KB of w under way.
-_DECODE = ((64, 256, 4), (64, 128, 4), (64, 128, 2))
-# bytes of u in a row of BLOCK_R: compiling showed spills, of a few bytes, beyond it
-_DECODE_RANK_BYTES = 64
-MAX_SPLIT = 16
-# shared memory that the system takes beside each program's
-_RESERVED = 1024
-
-
-def decode_programs(config: DecodeConfig, problem: Problem, device: Device) -> int:
-    """How many programs share an SM: as many as have room there for their pipelines of tiles of w and a.
-
-    The newest tile has no buffer where the matrix instruction takes its operands from registers.
-    """
-    buffers = config.num_stages if device.capability[0] in (9, 10) else config.num_stages - 1
-    pipeline = buffers * (config.BLOCK_P + DECODE_ROWS) * config.BLOCK_Q * problem.itemsize
-    return (device.shared_memory + _RESERVED) // (pipeline + _RESERVED)
-
-
-def fits_decode(config: DecodeConfig, problem: Problem, device: Device) -> bool:
-    """As :func:`fits`, for ``decode.py``."""
-    return takes_decode(problem) and decode_programs(config, problem, device) >= 1
-
-
-def default_decode(problem: Problem, device: Device) -> DecodeConfig:
-    """The longest loads of which two programs share an SM, and as many parts as run at once.
-
-    More parts would wait for a place, and then read with the GPU half empty; fewer would leave SMs idle.
-    The low-rank product has as many parts, or more where there is room: the other programs wait for it at their end.
-    """
-    candidates = candidate_decodes(problem)
-    config = next((c for c in candidates if decode_programs(c, problem, device) >= 2), candidates[-1])
-    return split_decode(config, problem, device)
-
-
-def candidate_decodes(problem: Problem) -> list[DecodeConfig]:
-    """Longest loads first, not split yet."""
-    rank = block_r(problem.R, _DECODE_RANK_BYTES // problem.adapter_itemsize)
-    return [DecodeConfig(p, row // problem.itemsize, rank, 1, 1, 4, stages) for p, row, stages in _DECODE]
-
-
-def split_decode(config: DecodeConfig, problem: Problem, device: Device) -> DecodeConfig:
-    """config with as many parts as run at once."""
-    steps = -(-problem.Q // config.BLOCK_Q)
-    tiles, h_tiles = -(-problem.P // config.BLOCK_P), -(-problem.R // config.BLOCK_R)
-    places = decode_programs(config, problem, device) * device.sms
-    # a part of one step would spend its time filling the pipeline
-    split = max(min(places // (tiles + h_tiles), steps // 2, MAX_SPLIT), 1)
-    room = (places - tiles * split) // h_tiles
-    h_parts = min(room if room > 0 else MAX_SPLIT, steps // 4, MAX_SPLIT)
-    return replace(config, SPLIT=split, SPLIT_H=max(split, h_parts))
 
 
 # Triton's interpreter runs a program at a time: small tiles, so that small cases still have several of them, and tails

@@ -1,11 +1,13 @@
-"""Decode, M at most 16 (``configs.takes_decode``): reading w once takes all the time, so the whole GPU reads it.
+"""Decode and other few rows (``decode_configs.takes_decode``): reading w takes all the time, so the whole GPU reads it.
 
-One launch. All tokens are one tile of ROWS rows; w's columns are tiles, and Q is cut into parts, so that there are more
-programs than SMs. A program takes a ticket: the lowest make the parts of ``h = a u``, the others parts of ``a w``, each
-in a float32 slot of its own, and the last to arrive at a tile sums its slots, in their order. Whoever waits for h has a
-higher ticket, so what it waits for is running or done, whatever order programs start in.
+One launch. ROWS rows are one tile tall, all tokens of a step of decoding; w's columns are tiles, and Q is cut into
+parts, so that there are more programs than SMs. A program takes a ticket: the lowest make the parts of ``h = a u``, the
+others parts of ``a w``, each in a float32 slot of its own, and the last to arrive at a tile sums its slots, in their
+order. Whoever waits for h has a higher ticket, so what it waits for is running or done, whatever order programs start
+in.
 
-No bit of a token's results hangs on how many others come along: the rule cuts Q by the sizes of w and u alone.
+Where all tokens are one tile tall, no bit of a token's results hangs on how many others share the tile: the rule cuts Q
+by ROWS and by the sizes of w and u alone.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .configs import DECODE_ROWS
 from .tiles import dot, round_to
 
 
@@ -30,7 +31,7 @@ class Variant(NamedTuple):
     BLOCK_R: int
     SPLIT: int
     SPLIT_H: int
-    ROWS: int = DECODE_ROWS
+    ROWS: int
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -51,38 +52,40 @@ def _decode_kernel(
     ROWS: tl.constexpr = V.ROWS
     PRECISION: tl.constexpr = V.PRECISION
     dtype = out_ptr.dtype.element_ty
-    tiles_p, tiles_r = tl.cdiv(P, BLOCK_P), tl.cdiv(R, BLOCK_R)
+    tiles_m = tl.cdiv(M, ROWS)
+    tiles, h_tiles = tiles_m * tl.cdiv(P, BLOCK_P), tiles_m * tl.cdiv(R, BLOCK_R)
     stored_ptr, h_stored_ptr, arrived_ptr = counters_ptr + 1, counters_ptr + 2, counters_ptr + 3
-    h_parts = tiles_r * V.SPLIT_H
-    offs_m = tl.arange(0, ROWS).to(tl.int64)
-    mask_m = offs_m < M
+    h_parts = h_tiles * V.SPLIT_H
     ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     if ticket < h_parts:
         tile, part = ticket // V.SPLIT_H, ticket % V.SPLIT_H
-        offs_r = tile.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        offs_m = (tile % tiles_m).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        offs_r = (tile // tiles_m).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         h = _part_of_product(
-            a_ptr, u_ptr, offs_r, mask_m, part, R, Q, stride_am, stride_aq, stride_uq, stride_ur,
+            a_ptr, u_ptr, offs_r, offs_m, part, R, M, Q, stride_am, stride_aq, stride_uq, stride_ur,
             dtype, V, BLOCK_R, V.SPLIT_H,
         )  # fmt: skip
         tile_ptr = slots_ptr + tile * (V.SPLIT_H * BLOCK_R * ROWS)
         if _arrives_last(h, tile_ptr, part, arrived_ptr + tile, BLOCK_R, V.SPLIT_H, ROWS):
-            h = _sum_of_parts(tile_ptr, BLOCK_R, V.SPLIT_H, ROWS)
+            h = _sum_of_parts(h, tile_ptr, BLOCK_R, V.SPLIT_H, ROWS)
             h_ptrs = h_ptr + offs_r[:, None] + offs_m[None, :] * R
-            tl.store(h_ptrs, round_to(h, dtype), mask=(offs_r < R)[:, None] & mask_m[None, :])
+            tl.store(h_ptrs, round_to(h, dtype), mask=(offs_r < R)[:, None] & (offs_m < M)[None, :])
             tl.debug_barrier()
             tl.atomic_add(h_stored_ptr, 1, sem="release")
     else:
         tile, part = (ticket - h_parts) // V.SPLIT, (ticket - h_parts) % V.SPLIT
-        offs_p = tile.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-        mask_p = offs_p < P
+        # blocks of rows are neighbours: what one reads of w, the next finds in L2
+        offs_m = (tile % tiles_m).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        offs_p = (tile // tiles_m).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask_m, mask_p = offs_m < M, offs_p < P
         acc = _part_of_product(
-            a_ptr, w_ptr, offs_p, mask_m, part, P, Q, stride_am, stride_aq, stride_wq, stride_wp,
+            a_ptr, w_ptr, offs_p, offs_m, part, P, M, Q, stride_am, stride_aq, stride_wq, stride_wp,
             dtype, V, BLOCK_P, V.SPLIT,
         )  # fmt: skip
         tile_ptr = slots_ptr + h_parts * (BLOCK_R * ROWS) + tile.to(tl.int64) * (V.SPLIT * BLOCK_P * ROWS)
-        if _arrives_last(acc, tile_ptr, part, arrived_ptr + tiles_r + tile, BLOCK_P, V.SPLIT, ROWS):
-            acc = _sum_of_parts(tile_ptr, BLOCK_P, V.SPLIT, ROWS)
-            while tl.atomic_add(h_stored_ptr, 0, sem="acquire") < tiles_r:
+        if _arrives_last(acc, tile_ptr, part, arrived_ptr + h_tiles + tile, BLOCK_P, V.SPLIT, ROWS):
+            acc = _sum_of_parts(acc, tile_ptr, BLOCK_P, V.SPLIT, ROWS)
+            while tl.atomic_add(h_stored_ptr, 0, sem="acquire") < h_tiles:
                 pass
             tl.debug_barrier()
             for r in range(0, R, BLOCK_R):
@@ -103,7 +106,7 @@ def _decode_kernel(
             out_ptrs = out_ptr + offs_p[:, None] + offs_m[None, :] * P
             tl.store(out_ptrs, round_to(acc, dtype), mask=mask_p[:, None] & mask_m[None, :])
             # every ticket is taken and every wait is over once the last tile is here
-            if tl.atomic_add(stored_ptr, 1, sem="acq_rel") == tiles_p - 1:
+            if tl.atomic_add(stored_ptr, 1, sem="acq_rel") == tiles - 1:
                 tl.store(counters_ptr, 0)
                 tl.store(stored_ptr, 0)
                 tl.store(h_stored_ptr, 0)
@@ -111,10 +114,12 @@ def _decode_kernel(
 
 @triton.jit
 def _part_of_product(
-    a_ptr, w_ptr, offs_c, mask_m, part, C, Q, stride_am, stride_aq, stride_wq, stride_wc,
+    a_ptr, w_ptr, offs_c, offs_m, part, C, M, Q, stride_am, stride_aq, stride_wq, stride_wc,
     dtype: tl.constexpr, V: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """``(a w)ᵀ`` at columns offs_c over one of PARTS parts of Q, none empty: (BLOCK_C, ROWS) of float32.
+    """``(a w)ᵀ`` at columns offs_c and rows offs_m, over one of PARTS parts of Q, none empty.
+
+    (BLOCK_C, ROWS) of float32.
 
     Transposed, so that w is the side of a matrix instruction that is 64 wide, and the tokens the narrow one.
     """
@@ -124,7 +129,7 @@ def _part_of_product(
     steps = tl.cdiv(Q, BLOCK_Q)
     first = steps * part // PARTS
     last = steps * (part + 1) // PARTS
-    offs_m = tl.arange(0, ROWS).to(tl.int64)
+    mask_m = offs_m < M
     offs_q = first.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     a_ptrs = a_ptr + offs_q[:, None] * stride_aq + offs_m[None, :] * stride_am
     # columns past the end wrap around: what they give is never stored
@@ -154,19 +159,31 @@ def _slot_ptrs(tile_ptr, part, BLOCK_C: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _arrives_last(acc, tile_ptr, part, arrived_ptr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    """Put acc into its slot; whether all other parts of the tile are in theirs. Then the counter is zero again."""
-    tl.store(_slot_ptrs(tile_ptr, part, BLOCK_C, ROWS), acc)
-    tl.debug_barrier()
-    last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == PARTS - 1
-    if last:
-        tl.store(arrived_ptr, 0)
-    tl.debug_barrier()
+    """Put acc into its slot; whether all other parts of the tile are in theirs. Then the counter is zero again.
+
+    An only part needs no slot.
+    """
+    last = tl.full((), 1, tl.int1)
+    if PARTS > 1:
+        tl.store(_slot_ptrs(tile_ptr, part, BLOCK_C, ROWS), acc)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == PARTS - 1
+        if last:
+            tl.store(arrived_ptr, 0)
+        tl.debug_barrier()
     return last
 
 
 @triton.jit
-def _sum_of_parts(tile_ptr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    total = tl.load(_slot_ptrs(tile_ptr, 0, BLOCK_C, ROWS))
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(_slot_ptrs(tile_ptr, part, BLOCK_C, ROWS))
-    return total
+def _sum_of_parts(acc, tile_ptr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    """acc is this program's part: all there is, or in a slot too."""
+    if PARTS > 1:
+        acc = tl.load(_slot_ptrs(tile_ptr, 0, BLOCK_C, ROWS))
+        if ROWS < 128:
+            for part in tl.static_range(1, PARTS):
+                acc += tl.load(_slot_ptrs(tile_ptr, part, BLOCK_C, ROWS))
+        else:
+            # one after the other: all on their way at once would leave no registers
+            for part in range(1, PARTS):
+                acc += tl.load(_slot_ptrs(tile_ptr, part, BLOCK_C, ROWS))
+    return acc

@@ -158,7 +158,7 @@ def check(choice: Choice) -> None:
         config = choice.config
         _whole("parts", choice.parts, 1, _MOST_PARTS)
     for name, value in dataclasses.asdict(config).items():
-        if name.startswith("BLOCK_"):
+        if name.startswith("BLOCK_") or name == "ROWS":
             _whole(name, value, MIN_DOT, _LARGEST_BLOCK)
             if value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, got {value}")

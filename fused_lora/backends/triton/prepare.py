@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...dropout import dropout_threshold, keep_scale
 from ..four_bits import FourBits
 from . import adapter_grad, decode, dequantize, lora_matmul
-from .configs import DECODE_ROWS, DecodeConfig, Problem, ReductionConfig, Schedule, ScheduleConfig, TileConfig
+from .configs import DecodeConfig, Problem, ReductionConfig, Schedule, ScheduleConfig, TileConfig
 from .entries import Tiled
 from .straight import Launch
 
@@ -70,18 +70,17 @@ def decode_launch(
     a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
     out: Tensor, h: Tensor, slots: Tensor, sync: Tensor, config: DecodeConfig,
 ) -> Launch:  # fmt: skip
-    """The launch of ``decode.py`` that fills out (..., P) and h (M, R), M at most DECODE_ROWS.
+    """The launch of ``decode.py`` that fills out (..., P) and h (M, R).
 
     config: as :func:`whole_parts` gives it.  slots, sync: of the shapes that :func:`scratch_of` and
     :func:`counters_of` give.
     """
     a2 = rows_of(a)
     (M, Q), P, R = a2.shape, w.shape[1], u.shape[1]
-    assert 0 < M <= DECODE_ROWS
-    parts, h_parts = _decode_parts(P, R, config)
+    tiles, h_tiles = _decode_tiles(M, P, R, config)
     return Launch(
         kernel=decode._decode_kernel,
-        grid=(parts + h_parts, 1),
+        grid=(tiles * config.SPLIT + h_tiles * config.SPLIT_H, 1),
         args=(
             a2, w, u, v, bias, out, h, slots, sync, float(scale), M, P, Q, R,
             *a2.stride(), *w.stride(), *u.stride(), *v.stride(),
@@ -89,7 +88,7 @@ def decode_launch(
         varying=10,
         variant=decode.Variant(
             bias is not None, Q % config.BLOCK_Q == 0, precision(a.dtype),
-            config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R, config.SPLIT, config.SPLIT_H,
+            config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R, config.SPLIT, config.SPLIT_H, config.ROWS,
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -160,15 +159,17 @@ def reads_words(bits: FourBits, out: Tensor) -> bool:
 def scratch_of(problem: Problem, chosen: Tiled | DecodeConfig) -> tuple[int, ...]:
     """The shape of the float32 scratch of a launch of ``decode``, or of ``lora_matmul`` where h is produced apart."""
     if isinstance(chosen, DecodeConfig):
-        parts, h_parts = _decode_parts(problem.P, problem.R, chosen)
-        return parts * chosen.BLOCK_P + h_parts * chosen.BLOCK_R, DECODE_ROWS
+        tiles, h_tiles = _decode_tiles(problem.M, problem.P, problem.R, chosen)
+        # an only part has no slot
+        columns = tiles * chosen.SPLIT * chosen.BLOCK_P if chosen.SPLIT > 1 else 0
+        return columns + h_tiles * chosen.SPLIT_H * chosen.BLOCK_R, chosen.ROWS
     return chosen.schedule.split, problem.M, problem.R
 
 
 def counters_of(problem: Problem, chosen: Tiled | DecodeConfig) -> int:
     """How many counters, all zero, a launch needs that hands the low-rank product over."""
     if isinstance(chosen, DecodeConfig):
-        return 3 + cdiv(problem.P, chosen.BLOCK_P) + cdiv(problem.R, chosen.BLOCK_R)
+        return 3 + sum(_decode_tiles(problem.M, problem.P, problem.R, chosen))
     return lora_matmul.SYNC_HEADER + cdiv(problem.M, chosen.tile.BLOCK_M)
 
 
@@ -180,8 +181,10 @@ def whole_parts(config: DecodeConfig, Q: int) -> DecodeConfig:
     return dataclasses.replace(config, SPLIT=min(config.SPLIT, steps), SPLIT_H=min(config.SPLIT_H, steps))
 
 
-def _decode_parts(P: int, R: int, config: DecodeConfig) -> tuple[int, int]:
-    return cdiv(P, config.BLOCK_P) * config.SPLIT, cdiv(R, config.BLOCK_R) * config.SPLIT_H
+def _decode_tiles(M: int, P: int, R: int, config: DecodeConfig) -> tuple[int, int]:
+    """How many of out and of h."""
+    rows = cdiv(M, config.ROWS)
+    return rows * cdiv(P, config.BLOCK_P), rows * cdiv(R, config.BLOCK_R)
 
 
 def reduction_tiles(K: int, N: int, R: int, config: ReductionConfig) -> int:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .configs import DecodeConfig, Device, Problem, ReductionProblem, can_describe, fits, fits_decode, fits_reduction
+from .configs import DecodeConfig, Device, Problem, ReductionProblem, can_describe, fits, fits_reduction
+from .decode_configs import fits_decode
 from .entries import Choice, Entry, Reduced, Tiled, class_of
 
 VARIABLE = "FUSED_LORA_TUNED"

@@ -43,8 +43,8 @@ class Sizes:
 # that they come from its heap without a system call, as a GPU's come from PyTorch's cache, and plain PyTorch is tiny.
 TRITON = {
     parts.DECODE: Sizes(1, 256, 256, 16, torch.bfloat16),
-    parts.TILE: Sizes(64, 256, 512, 16, torch.bfloat16),
-    parts.DESCRIPTORS: Sizes(4096, 1024, 1024, 16, torch.bfloat16),
+    parts.TILE: Sizes(160, 64, 384, 16, torch.bfloat16),
+    parts.DESCRIPTORS: Sizes(4096, 1280, 1280, 16, torch.bfloat16),
 }
 TINY = Sizes(1, 16, 16, 4, torch.float32)
 NATIVE = Sizes(32, 256, 256, 16, torch.float32)

@@ -64,6 +64,9 @@ def install(folder: Path) -> ctypes.c_ulonglong:
     driver.set_active(cuda)
     rules: Any = choice
     rules.known_device = lambda device: gpu
+    # descriptors in large launches, as a tuned choice may have them: their cost is the host's too
+    tiles: Any = configs
+    tiles.takes_descriptors = lambda problem, count, device: configs.can_describe(problem, gpu) and count >= gpu.sms
     kernels: Any = backend
     kernels.why_not = lambda device, dtype: None
     return ctypes.c_ulonglong.in_dll(library, "stub_launches")

@@ -123,6 +123,7 @@ struct Cluster;
 struct Block {
   int index = 0, rank = 0, left = 0;
   bool delayed = false;
+  int slow = -1;  // the warpgroup that gets one turn in 64, so that others are as far ahead as they may
   Cluster* cluster = nullptr;
   std::unique_ptr<unsigned char[], FreeAligned> allocated;
   unsigned char* shared = nullptr;
@@ -158,6 +159,7 @@ class Machine {
   std::string why;                       // of the last run: what is broken
   std::function<void(Block&)> on_start;  // of each block, before its threads
   std::function<void(Fiber&)> on_thread_end;
+  std::function<void(Meeting&)> on_meeting;  // of all threads of a block
 
   int run(int block_count, int cluster_size, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
     draw_.seed(turns.seed);
@@ -263,6 +265,10 @@ class Machine {
     meeting.here.clear();
   }
 
+  void at_barrier(Meeting& meeting) {
+    if (on_meeting) on_meeting(meeting);
+  }
+
   void progress() { polls_ = 0; }
 
   std::shared_ptr<Job> later(std::function<void()> work) {
@@ -308,9 +314,13 @@ class Machine {
 #endif
   }
 
+  static bool waits(const Fiber& fiber) {
+    return fiber.block->delayed || fiber.thread / WARPGROUP == fiber.block->slow;
+  }
+
   Fiber* take() {
     size_t at = turns.seed == 0 ? ready_.size() - 1 : draw_() % ready_.size();
-    for (int again = 0; again < 8 && ready_[at]->block->delayed && draw_() % 64 != 0; ++again) {
+    for (int again = 0; again < 8 && waits(*ready_[at]) && draw_() % 64 != 0; ++again) {
       at = draw_() % ready_.size();
     }
     Fiber* taken = ready_[at];
@@ -351,6 +361,8 @@ class Machine {
 
   void start(Block& block) {
     block.left = threads_;
+    const int warpgroups = threads_ / WARPGROUP;
+    block.slow = turns.seed == 0 || warpgroups < 2 ? -1 : static_cast<int>(draw_() % (2 * warpgroups));
     block.allocated.reset(new (std::align_val_t(MOST_ALIGNMENT)) unsigned char[shift_ + shared_bytes_]);
     block.shared = block.allocated.get() + shift_;
     block.shared_bytes = shared_bytes_;

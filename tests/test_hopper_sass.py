@@ -16,8 +16,8 @@ CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not here")
 
-# One of each direction and type: with h v in the main loop and apart, with dropout on the input and on the output.
-SOURCES = ("forward_bfloat16", "forward_half", "input_grad_bfloat16")
+# With h v in the main loop and apart, with dropout on the input and on the output; the first has least registers left.
+SOURCES = ("forward_half", "input_grad_bfloat16")
 # as in shape.cuh
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 NAME = re.compile(

@@ -137,6 +137,24 @@ def test_views_and_values_that_overflow(kernels, arithmetic, backward):
     check(kernels, "lora_matmul", arithmetic, [(a, w, u, v, bias)], K + R, *dropped(False, backward, 2e5))
 
 
+@by_arithmetic
+@by_direction
+@by_dropout
+def test_an_infinity_stays_in_its_row(kernels, arithmetic, backward, dropout):
+    """Ranks that a tile has and the adapter has not are zero, and zero by infinity would be NaN."""
+    a, w, u, v, bias = (
+        None if tensor is None else tensor.abs() for tensor in draw_matmul(arithmetic, 140, 72, 136, 24, backward)
+    )
+    a[5, 7] = torch.inf
+    for sms in (2, 32):
+        out, h = kernels.lora_matmul(a, w, u, v, bias, *dropped(dropout, backward), turns=Turns(1, sms=sms))
+        assert out[5].isinf().all()
+        assert not h.isnan().any()
+        out[5] = h[5] = 0
+        assert out.isfinite().all()
+        assert h.isfinite().all()
+
+
 def test_what_it_does_not_serve_is_named(kernels):
     def refused(name, *changes, M=200, P=64, Q=64, R=16, arithmetic=0):
         a, w, u, v, _ = draw_matmul("bfloat16", M, Q, P, R, False)

@@ -66,10 +66,9 @@ class Instruction:
                 if kind == "gdesc" and "GMMA" in self.name:
                     # the descriptors of both operands; with the first one in registers, the second of two pairs
                     first, width = (first + 2, 2) if re.match(r"R\d", self.operands[1]) else (first, 4)
-                elif kind in ("gdesc", "desc"):
-                    width = 2
-                # but for an index of constants
-                elif ".64" in self.name and self.name.startswith("U") and not operand.startswith("c["):
+                elif kind in ("gdesc", "desc") or (
+                    ".64" in self.name and self.name.startswith("U") and not operand.startswith("c[")
+                ):
                     width = 2
                 found.update(range(first, first + width))
         return frozenset(found)

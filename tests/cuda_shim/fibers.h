@@ -35,7 +35,9 @@ enum Outcome { RIGHT = 0, HANGS = 1, TOO_MUCH_SHARED_MEMORY = 2, BROKEN = 3 };
 struct Turns {
   uint64_t seed = 0;
   int resident = 4;  // blocks in flight
-  int delayed = 0;   // of the blocks that start first, how many get one turn in 64
+  // Of the blocks that start first, how many get one turn in 64. Where turns are drawn, so does a warp or a warpgroup
+  // in two of three blocks, since they drift far apart.
+  int delayed = 0;
 };
 
 // What the hardware leaves undefined or traps.
@@ -78,6 +80,7 @@ struct Fiber {
   std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK_BYTES]};
   Block* block = nullptr;
   int thread = 0;
+  bool delayed = false;
 
   // what it does in the background, and what of others' stores it may rely on: all of it starts anew with the thread
   struct State {
@@ -122,8 +125,6 @@ struct Cluster;
 
 struct Block {
   int index = 0, rank = 0, left = 0;
-  bool delayed = false;
-  int slow = -1;  // the warpgroup that gets one turn in 64, so that others are as far ahead as they may
   Cluster* cluster = nullptr;
   std::unique_ptr<unsigned char[], FreeAligned> allocated;
   unsigned char* shared = nullptr;
@@ -314,13 +315,9 @@ class Machine {
 #endif
   }
 
-  static bool waits(const Fiber& fiber) {
-    return fiber.block->delayed || fiber.thread / WARPGROUP == fiber.block->slow;
-  }
-
   Fiber* take() {
     size_t at = turns.seed == 0 ? ready_.size() - 1 : draw_() % ready_.size();
-    for (int again = 0; again < 8 && waits(*ready_[at]) && draw_() % 64 != 0; ++again) {
+    for (int again = 0; again < 8 && ready_[at]->delayed && draw_() % 64 != 0; ++again) {
       at = draw_() % ready_.size();
     }
     Fiber* taken = ready_[at];
@@ -354,15 +351,15 @@ class Machine {
       block.cluster = &cluster;
       block.rank = rank;
       block.index = index * size + rank;
-      block.delayed = place * size < turns.delayed;
-      start(block);
+      start(block, place * size < turns.delayed);
     }
   }
 
-  void start(Block& block) {
+  void start(Block& block, bool delayed) {
+    const int drifting[] = {0, WARP, WARPGROUP};
+    const int together = turns.seed == 0 ? 0 : drifting[draw_() % 3];
+    const int behind = together == 0 || threads_ <= together ? -1 : static_cast<int>(draw_() % (threads_ / together));
     block.left = threads_;
-    const int warpgroups = threads_ / WARPGROUP;
-    block.slow = turns.seed == 0 || warpgroups < 2 ? -1 : static_cast<int>(draw_() % (2 * warpgroups));
     block.allocated.reset(new (std::align_val_t(MOST_ALIGNMENT)) unsigned char[shift_ + shared_bytes_]);
     block.shared = block.allocated.get() + shift_;
     block.shared_bytes = shared_bytes_;
@@ -377,6 +374,7 @@ class Machine {
       Fiber& fiber = block.fibers[thread];
       fiber.block = &block;
       fiber.thread = thread;
+      fiber.delayed = delayed || (behind >= 0 && thread / together == behind);
       fiber.state = {};
       fiber.begun = false;
       getcontext(&fiber.context);

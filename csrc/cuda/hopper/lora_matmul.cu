@@ -1,4 +1,6 @@
 // What the launch of lora_matmul.cuh asks of its operands, and how it is cut.
+#include <utility>
+
 #include "adapters.cuh"
 #include "lora_matmul.h"
 #include "schedule.cuh"

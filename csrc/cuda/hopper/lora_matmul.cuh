@@ -18,6 +18,7 @@ __device__ void consume(Consumer<Shape>& consumer) {
     typename Consumer<Shape>::OutSums sums;
     if (consumer.schedule.computes_h(work)) {
       typename Consumer<Shape>::HSums h;
+      // out's chunks of the tile before may still be on their way from where tiles of u come
       if (consumer.thread() == 0) {
         await_stores_read<0>();
         arrive(&consumer.memory.barriers().stored);

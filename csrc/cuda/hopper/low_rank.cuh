@@ -19,7 +19,6 @@ struct Consumer {
   Memory<Shape> memory;
   int consumer, rank;
   Stages<Shape> stages;
-  int with_h = 0;
 
   __device__ Consumer(const Arguments& arguments, const Schedule& schedule, Memory<Shape> memory, int consumer,
                       int rank)
@@ -163,8 +162,8 @@ struct Consumer {
                                                                  step > 0 || k > 0);
     }
     wgmma_commit();
-    // registers that wgmma reads are written again in the next step; and all warps must have read a from the stage
-    sync_warpgroup(1 + consumer);
+    // at once, for the next step writes to the registers that wgmma reads; and when it is done, which takes the
+    // registers of all four warps, all of them have read a from the stage
     stages.pass();
     stages.finish();
   }

@@ -69,11 +69,14 @@ $(EXTENSION): $(INSTALLED) setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 # CUDA kernels run on the shim of the tests: without a GPU, and without nvcc
 SANITIZED := build/sanitized
+SANITIZE := -std=c++17 -O1 -fno-sanitize-recover=all -Wall -Wno-unknown-pragmas -Wno-psabi \
+	-Itests/cuda_shim -Icsrc/cuda/kernels
 sanitize: $(INSTALLED)
 	@mkdir -p $(SANITIZED)
-	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wno-unknown-pragmas \
-		-Itests/cuda_shim -Icsrc/cuda/kernels -o $(SANITIZED)/fuzz tests/cuda_shim/fuzz.cpp
+	$(CXX) $(SANITIZE) -g -fsanitize=address,undefined -o $(SANITIZED)/fuzz tests/cuda_shim/fuzz.cpp
 	$(SANITIZED)/fuzz 1 60
+	$(CXX) $(SANITIZE) -fsanitize=address -Icsrc/cuda/hopper -o $(SANITIZED)/fuzz_hopper tests/cuda_shim/fuzz_hopper.cpp
+	$(SANITIZED)/fuzz_hopper 1 20
 	$(RUN)/python tests/sanitize.py $(ARGS)
 
 report: $(INSTALLED)

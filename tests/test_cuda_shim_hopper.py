@@ -186,11 +186,11 @@ def test_store_matrices_is_the_inverse_of_load_matrices(checks):
     matrices = numbered(32, 8).view(4, 8, 8)
     given = matrices.view(4, 32, 2).transpose(0, 1).contiguous()
     expected = torch.cat([torch.cat([matrices[0], matrices[1]], 1), torch.cat([matrices[2], matrices[3]], 1)])
-    for flag in (0, 1):
+    for flag in (0, 1, 2):
         out = torch.zeros(16, 16, dtype=torch.int16)
         assert run(checks, "matrices", tile_map(out, 16, 16, 32), given=given, flag=flag) == 0
-        # without the fence the TMA does not see them
-        assert torch.equal(out, expected if flag == 0 else torch.full_like(out, -1))
+        # without a fence the TMA sees nothing of them, without a barrier what its own thread has stored
+        assert torch.equal(out, expected) if flag == 0 else (out == -1).sum() >= 31 * 8
 
 
 def loads(checks, flag):

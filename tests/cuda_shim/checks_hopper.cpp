@@ -87,19 +87,20 @@ void store_kernel(Check check) {
   }
 }
 
-// One warp: registers through stmatrix to shared memory, and from there by a store_tile and by plain loads.
-// flag 1: without the fence.
+// A warp's registers through stmatrix to shared memory, and from there by a store_tile. flag 1: without the fence, 2:
+// without the barrier.
 void matrices_kernel(Check check) {
   const Memory memory;
-  if (rank_in_cluster() > 0 || thread_index() >= 32) return sync_cluster();
-  uint32_t registers[4];
-  std::memcpy(registers, static_cast<const uint32_t*>(check.in) + 4 * thread_index(), sizeof registers);
-  const auto row = [&](int index) { return memory.boxes + index * 32; };
-  // rows of 32 bytes, of which the first half is matrix 0 over 2, the other 1 over 3, swizzled as 32 bytes are
-  const int lane = thread_index(), line = lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
-  store_matrices(row(line) + (half ^ (line / 4 % 2)) * 16, registers);
-  if (check.flag != 1) fence_shared_for_tma();
-  for (int i = 0; i < 100; ++i) pause();
+  if (rank_in_cluster() > 0 || thread_index() >= 128) return sync_cluster();
+  if (thread_index() < 32) {
+    uint32_t registers[4];
+    std::memcpy(registers, static_cast<const uint32_t*>(check.in) + 4 * thread_index(), sizeof registers);
+    // rows of 32 bytes, of which the first half is matrix 0 over 2, the other 1 over 3, swizzled as 32 bytes are
+    const int lane = thread_index(), line = lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
+    store_matrices(memory.boxes + line * 32 + (half ^ (line / 4 % 2)) * 16, registers);
+    if (check.flag != 1) fence_shared_for_tma();
+  }
+  if (check.flag != 2) sync_warpgroup(1);
   if (thread_index() == 0) {
     store_tile(&check.first, memory.boxes, 0, 0);
     await_stores();

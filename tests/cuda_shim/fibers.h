@@ -160,6 +160,7 @@ class Machine {
   std::string why;                       // of the last run: what is broken
   std::function<void(Block&)> on_start;  // of each block, before its threads
   std::function<void(Fiber&)> on_thread_end;
+  std::function<void(Meeting&)> on_meeting;  // of all threads of a block
 
   int run(int block_count, int cluster_size, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
     draw_.seed(turns.seed);
@@ -263,6 +264,10 @@ class Machine {
       if (fiber != current) ready_.push_back(fiber);
     }
     meeting.here.clear();
+  }
+
+  void at_barrier(Meeting& meeting) {
+    if (on_meeting) on_meeting(meeting);
   }
 
   void progress() { polls_ = 0; }

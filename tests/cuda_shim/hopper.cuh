@@ -36,7 +36,7 @@ inline void sync_cluster() {
   int threads = 0;
   for (const shim::Block& block : cluster.blocks) threads += static_cast<int>(block.fibers.size());
   shim::Machine::here().meet(cluster.meeting, threads, [&] {
-    shim::Visibility::here().meet(cluster.meeting);
+    shim::Hopper::meet(cluster.meeting);
     for (shim::Block& block : cluster.blocks) {
       for (shim::Barrier& barrier : shim::Hopper::of(block).barriers) barrier.published = barrier.fenced;
     }
@@ -66,6 +66,7 @@ inline void publish_barriers() {
 inline void arrive_expecting(Barrier* barrier, uint32_t bytes) {
   shim::Barrier& state = on_hopper().barrier(barrier);
   state.knows |= me().state.knows;
+  on_hopper().unfenced.pass(me());
   state.arrive(bytes);
 }
 inline void arrive(Barrier* barrier) { arrive_expecting(barrier, 0); }
@@ -186,7 +187,7 @@ inline void sync_named(int id, int warpgroups) {
     const bool mine = fiber->thread / shim::WARPGROUP == warpgroup_index();
     shim::require(mine || warpgroups > 1, "two warpgroups at one named barrier");
   }
-  shim::Machine::here().meet(meeting, warpgroups * shim::WARPGROUP, [&] { shim::Visibility::here().meet(meeting); });
+  shim::Machine::here().meet(meeting, warpgroups * shim::WARPGROUP, [&] { shim::Hopper::meet(meeting); });
 }
 inline void sync_warpgroup(int id) { sync_named(id, 1); }
 inline void sync_two_warpgroups(int id) { sync_named(id, 2); }
@@ -250,10 +251,12 @@ int launch_in_clusters(int cluster_blocks, void (*kernel)(Arguments), int blocks
   shim::Machine& machine = shim::Machine::here();
   shim::Visibility::here().begin();
   machine.on_start = [&](shim::Block& block) { block.hopper = std::make_shared<shim::Hopper>(block, threads); };
+  machine.on_meeting = shim::Hopper::meet;
   machine.on_thread_end = [](shim::Fiber& fiber) { shim::Hopper::of(*fiber.block).end(fiber); };
   const int outcome = machine.run(blocks, cluster_blocks, threads, shared_bytes, [&] { kernel(arguments); });
   machine.on_start = nullptr;
   machine.on_thread_end = nullptr;
+  machine.on_meeting = nullptr;
   return outcome;
 }
 template <typename Arguments>

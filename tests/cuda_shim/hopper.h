@@ -117,6 +117,12 @@ struct Hopper {
     require(block.left > 1 || arriving.empty(), "a block leaves before its loads have come");
   }
 
+  // Threads meet at a barrier, or one of them arrives at one: what they know and have fenced is everybody's there.
+  static void meet(Meeting& meeting) {
+    Visibility::here().meet(meeting);
+    for (Fiber* fiber : meeting.here) of(*fiber->block).unfenced.pass(*fiber);
+  }
+
   size_t chunk(const void* pointer) const { return (static_cast<const unsigned char*>(pointer) - block.shared) / 16; }
 };
 

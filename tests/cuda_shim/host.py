@@ -20,6 +20,8 @@ COMPILE = [
     "-std=c++17",
     "-O2",
     "-U_FORTIFY_SOURCE",
+    # each library has a machine of its own
+    "-fno-gnu-unique",
     "-Wall",
     "-Wno-unknown-pragmas",
     f"-I{SHIM}",

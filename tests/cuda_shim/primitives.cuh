@@ -64,7 +64,7 @@ inline int block_count() { return shim::Machine::here().blocks; }
 inline void sync_block() {
   shim::Block& block = *me().block;
   shim::Machine::here().meet(block.barrier, static_cast<int>(block.fibers.size()),
-                             [&] { shim::Visibility::here().meet(block.barrier); });
+                             [&] { shim::Machine::here().at_barrier(block.barrier); });
 }
 
 inline unsigned char* shared_memory() { return me().block->shared; }

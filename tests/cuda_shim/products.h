@@ -178,7 +178,7 @@ struct Products : std::enable_shared_from_this<Products> {
         require(block.contains(at, 16), "wgmma reads beyond the block's shared memory");
         uint16_t bits[8];
         std::memcpy(bits, at, 16);
-        if (unfenced.by[(at - block.shared) / 16] != 0) std::memset(bits, 0xFF, 16);
+        if (unfenced.hidden((at - block.shared) / 16, -1)) std::memset(bits, 0xFF, 16);
         for (int i = 0; i < 8; ++i) {
           values[transposed ? line * count + along + i : (along + i) * count + line] = convert(bits[i]);
         }

@@ -106,10 +106,11 @@ inline void store_box(const TensorMap* map, unsigned char* shared, int inner, in
   Hopper& hopper = Hopper::of(*fiber.block);
   const TileMap tile = checked(map, shared, *fiber.block);
   const auto box = std::make_shared<std::vector<unsigned char>>();
+  const int thread = fiber.thread;
   const auto read = machine.later([=, &hopper] {
     for_each_chunk(tile, shared, inner, outer, [&](unsigned char* at, unsigned char*, int, int) {
       box->insert(box->end(), at, at + 16);
-      if (hopper.unfenced.by[hopper.chunk(at)] != 0) fill_with_nan(&*box->end() - 16, 16);
+      if (hopper.unfenced.hidden(hopper.chunk(at), thread)) fill_with_nan(&*box->end() - 16, 16);
     });
   });
   const auto write = machine.later([=] {

@@ -1,7 +1,8 @@
 // What of a thread's stores the TMA sees. It reads by a way of its own, so a store is hidden from it until
 //   in global memory: its thread has made fence_for_tma and then fence_device; whoever asks for the copy knows of that,
 //     by barriers and by a flag released and acquired on the way; and has itself made fence_for_tma since.
-//   in shared memory, for wgmma as well: its thread has made fence_shared_for_tma (or fence_for_tma).
+//   in shared memory, for wgmma as well: its thread has made fence_shared_for_tma (or fence_for_tma) and then come to a
+//     barrier, or asks for the copy itself.
 // What is hidden is read as NaN. Stores count that go through store_pair and store_matrices: a plain one the host does
 // not notice, and other threads' plain loads it cannot make stale.
 #pragma once
@@ -78,8 +79,9 @@ class Visibility {
   std::unordered_map<const int*, Set> released_;
 };
 
-// Of a block's shared memory: who has stored each 16 bytes without a fence since, as thread + 1.
+// Of a block's shared memory: who has stored each 16 bytes, as thread + 1, until others may rely on them.
 struct Unfenced {
+  static constexpr uint16_t FENCED = 0x8000;
   std::vector<uint16_t> by;
 
   void store(Fiber& fiber, size_t chunk) {
@@ -88,9 +90,22 @@ struct Unfenced {
   }
   void fence(Fiber& fiber) {
     for (const size_t chunk : fiber.state.unfenced) {
-      if (by[chunk] == fiber.thread + 1) by[chunk] = 0;
+      if (by[chunk] == fiber.thread + 1) by[chunk] |= FENCED;
     }
-    fiber.state.unfenced.clear();
+  }
+  // a barrier: what is fenced is everybody's
+  void pass(Fiber& fiber) {
+    auto& chunks = fiber.state.unfenced;
+    const auto left = std::remove_if(chunks.begin(), chunks.end(), [&](size_t chunk) {
+      const bool fenced = by[chunk] == (FENCED | (fiber.thread + 1));
+      if (fenced) by[chunk] = 0;
+      return fenced || by[chunk] != fiber.thread + 1;
+    });
+    chunks.erase(left, chunks.end());
+  }
+  // thread: who asks for a copy; -1: a whole warpgroup reads
+  bool hidden(size_t chunk, int thread) const {
+    return by[chunk] != 0 && (thread < 0 || by[chunk] != (FENCED | (thread + 1)));
   }
 };
 

@@ -183,8 +183,8 @@ WRONG = {
     "counter left": ("kernels/handover.cuh", "if (last) *arrivals = 0;", ""),
     "stage released before it is read": (
         "hopper/adapter_grad.cuh",
-        "    wgmma_wait<0>();\n    if (first_of_warp) arrive(empty + step % Tile::STAGES);",
-        "    if (first_of_warp) arrive(empty + step % Tile::STAGES);\n    wgmma_wait<0>();",
+        "      wgmma_wait<0>();\n      if (first_of_warp) arrive(empty + step % Tile::STAGES);",
+        "      if (first_of_warp) arrive(empty + step % Tile::STAGES);\n      wgmma_wait<0>();",
     ),
     "stage filled while it is read": (
         "hopper/adapter_grad.cuh", "await_phase(empty + refilled % Tile::STAGES, refilled / Tile::STAGES % 2);", "",

@@ -77,7 +77,7 @@ MUTANTS = [
            "keeps_pair(first_pair", "keeps_pair(first_pair + 1", dropout=True),
     Mutant("out's chunks come while tiles of u are read", "lora_matmul.cuh", "sync_two_warpgroups(BOTH_CONSUMERS);"),
     Mutant("tiles of u come while out's chunks are stored", "lora_matmul.cuh", "        await_stores_read<0>();\n"),
-    Mutant("a block leaves while it is arrived at", "lora_matmul.cuh", "at its own\n  sync_cluster();", "at its own\n"),
+    Mutant("a block leaves while it is arrived at", "lora_matmul.cuh", "its own\n    sync_cluster();", "its own\n"),
     Mutant("a block leaves amid its stores", "lora_matmul.cuh", "  if (consumer.thread() == 0) await_stores();\n"),
     Mutant("more registers than there are", "shape.cuh", "PRODUCER_REGISTERS = 40", "PRODUCER_REGISTERS = 64"),
     Mutant("out's chunk is not fenced for the TMA", "epilogue.cuh", "    fence_shared_for_tma();\n"),

@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_shim.host import BFLOAT16, EXACT, SHIM, TF32, Kernels, Turns, compile
+from cuda_shim.host import BFLOAT16, EXACT, SHIM, Kernels, Turns, compile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_operators import check, draw_matmul, dtype_of, enough, kernel_arithmetic
+from native_operators import OnDevice, check, draw_matmul, dtype_of, enough, kernel_arithmetic
 
 from fused_lora.backends import eager as eager_backend
-from fused_lora.backends import native
 from fused_lora.dropout import dropout_mask
 
 SEED = torch.tensor([-7_000_000_000_000_000_001])
@@ -35,36 +34,9 @@ def on_host(tmp_path_factory):
     return Kernels(library)
 
 
-class OnDevice:
-    """The operators of the extension on CPU tensors' copies, with their strides; on a GPU nobody chooses the turns."""
-
-    def lora_matmul(self, *arguments, turns=None, arithmetic=None):
-        return self._call(native.lora_matmul, arguments, arithmetic)
-
-    def adapter_grad(self, *arguments, turns=None, arithmetic=None):
-        return self._call(native.adapter_grad, arguments, arithmetic)
-
-    def _call(self, operator, arguments, arithmetic):
-        torch.set_float32_matmul_precision("high" if arithmetic == TF32 else "highest")
-        try:
-            results = operator(*(self._moved(argument) for argument in arguments))
-        finally:
-            torch.set_float32_matmul_precision("highest")
-        return tuple(None if result is None else result.cpu() for result in results)
-
-    @staticmethod
-    def _moved(argument):
-        if not isinstance(argument, torch.Tensor):
-            return argument
-        stored = torch.empty(0, dtype=argument.dtype).set_(argument.untyped_storage()).cuda()
-        return stored.as_strided(argument.shape, argument.stride(), argument.storage_offset())
-
-
 @pytest.fixture(scope="session")
 def kernels(request):
-    if torch.cuda.is_available() and native.why_not(torch.device("cuda"), torch.float32) is None:
-        return OnDevice()
-    return request.getfixturevalue("on_host")
+    return OnDevice() if OnDevice.serves() else request.getfixturevalue("on_host")
 
 
 @by_arithmetic

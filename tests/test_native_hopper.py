@@ -1,4 +1,4 @@
-"""Hopper's kernel on the host, by the shim in cuda_shim/: the oracle, every tile and schedule, any order of blocks."""
+"""Hopper's kernel, on a Hopper GPU or by the shim in cuda_shim/: the oracle, every tile and schedule, any order."""
 
 import itertools
 import shutil
@@ -8,7 +8,7 @@ import pytest
 import torch
 from cuda_shim import hopper
 from cuda_shim.host import DropoutArguments, LoraMatmulArguments, Matrix, Turns
-from native_operators import check, draw_matmul
+from native_operators import OnDevice, check, draw_matmul
 
 from fused_lora.dropout import dropout_mask
 
@@ -37,6 +37,12 @@ def kernels(tmp_path_factory):
     return hopper.build(tmp_path_factory.mktemp("hopper"))
 
 
+@pytest.fixture(scope="session")
+def operators(request):
+    """On a Hopper GPU its own, where nothing of the plan is chosen; else the host's."""
+    return OnDevice() if OnDevice.serves(hopper=True) else request.getfixturevalue("kernels")
+
+
 def dropped(dropout, backward, scale=1.5):
     """What follows the tensors: dropout is on the input in the forward pass, and on the output in the other."""
     return (scale, SEED if dropout else None, 0.3 if dropout else 0.0, dropout and backward)
@@ -52,12 +58,12 @@ def arguments_of(M, P, Q, R, a, w, u, v):
 @by_arithmetic
 @by_direction
 @by_dropout
-def test_matmul_is_as_exact_as_plain_pytorch(kernels, arithmetic, backward, dropout):
+def test_matmul_is_as_exact_as_plain_pytorch(operators, arithmetic, backward, dropout):
     for index, (M, K, N, R, sms) in enumerate(PLANS):
         adapter_dtype = torch.float32 if index % 2 else getattr(torch, arithmetic)
         draws = [draw_matmul(arithmetic, M, K, N, R, backward, index % 3 > 0, adapter_dtype)]
         turns = Turns(index, 2 + 2 * (index % 3), sms=sms)
-        check(kernels, "lora_matmul", arithmetic, draws, K, *dropped(dropout, backward), turns=turns)
+        check(operators, "lora_matmul", arithmetic, draws, K, *dropped(dropout, backward), turns=turns)
 
 
 def test_the_shapes_above_cover_every_tile_and_schedule(kernels):

@@ -5,6 +5,39 @@ import torch
 from cuda_shim.host import EXACT, TF32
 
 from fused_lora.backends import eager as eager_backend
+from fused_lora.backends import native
+
+
+class OnDevice:
+    """The operators of the extension on CPU tensors' copies, with their strides; on a GPU nobody chooses the turns."""
+
+    @staticmethod
+    def serves(hopper=False):
+        """Whether the extension is built for the GPU that is here, and, where it is asked for, that is a Hopper."""
+        if not torch.cuda.is_available() or native.why_not(torch.device("cuda"), torch.float32) is not None:
+            return False
+        return not hopper or torch.cuda.get_device_capability() == (9, 0)
+
+    def lora_matmul(self, *arguments, turns=None, arithmetic=None):
+        return self._call(native.lora_matmul, arguments, arithmetic)
+
+    def adapter_grad(self, *arguments, turns=None, arithmetic=None):
+        return self._call(native.adapter_grad, arguments, arithmetic)
+
+    def _call(self, operator, arguments, arithmetic):
+        torch.set_float32_matmul_precision("high" if arithmetic == TF32 else "highest")
+        try:
+            results = operator(*(self._moved(argument) for argument in arguments))
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        return tuple(None if result is None else result.cpu() for result in results)
+
+    @staticmethod
+    def _moved(argument):
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        stored = torch.empty(0, dtype=argument.dtype).set_(argument.untyped_storage()).cuda()
+        return stored.as_strided(argument.shape, argument.stride(), argument.storage_offset())
 
 
 def dtype_of(arithmetic):

@@ -83,6 +83,24 @@ def peft_steps(files: Files) -> str:
     return _of_each(files, "peft", make)
 
 
+def quantized_steps(files: Files) -> str:
+    """Over a base of few bits; memory is what a call takes above the model."""
+
+    def make(name: str, file: ResultsFile) -> str:
+        lines = []
+        for group in groups_of(file):
+            by = {row.candidate: row for row in group.rows}
+            peft, ours = by[PEFT], (by["ours"], by["peft fused"])
+            ratios = [_ratio(row.ratios[PEFT]) for row in ours]
+            peaks = [size(row.peak_bytes) for row in (peft, *ours)]
+            lines.append([f"{group.pass_}, {group.shape}", group.dtype, f"{peft.median:.4g}", *ratios, *peaks])
+        heads = ["", "base, dtype", "PEFT, ms", "ours ÷ PEFT", "PEFT's fused ÷ PEFT"]
+        heads += [f"{whose}, peak" for whose in ("PEFT", "ours", "PEFT's fused")]
+        return f"{source(name, file)} {_WITHIN_ROUNDS}\n\n{markdown(heads, lines)}"
+
+    return _of_each(files, "quantized", make)
+
+
 def _ratio(ratio: Spread) -> str:
     return f"{ratio.median:.2f} ({ratio.p20:.2f}–{ratio.p80:.2f})"
 

@@ -34,6 +34,7 @@ BLOCKS: dict[str, dict[str, Callable[[Files], str]]] = {
     "docs/distributed.md": {"memory": other_tables.memory_by_strategy},
     "docs/gpu.md": {"auto": auto_table.choices},
     "docs/host.md": {"host": host_tables.tables},
+    "docs/quantized.md": {"quantized": other_tables.quantized_steps},
     "docs/codegen.md": {"launches": other_tables.launches},
     "docs/scaling.md": {
         "measured": scaling_tables.measured,

@@ -1,7 +1,6 @@
 """Whole models over quantized weights: made, merged, saved and loaded; and what can't be."""
 
 import copy
-import importlib.metadata
 import warnings
 
 import pytest
@@ -31,6 +30,7 @@ from fused_lora import (
     set_adapter,
     unmerge,
 )
+from fused_lora.quantized import kind as quantized_kind
 from fused_lora.quantized import kind_of
 from fused_lora.quantized.kind import plain_parts
 
@@ -232,13 +232,8 @@ def test_quantize_base_says_what_it_cannot_do_and_changes_nothing(change, option
 
 @pytest.mark.parametrize(("version", "told"), [(None, "none installed"), ("0.9.3", "0.9.3")])
 def test_a_library_that_is_missing_or_too_old_is_named(version, told, monkeypatch):
-    def find(name):
-        if version is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version
-
     before = net()
-    monkeypatch.setattr(importlib.metadata, "version", find)
+    monkeypatch.setattr(quantized_kind, "version_of", lambda library: version)
     with pytest.raises(ImportError, match=rf"bitsandbytes must be 0\.50 or newer for 4-bit weights, got {told}"):
         quantize_base(plain(), "nf4")
     with pytest.raises(ImportError, match=rf"torchao must be 0\.18 or newer for torchao weights, got {told}"):

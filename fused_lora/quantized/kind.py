@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 from dataclasses import dataclass
@@ -88,10 +89,7 @@ class Kind:
 
     def problem(self) -> str | None:
         """Why the library can't be used, or None."""
-        try:
-            version = importlib.metadata.version(self.library)
-        except importlib.metadata.PackageNotFoundError:
-            version = None
+        version = version_of(self.library)
         wanted = ".".join(map(str, self.at_least))
         if version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) >= self.at_least:
             return None
@@ -99,6 +97,16 @@ class Kind:
             f"{self.library} must be {wanted} or newer for {self.name} weights, got "
             f"{'none installed' if version is None else version}; pip install '{self.library}>={wanted}'"
         )
+
+
+@functools.cache
+def version_of(library: str) -> str | None:
+    """The one installed, or None."""
+    # asked at every call of a layer; reading it from the disk takes as long as a small product
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def is_class(kind: type, module: str, names: tuple[str, ...]) -> bool:

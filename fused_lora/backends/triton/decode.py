@@ -51,7 +51,9 @@ def _decode_kernel(
     BLOCK_R: tl.constexpr = V.BLOCK_R
     ROWS: tl.constexpr = V.ROWS
     PRECISION: tl.constexpr = V.PRECISION
-    dtype = out_ptr.dtype.element_ty
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    # of the loop over ranks at a tile's end; float32 spills if it is as deep as the main loop, in Triton 3.6
+    RANK_STAGES: tl.constexpr = 2 if dtype == tl.float32 else None
     tiles_m = tl.cdiv(M, ROWS)
     tiles, h_tiles = tiles_m * tl.cdiv(P, BLOCK_P), tiles_m * tl.cdiv(R, BLOCK_R)
     stored_ptr, h_stored_ptr, arrived_ptr = counters_ptr + 1, counters_ptr + 2, counters_ptr + 3
@@ -88,7 +90,7 @@ def _decode_kernel(
             while tl.atomic_add(h_stored_ptr, 0, sem="acquire") < h_tiles:
                 pass
             tl.debug_barrier()
-            for r in range(0, R, BLOCK_R):
+            for r in tl.range(0, R, BLOCK_R, num_stages=RANK_STAGES):
                 offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
                 mask_r = offs_r < R
                 h_ptrs = h_ptr + offs_r[:, None] + offs_m[None, :] * R

@@ -78,12 +78,15 @@ CASES = {
         case(8192, 8), case(8192, 128, "float16"), case(384, 128), case(16, 16), case(16, 100, "float32"),
         case(8192, 16, "bfloat16", "float32"), case(8192, 16, "float32"), case(8192, 64, dropout=True),
         case(8192, 32, N=256), case(64, 16), case(128, 128), case(256, 64), case(1024, 16), case(64, 16, "float32"),
+        case(128, 8),
     ],
     100: [
         case(8192, 64, "float16"), case(8192, 128), case(384, 16, "float16"), case(16, 8), case(128, 128),
         case(256, 64, "float16"),
     ],
-    120: [case(8192, 128), case(384, 8, "float16"), case(16, 32), case(64, 32), case(128, 128)],
+    120: [
+        case(8192, 128), case(384, 8, "float16"), case(16, 32), case(64, 32), case(128, 128), case(256, 8),
+    ],
 }  # fmt: skip
 
 

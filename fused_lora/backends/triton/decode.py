@@ -21,8 +21,12 @@ from .tiles import dot, round_to
 
 
 class Variant(NamedTuple):
-    """What one compiled variant of the kernel is for: the kernel's only constexpr."""
+    """What one compiled variant of the kernel is for: the kernel's only constexpr.
 
+    V_MULTIPLE: a power of two that divides R and v's other stride, where its ranks are adjacent.
+    """
+
+    V_MULTIPLE: int
     HAS_BIAS: bool
     EVEN_Q: bool
     PRECISION: str
@@ -54,6 +58,9 @@ def _decode_kernel(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     # of the loop over ranks at a tile's end; float32 spills if it is as deep as the main loop, in Triton 3.6
     RANK_STAGES: tl.constexpr = 2 if dtype == tl.float32 else None
+    # for the compiler: how wide a load of v or h may be; one by one, 128 rows of them leave no registers
+    if V.V_MULTIPLE > 1:
+        R, stride_vp = R // V.V_MULTIPLE * V.V_MULTIPLE, stride_vp // V.V_MULTIPLE * V.V_MULTIPLE
     tiles_m = tl.cdiv(M, ROWS)
     tiles, h_tiles = tiles_m * tl.cdiv(P, BLOCK_P), tiles_m * tl.cdiv(R, BLOCK_R)
     stored_ptr, h_stored_ptr, arrived_ptr = counters_ptr + 1, counters_ptr + 2, counters_ptr + 3

@@ -49,7 +49,7 @@ def lora_matmul_launch(
             PRODUCE=produces,
             SPLIT=schedule.split,
             U_MULTIPLE=math.gcd(R, u.stride(0), 8) if u.stride(1) == 1 != u.stride(0) else 1,
-            V_MULTIPLE=math.gcd(R, v.stride(1), 8) if v.stride(0) == 1 != v.stride(1) else 1,
+            V_MULTIPLE=_multiple_of_v(v),
             HAS_BIAS=bias is not None,
             DROP_INPUT=seed is not None and not dropout_on_output,
             DROP_OUTPUT=seed is not None and dropout_on_output,
@@ -87,12 +87,17 @@ def decode_launch(
         ),
         varying=10,
         variant=decode.Variant(
-            bias is not None, Q % config.BLOCK_Q == 0, precision(a.dtype),
+            _multiple_of_v(v), bias is not None, Q % config.BLOCK_Q == 0, precision(a.dtype),
             config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R, config.SPLIT, config.SPLIT_H, config.ROWS,
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def _multiple_of_v(v: Tensor) -> int:
+    """V_MULTIPLE of both kernels."""
+    return math.gcd(v.shape[0], v.stride(1), 8) if v.stride(0) == 1 != v.stride(1) else 1
 
 
 def adapter_grad_launch(

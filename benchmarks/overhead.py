@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from encoder import Encoder
 from torch import nn
-from transformers import BertConfig, BertModel
 
 from fused_lora import FusedLoRALinear, apply_lora
 from fused_lora.bench import measure
@@ -59,19 +59,6 @@ def layer(size: int, rank: int, dtype: torch.dtype = torch.float32, dropout: flo
     made = FusedLoRALinear(size, size, rank=rank, dtype=dtype, dropout=dropout)
     nn.init.normal_(made.lora_B)
     return made
-
-
-class Encoder(nn.Module):
-    """BERT of MiniLM's sizes, from embeddings on, without its own dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-        config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        self.bert = BertModel(config, add_pooling_layer=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bert(inputs_embeds=x).last_hidden_state
 
 
 def workloads() -> Iterator[tuple[str, str, str, Calls]]:

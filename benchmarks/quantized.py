@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from encoder import Encoder
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertModel
 
 from fused_lora import apply_lora, quantize_base
 from fused_lora.bench import measure
@@ -38,19 +38,6 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)
-
-
-class Encoder(nn.Module):
-    """BERT of MiniLM's sizes, from embeddings on, without its own dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-        config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        self.bert = BertModel(config, add_pooling_layer=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bert(inputs_embeds=x).last_hidden_state
 
 
 # title -> what makes the model, the size of its input, its rank

@@ -232,6 +232,19 @@ def test_the_peak_is_the_most_that_was_out_at_once():
     assert measure.peak_bytes(lambda: old.zero_(), CPU) == 0
 
 
+def test_what_a_call_releases_that_was_there_before_takes_nothing_off_its_peak():
+    # the profiler knows the size of a block that an earlier recording saw allocated, and of others not
+    kept = []
+    assert measure.peak_bytes(lambda: kept.append(torch.zeros(5000)), CPU) == 4 * 5000
+    kept.append(torch.zeros(3000))
+
+    def call():
+        kept.clear()
+        return torch.zeros(1000)
+
+    assert measure.peak_bytes(call, CPU) == 4 * 1000
+
+
 def test_the_peak_of_a_step_is_what_the_formulas_make():
     tokens, h = SMALL.M * 4, SMALL.M * SMALL.R * 4
 

@@ -244,7 +244,8 @@ def saved_bytes(call: Thunk, parameters: Iterable[Tensor]) -> int:
 def peak_bytes(call: Thunk, device: torch.device) -> int:
     """The most memory that PyTorch's allocator had out during the call, above what it had out before it.
 
-    What a library takes by other ways, such as a GEMM's packed operands on a CPU, is not in it.
+    What a library takes by other ways, such as a GEMM's packed operands on a CPU, is not in it. On a CPU only what the
+    call itself allocates counts: what it releases of what was there before takes nothing off.
     """
     (one,) = ready(call, 1)
     if device.type != "cuda":
@@ -269,4 +270,16 @@ def _host_peak(call: Thunk) -> int:
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     changes = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
     changes.sort(key=lambda event: event["ts"])
-    return max(itertools.accumulate((event["args"]["Bytes"] for event in changes), initial=0))
+    # address -> bytes. The release of an older block is recorded or not, with the size of whatever the profiler last
+    # saw allocated at its address
+    out: dict[int, int] = {}
+    total = peak = 0
+    for change in changes:
+        address, size = change["args"]["Addr"], change["args"]["Bytes"]
+        if size > 0:
+            out[address] = size
+            total += size
+        else:
+            total -= out.pop(address, 0)
+        peak = max(peak, total)
+    return peak

@@ -34,12 +34,12 @@ REGISTER_PIECE = 256
 
 
 def find(rows: Sequence[Row], arch: int, pass_: str, tile: TileConfig, schedule: str, rank: int) -> Row | None:
-    """In bfloat16, the launch of this tile and schedule whose rank is the smallest that is no smaller than this.
+    """Of bfloat16 alone, the launch of this tile and schedule whose rank is the smallest that is no smaller than this.
 
     Of any number of stages, which changes no instruction of a main loop.
     """
     name = f"{tile.BLOCK_M}×{tile.BLOCK_P}×{tile.BLOCK_Q}, {tile.num_warps}, "
-    wanted = {"arch": arch, "schedule": schedule}
+    wanted = {"arch": arch, "schedule": schedule, "adapters": "bfloat16"}
     found = [
         row for row in rows
         if (row.pass_, row.dtype) == (pass_, "bfloat16") and wanted.items() <= row.extra.items()

@@ -73,13 +73,23 @@ def _cases(archs: list[int], ranks: list[int]) -> list[Case]:
 
     from .shipped import Case
 
-    return [
+    cases = [
         Case(arch, M, 4096, 4096, rank, dtype, dtype)
         for arch in archs
         for dtype in (torch.bfloat16, torch.float16)
         for M in TOKENS
         for rank in ranks
     ]
+    # as most people train: float32 adapters and dropout
+    cases += [
+        Case(arch, M, 4096, 4096, rank, torch.bfloat16, torch.float32, dropout)
+        for arch in archs
+        for M in TOKENS[:2]
+        for rank in (16, 64)
+        if rank in ranks
+        for dropout in (False, True)
+    ]
+    return cases
 
 
 def _dequantize_cases(archs: list[int]) -> list[DequantizeCase]:
@@ -99,7 +109,7 @@ def _name(row: Found) -> str:
     from .shipped import DequantizeCase
 
     case = row.case
-    rows = "" if isinstance(case, DequantizeCase) else f"R {case.R}, M {case.M}, "
+    rows = "" if isinstance(case, DequantizeCase) else f"R {case.R}, M {case.M}, {case.adapters} adapters, "
     return f"sm_{case.arch}, {row.pass_}, {str(case.dtype).removeprefix('torch.')}, {rows}{row.schedule}"
 
 

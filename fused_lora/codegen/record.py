@@ -17,8 +17,8 @@ from .shipped import DequantizeCase, Found
 # no GPU was used, and what the compiler makes does not depend on the CPU
 OFFLINE = "offline compile"
 HEADS = (
-    "GPU", "pass", "dtype", "R", "M", "tile, warps, stages", "schedule", "loads", "registers", "spills", "shared KB",
-    "instruction", "loop", "plain", "waits", "ptxas",
+    "GPU", "pass", "dtype", "adapters", "R", "M", "tile, warps, stages", "schedule", "loads", "registers", "spills",
+    "shared KB", "instruction", "loop", "plain", "waits", "ptxas",
 )  # fmt: skip
 
 
@@ -43,7 +43,8 @@ def _row(found: Found) -> Row:
         found.pass_, shape, str(case.dtype).removeprefix("torch."),
         "ours-triton", 1, got.registers, got.registers, got.registers, unit="registers",
         extra={
-            "arch": case.arch, "tile": f"{'×'.join(map(str, tile))}, {warps}, {stages}", "warps": warps,
+            "arch": case.arch, "adapters": None if isinstance(case, DequantizeCase) else case.adapters,
+            "tile": f"{'×'.join(map(str, tile))}, {warps}, {stages}", "warps": warps,
             "schedule": found.schedule, "loads": found.loads, "spill_bytes": got.spill_bytes,
             "shared_kb": round(got.shared_bytes / 1024), "instructions": list(found.instructions),
             "loop": found.loop, "plain": found.plain_loop, "waits": got.loop_waits, "ptxas": got.assembler,
@@ -64,8 +65,8 @@ def _lines(file: ResultsFile) -> Iterator[tuple[object, ...]]:
     for row in file.rows:
         about, size = row.extra, sizes(row)
         yield (
-            f"sm_{about['arch']}", row.pass_, row.dtype, size.get("R", NOTHING), size.get("M", NOTHING),
-            about["tile"], about["schedule"], about["loads"], f"{row.median:g}", about["spill_bytes"],
-            about["shared_kb"], ", ".join(about["instructions"]), about["loop"] or NOTHING, about["plain"] or NOTHING,
-            about["waits"], about["ptxas"],
+            f"sm_{about['arch']}", row.pass_, row.dtype, about["adapters"] or NOTHING,
+            size.get("R", NOTHING), size.get("M", NOTHING), about["tile"], about["schedule"], about["loads"],
+            f"{row.median:g}", about["spill_bytes"], about["shared_kb"], ", ".join(about["instructions"]),
+            about["loop"] or NOTHING, about["plain"] or NOTHING, about["waits"], about["ptxas"],
         )  # fmt: skip

@@ -55,6 +55,11 @@ class Case:
     stages: int | None = None
 
     @property
+    def adapters(self) -> str:
+        """Their dtype, and whether dropout comes before them, for people."""
+        return str(self.adapter_dtype).removeprefix("torch.") + (", dropout" if self.dropout else "")
+
+    @property
     def exact(self) -> bool:
         """float32 at full precision, which no matrix instruction multiplies."""
         return self.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
@@ -87,14 +92,16 @@ class Found:
     def loop(self) -> int | None:
         """Instructions in the main loop of the tiles that wait: it has as many matrix instructions as the bare GEMM's.
 
-        A publisher's main loop has more of them, one that makes h alone has fewer, unless ranks are as
-        many as the tile's columns: then the longer of the two counts.
+        A publisher's main loop has more of them, one that makes h alone has fewer, or as many: then the longer of the
+        two counts, unless it makes dropout's mask too, which is the longer one's whole length.
         """
         got, plain = self.resources, self.plain
         if plain is None or not plain.loops:
             return got.loops[0] if got.loops else None
+        masks = not isinstance(self.case, DequantizeCase) and self.case.dropout and self.pass_ == "forward"
         loops = zip(got.loops, got.matrix_counts, strict=True)
-        return max((size for size, count in loops if count == plain.matrix_counts[0]), default=None)
+        alike = [size for size, count in loops if count == plain.matrix_counts[0]]
+        return (min if masks else max)(alike, default=None)
 
     @property
     def plain_loop(self) -> int | None:
@@ -188,7 +195,7 @@ def _compile_matmul(case: Case, pass_: str, operands: tuple[Any, ...], h: Tensor
     parts = None
     if schedule.kind == Schedule.PRODUCE:
         parts = _scratch(case, prepare.scratch_of(problem, Tiled(config, schedule)))
-    given = (*operands, 1.5, *dropout, out, h, config, schedule, parts, sync)
+    given = (*operands, 1.5, *dropout, out, h, config, schedule, device, parts, sync)
     call = prepare.lora_matmul_launch(*given)
     tile = (config.BLOCK_M, config.BLOCK_P, config.BLOCK_Q, config.num_warps, config.num_stages)
     loads = "descriptors" if schedule.descriptors else "pointers"
@@ -203,8 +210,8 @@ def _compile_plain(
     u, v = _meta(case, w.shape[0], 16), _meta(case, 16, w.shape[1])
     out, h = _meta(case, case.M, w.shape[1]), _meta(case, case.M, 16)
     config, schedule = replace(config, BLOCK_R=16), ScheduleConfig(Schedule.PLAIN, descriptors=schedule.descriptors)
-    call = prepare.lora_matmul_launch(a, w, u, v, bias, 1.5, None, 0.0, False, out, h, config, schedule)
-    return compile_launch(call, case.arch)
+    given = (a, w, u, v, bias, 1.5, None, 0.0, False, out, h, config, schedule, DEVICES[case.arch])
+    return compile_launch(prepare.lora_matmul_launch(*given), case.arch)
 
 
 def _staged(config: Config, case: Case) -> Config:

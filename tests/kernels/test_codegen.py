@@ -71,6 +71,7 @@ CASES = {
     80: [
         case(8192, 64), case(256, 128, "float16"), case(16, 16), case(128, 64),
         case(8192, 16, "float32", precision="high"), case(64, 16, "float32", precision="high"),
+        case(256, 16, dropout=True),
     ],
     86: [case(8192, 8, "float16"), case(256, 16), case(16, 64, "bfloat16", "float32"), case(128, 16)],
     89: [case(8192, 128), case(384, 32, "float16"), case(16, 128, "bfloat16", "float32"), case(32, 128)],
@@ -82,10 +83,11 @@ CASES = {
     ],
     100: [
         case(8192, 64, "float16"), case(8192, 128), case(384, 16, "float16"), case(16, 8), case(128, 128),
-        case(256, 64, "float16"),
+        case(256, 64, "float16"), case(8192, 16, "bfloat16", "float32", dropout=True),
     ],
     120: [
         case(8192, 128), case(384, 8, "float16"), case(16, 32), case(64, 32), case(128, 128), case(256, 8),
+        case(8192, 64, "bfloat16", "float32", dropout=True),
     ],
 }  # fmt: skip
 

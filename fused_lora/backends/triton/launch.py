@@ -246,8 +246,9 @@ class MatmulPlan:
             launch = decode_launch(a, w, u, v, bias, scale, out, h, parts, sync, self._chosen)
         else:
             tile, schedule = self._chosen.tile, self._chosen.schedule
+            device = choice.known_device(self._device)
             launch = lora_matmul_launch(
-                a, w, u, v, bias, scale, seed, *self._dropout, out, h, tile, schedule, parts, sync
+                a, w, u, v, bias, scale, seed, *self._dropout, out, h, tile, schedule, device, parts, sync
             )  # fmt: skip
         compiled = launch.through_jit(self._device)
         if self._kept is None and not self._copies:

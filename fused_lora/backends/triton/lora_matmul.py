@@ -37,6 +37,7 @@ class Variant(NamedTuple):
     DESCRIPTORS: a_ptr and w_ptr are tensor descriptors, of blocks (BLOCK_M, BLOCK_Q) and (BLOCK_Q, BLOCK_P), the latter
     of wᵀ if W_ALONG_Q: contiguous dimensions come last.
     MANY_RANKS: R is greater than BLOCK_R.
+    WGMMA: matrix instructions read the masked a out of registers, and the program does not wait for them.
     """
 
     RECOMPUTE: bool
@@ -53,6 +54,7 @@ class Variant(NamedTuple):
     DESCRIPTORS: bool
     W_ALONG_Q: bool
     MANY_RANKS: bool
+    WGMMA: bool
     PRECISION: str
     BLOCK_M: int
     BLOCK_P: int
@@ -245,9 +247,10 @@ def _products(
                 columns = tl.arange(0, BLOCK_Q).to(tl.int64) + q
                 a = tl.where(keep_mask(o.seed, first_m + offs_m, columns, o.Q, o.threshold), a, 0.0)
             h = dot(a, u, h, PRECISION)
-            if V.DROP_INPUT:
+            if V.DROP_INPUT and V.WGMMA:
                 # what is done with it here waits for the product, so that the next step's mask can't be computed into
-                # registers that this step's product has yet to read, as ptxas before 13.3 does (sass.py)
+                # registers that this step's product has yet to read, as ptxas before 13.3 does (sass.py). For tcgen05,
+                # which accumulates elsewhere, Triton 3.7 can't compile it
                 h = tl.where(mask_r[None, :], h, 0.0)
         a_offs += step * o.stride_aq
     return acc, h

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...dropout import dropout_threshold, keep_scale
 from ..four_bits import FourBits
 from . import adapter_grad, decode, dequantize, lora_matmul
-from .configs import DecodeConfig, Problem, ReductionConfig, Schedule, ScheduleConfig, TileConfig
+from .configs import DecodeConfig, Device, Problem, ReductionConfig, Schedule, ScheduleConfig, TileConfig
 from .entries import Tiled
 from .straight import Launch
 
@@ -20,7 +20,8 @@ from .straight import Launch
 def lora_matmul_launch(
     a: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, scale: float,
     seed: Tensor | None, dropout_p: float, dropout_on_output: bool, out: Tensor, h: Tensor,
-    config: TileConfig, schedule: ScheduleConfig, parts: Tensor | None = None, sync: Tensor | None = None,
+    config: TileConfig, schedule: ScheduleConfig, device: Device,
+    parts: Tensor | None = None, sync: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """The launch of ``lora_matmul.py`` that fills out (..., P) and h (M, R).
 
@@ -58,6 +59,7 @@ def lora_matmul_launch(
             DESCRIPTORS=schedule.descriptors,
             W_ALONG_Q=w.stride(0) == 1,
             MANY_RANKS=config.BLOCK_R < R,
+            WGMMA=device.capability[0] == 9,
             PRECISION=precision(a.dtype),
             **tile,
         ),

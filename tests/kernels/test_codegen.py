@@ -116,6 +116,29 @@ def test_shipped_launches_compile_without_spills_or_warnings_to_the_instruction_
     assert ("descriptors" in {row["loads"] for row in found}) == (arch == 100)
 
 
+WIDTHS = """
+import json, sys, torch
+from fused_lora.codegen.shipped import Case, compile_case
+
+arch, M, C, R = map(int, sys.argv[1:])
+rows = compile_case(Case(arch, M, C, C, R, torch.bfloat16, torch.bfloat16), compare=False)
+print(json.dumps([vars(row.resources) | {"pass": row.pass_, "tile": row.tile} for row in rows]))
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 90, 120])
+@pytest.mark.parametrize("tokens", [2000, 16])
+def test_sizes_and_ranks_that_are_multiples_of_eight_are_loaded_and_stored_in_whole_vectors(arch, tokens):
+    # Triton itself tells only multiples of 16 from the rest
+    for row in _compile(WIDTHS, arch, tokens, 1000, 8):
+        assert row["spill_bytes"] == 0, row
+        names = row["global_accesses"]
+        assert {name[-3:] for name in names if name.startswith("LDGSTS.E.BYPASS")} == {"128"}, row
+        assert "STG.E.128" in names, row
+        # the decode kernel reads two numbers of the bias by themselves
+        assert sum(name.endswith("U16") for name in names) <= (2 if tokens == 16 else 0), row
+
+
 DEQUANTIZE = """
 import json, sys, torch
 from fused_lora.codegen.shipped import DequantizeCase, compile_dequantize

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import dot, keep_mask, round_to
+from .tiles import dot, keep_mask, multiple_of, round_to
 
 
 class Variant(NamedTuple):
@@ -15,10 +15,12 @@ class Variant(NamedTuple):
 
     SPLIT: there are several parts of M, each with a slot in partials (parts, tiles, BLOCK_C, BLOCK_R); the last program
     of a tile to arrive sums the slots in their order, whoever came first, so the bits are the same every time.
+    DIVISORS: of K, N, R and the strides of x, g, dy and h (``tiles.multiple_of``).
     """
 
     DROPOUT: bool
     SPLIT: bool
+    DIVISORS: tuple[int, ...]
     PRECISION: str
     BLOCK_M: int
     BLOCK_C: int
@@ -39,6 +41,12 @@ def _adapter_grad_kernel(
     """
     BLOCK_C: tl.constexpr = V.BLOCK_C
     BLOCK_R: tl.constexpr = V.BLOCK_R
+    D: tl.constexpr = V.DIVISORS
+    K, N, R = multiple_of(K, D[0]), multiple_of(N, D[1]), multiple_of(R, D[2])
+    stride_xm, stride_xk = multiple_of(stride_xm, D[3]), multiple_of(stride_xk, D[4])
+    stride_gm, stride_gr = multiple_of(stride_gm, D[5]), multiple_of(stride_gr, D[6])
+    stride_dym, stride_dyn = multiple_of(stride_dym, D[7]), multiple_of(stride_dyn, D[8])
+    stride_hm, stride_hr = multiple_of(stride_hm, D[9]), multiple_of(stride_hr, D[10])
     tile = tl.program_id(0)
     # neighbouring programs read the same columns: the second finds them in L2
     rank_blocks = tl.cdiv(R, BLOCK_R)

@@ -17,16 +17,16 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import dot, round_to
+from .tiles import dot, multiple_of, round_to
 
 
 class Variant(NamedTuple):
     """What one compiled variant of the kernel is for: the kernel's only constexpr.
 
-    V_MULTIPLE: a power of two that divides R and v's other stride, where its ranks are adjacent.
+    DIVISORS: of P, Q, R and the strides of a, w, u and v (``tiles.multiple_of``).
     """
 
-    V_MULTIPLE: int
+    DIVISORS: tuple[int, ...]
     HAS_BIAS: bool
     EVEN_Q: bool
     PRECISION: str
@@ -58,9 +58,13 @@ def _decode_kernel(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     # of the loop over ranks at a tile's end; float32 spills if it is as deep as the main loop, in Triton 3.6
     RANK_STAGES: tl.constexpr = 2 if dtype == tl.float32 else None
-    # for the compiler: how wide a load of v or h may be; one by one, 128 rows of them leave no registers
-    if V.V_MULTIPLE > 1:
-        R, stride_vp = R // V.V_MULTIPLE * V.V_MULTIPLE, stride_vp // V.V_MULTIPLE * V.V_MULTIPLE
+    # loaded one by one, 128 rows of v or h leave no registers
+    D: tl.constexpr = V.DIVISORS
+    P, Q, R = multiple_of(P, D[0]), multiple_of(Q, D[1]), multiple_of(R, D[2])
+    stride_am, stride_aq = multiple_of(stride_am, D[3]), multiple_of(stride_aq, D[4])
+    stride_wq, stride_wp = multiple_of(stride_wq, D[5]), multiple_of(stride_wp, D[6])
+    stride_uq, stride_ur = multiple_of(stride_uq, D[7]), multiple_of(stride_ur, D[8])
+    stride_vr, stride_vp = multiple_of(stride_vr, D[9]), multiple_of(stride_vp, D[10])
     tiles_m = tl.cdiv(M, ROWS)
     tiles, h_tiles = tiles_m * tl.cdiv(P, BLOCK_P), tiles_m * tl.cdiv(R, BLOCK_R)
     stored_ptr, h_stored_ptr, arrived_ptr = counters_ptr + 1, counters_ptr + 2, counters_ptr + 3

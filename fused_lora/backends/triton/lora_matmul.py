@@ -21,7 +21,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import dot, grouped_order, keep_mask, round_to
+from .tiles import dot, grouped_order, keep_mask, multiple_of, round_to
 
 # sync: tickets handed out, programs that have left, then a flag for each row of tiles
 SYNC_HEADER = 2
@@ -32,11 +32,11 @@ class Variant(NamedTuple):
 
     RECOMPUTE, PUBLISH, PRODUCE: the schedule; none of them is PLAIN.  SPLIT: 1 but for PRODUCE, and at most the number
     of BLOCK_Q in Q.
-    U_MULTIPLE, V_MULTIPLE: a power of two that divides R and the other stride of u or v, where its ranks are adjacent.
     FAR: offsets within a tile's rows of a, within w or within u may not fit int32.
     DESCRIPTORS: a_ptr and w_ptr are tensor descriptors, of blocks (BLOCK_M, BLOCK_Q) and (BLOCK_Q, BLOCK_P), the latter
     of wᵀ if W_ALONG_Q: contiguous dimensions come last.
     MANY_RANKS: R is greater than BLOCK_R.
+    DIVISORS: of P, Q, R and the strides of a, w, u and v (``tiles.multiple_of``).
     WGMMA: matrix instructions read the masked a out of registers, and the program does not wait for them.
     """
 
@@ -44,8 +44,6 @@ class Variant(NamedTuple):
     PUBLISH: bool
     PRODUCE: bool
     SPLIT: int
-    U_MULTIPLE: int
-    V_MULTIPLE: int
     HAS_BIAS: bool
     DROP_INPUT: bool
     DROP_OUTPUT: bool
@@ -55,6 +53,7 @@ class Variant(NamedTuple):
     W_ALONG_Q: bool
     MANY_RANKS: bool
     WGMMA: bool
+    DIVISORS: tuple[int, ...]
     PRECISION: str
     BLOCK_M: int
     BLOCK_P: int
@@ -102,11 +101,12 @@ def _lora_matmul_kernel(
     BLOCK_R: tl.constexpr = V.BLOCK_R
     PRECISION: tl.constexpr = V.PRECISION
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    # for the compiler: how wide a load of u or v may be whose ranks are adjacent
-    if V.U_MULTIPLE > 1:
-        R, stride_uq = R // V.U_MULTIPLE * V.U_MULTIPLE, stride_uq // V.U_MULTIPLE * V.U_MULTIPLE
-    if V.V_MULTIPLE > 1:
-        R, stride_vp = R // V.V_MULTIPLE * V.V_MULTIPLE, stride_vp // V.V_MULTIPLE * V.V_MULTIPLE
+    D: tl.constexpr = V.DIVISORS
+    P, Q, R = multiple_of(P, D[0]), multiple_of(Q, D[1]), multiple_of(R, D[2])
+    stride_am, stride_aq = multiple_of(stride_am, D[3]), multiple_of(stride_aq, D[4])
+    stride_wq, stride_wp = multiple_of(stride_wq, D[5]), multiple_of(stride_wp, D[6])
+    stride_uq, stride_ur = multiple_of(stride_uq, D[7]), multiple_of(stride_ur, D[8])
+    stride_vr, stride_vp = multiple_of(stride_vr, D[9]), multiple_of(stride_vp, D[10])
     seed = tl.full((), 0, tl.int64)
     if V.DROP_INPUT or V.DROP_OUTPUT:
         seed = tl.load(seed_ptr)

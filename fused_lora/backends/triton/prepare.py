@@ -49,8 +49,6 @@ def lora_matmul_launch(
             PUBLISH=schedule.kind == Schedule.PUBLISH,
             PRODUCE=produces,
             SPLIT=schedule.split,
-            U_MULTIPLE=math.gcd(R, u.stride(0), 8) if u.stride(1) == 1 != u.stride(0) else 1,
-            V_MULTIPLE=_multiple_of_v(v),
             HAS_BIAS=bias is not None,
             DROP_INPUT=seed is not None and not dropout_on_output,
             DROP_OUTPUT=seed is not None and dropout_on_output,
@@ -60,6 +58,7 @@ def lora_matmul_launch(
             W_ALONG_Q=w.stride(0) == 1,
             MANY_RANKS=config.BLOCK_R < R,
             WGMMA=device.capability[0] == 9,
+            DIVISORS=_divisors(P, Q, R, a2, w, u, v),
             PRECISION=precision(a.dtype),
             **tile,
         ),
@@ -89,7 +88,7 @@ def decode_launch(
         ),
         varying=10,
         variant=decode.Variant(
-            _multiple_of_v(v), bias is not None, Q % config.BLOCK_Q == 0, precision(a.dtype),
+            _divisors(P, Q, R, a2, w, u, v), bias is not None, Q % config.BLOCK_Q == 0, precision(a.dtype),
             config.BLOCK_P, config.BLOCK_Q, config.BLOCK_R, config.SPLIT, config.SPLIT_H, config.ROWS,
         ),
         num_warps=config.num_warps,
@@ -97,9 +96,13 @@ def decode_launch(
     )  # fmt: skip
 
 
-def _multiple_of_v(v: Tensor) -> int:
-    """V_MULTIPLE of both kernels."""
-    return math.gcd(v.shape[0], v.stride(1), 8) if v.stride(0) == 1 != v.stride(1) else 1
+def _divisors(C0: int, C1: int, R: int, *operands: Tensor) -> tuple[int, ...]:
+    """Of three sizes and of every stride: the power of two up to 8 that the compiler is told of.
+
+    1 for multiples of 16, which it finds by itself.
+    """
+    common = (math.gcd(16, n) for n in (C0, C1, R, *(n for tensor in operands for n in tensor.stride())))
+    return tuple(1 if n == 16 else n for n in common)
 
 
 def adapter_grad_launch(
@@ -124,7 +127,8 @@ def adapter_grad_launch(
         ),
         varying=9 if seed is None else 10,
         variant=adapter_grad.Variant(
-            seed is not None, partials is not None, precision(x.dtype), config.BLOCK_M, config.BLOCK_C, config.BLOCK_R
+            seed is not None, partials is not None, _divisors(K, N, R, x, g, dy, h), precision(x.dtype),
+            config.BLOCK_M, config.BLOCK_C, config.BLOCK_R,
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -20,6 +20,14 @@ def grouped_order(pid, tiles_m, tiles_p, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def multiple_of(size, N: tl.constexpr):
+    """size, of which the compiler is told that N divides it: how wide loads and stores may be hangs on that."""
+    if N > 1:
+        size = size // N * N
+    return size
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a b`` in float32. The interpreter multiplies raw bits of bfloat16, so there both are widened first."""
     if INTERPRETED:

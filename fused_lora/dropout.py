@@ -28,7 +28,7 @@ def dropout_mask(seed: Tensor, rows: int, cols: int, p: float, first_row: int = 
 
     seed: (1,) of int64.  Element e = row · cols + col takes the 16-bit lane ``e & 1`` of a 32-bit hash of ``e >> 1``:
     two rounds of the "lowbias32" mixer (https://nullprogram.com/blog/2018/07/31/), one for each half of the seed.
-    The Triton kernels compute the same bits (``backends/triton/tiles.py``).
+    The Triton kernels compute the same bits (``backends/triton/kernels/tiles.py``).
     """
     return (_lanes(seed, rows, cols, first_row) >= dropout_threshold(p) - _LANES // 2).view(rows, cols)
 

@@ -13,15 +13,16 @@ from fused_lora.bench import groups
 from fused_lora.bench.results import Environment, ResultsFile, Row, load_all
 from fused_lora.bench.shapes import STEP
 from fused_lora.cli import info
-from tools import auto_table, publish
+from tools import publish
+from tools.tables import choices
 
 FILES = {"layers": load_all(publish.CHECKOUT / "benchmarks" / "results", "layers")}
-COUNTING = auto_table.files_that_count(FILES)
+COUNTING = choices.files_that_count(FILES)
 GROUPS = [
     (capability, file, group)
     for capability, (_, file) in COUNTING.items()
     for group in groups.groups_of(file)
-    if auto_table.asked_of(group) is not None
+    if choices.asked_of(group) is not None
 ]
 TOLERATED = 1.03
 
@@ -37,26 +38,26 @@ def behind(file, group, choice):
     within their spreads, that is noise.
     """
     by = {row.candidate: row for row in group.rows}
-    mine = by[auto_table.candidate_of(choice, file)]
-    rivals = [by[name] for backend in measured.BACKENDS if (name := auto_table.candidate_of(backend, file)) in by]
+    mine = by[choices.candidate_of(choice, file)]
+    rivals = [by[name] for backend in measured.BACKENDS if (name := choices.candidate_of(backend, file)) in by]
     rivals += [by[name] for name in ("addmm",) if name in by]
     eager = by.get("eager")
     if eager is not None and (mine.candidate != "addmm" or eager.p80 < mine.p20):
         rivals.append(eager)
-    return auto_table.user_ms(mine) / min(map(auto_table.user_ms, rivals))
+    return choices.user_ms(mine) / min(map(choices.user_ms, rivals))
 
 
 def answer(capability, group, rule=measured.fastest):
     base = getattr(torch, group.dtype.partition("+")[0])
-    return rule(measured.tables()[capability], base, auto_table.asked_of(group), measured.BACKENDS)
+    return rule(measured.tables()[capability], base, choices.asked_of(group), measured.BACKENDS)
 
 
 # ---------------------------------------------------------------- the rule and the files
 
 
 def test_the_packaged_table_is_what_the_results_files_say():
-    assert measured.FILE.read_text(encoding="utf-8") == auto_table.text(FILES)
-    assert measured.FILE == publish.CHECKOUT / auto_table.PATH
+    assert measured.FILE.read_text(encoding="utf-8") == choices.text(FILES)
+    assert measured.FILE == publish.CHECKOUT / choices.PATH
     assert set(measured.BACKENDS) == set(backends.BACKENDS)
 
 
@@ -144,7 +145,7 @@ def test_a_row_with_wall_times_is_chosen_by_them_and_keeps_the_devices():
     files = {"layers": {
         "new.json": ResultsFile("layers", "c", gpu, rows), "old.json": ResultsFile("layers", "c", older, rows[:1]),
     }}  # fmt: skip
-    (table,) = measured.parse(json.loads(auto_table.text(files))).values()
+    (table,) = measured.parse(json.loads(choices.text(files))).values()
     assert (table.file, table.clock) == ("new.json", "wall")
     (one,) = table.rows
     # in files with a wall "eager" is our own row

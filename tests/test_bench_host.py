@@ -19,7 +19,7 @@ from fused_lora import bench
 from fused_lora.bench.host import parts, stub
 from fused_lora.bench.results import Environment, ResultsFile, Row, Spread
 from fused_lora.bench.shapes import FORWARD, STEP
-from tools import host_tables
+from tools.tables import host
 
 ROOT = Path(__file__).parents[1]
 KERNELS = (parts.DECODE, parts.TILE, parts.DESCRIPTORS)
@@ -94,7 +94,7 @@ def test_every_part_has_its_time_and_the_path_is_the_whole_call(measured):
 @needs_compiler
 def test_the_page_has_what_the_file_has(measured):
     file = measured[1]
-    page = host_tables.tables({"host": {"some.json": file}})
+    page = host.tables({"host": {"some.json": file}})
     assert "a stub of the driver" in page
     assert "/host/some.json`" in page
     times = [parts.rows_of(file, STEP, kernel)[parts.FULL].median for kernel in KERNELS]
@@ -102,7 +102,7 @@ def test_the_page_has_what_the_file_has(measured):
 
 
 def test_a_page_without_a_file_says_so():
-    assert host_tables.tables({"host": {}}) == "**not measured**.\n"
+    assert host.tables({"host": {}}) == "**not measured**.\n"
 
 
 @needs_compiler

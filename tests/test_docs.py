@@ -15,7 +15,7 @@ import triton.language as tl
 
 import fused_lora
 from fused_lora import cli
-from fused_lora.backends.triton.lora_matmul import _tile
+from fused_lora.backends.triton.kernels.lora_matmul import _tile
 from tools import draw, publish
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,8 @@ from fused_lora.bench.baselines import CANDIDATES, SCHEDULES
 from fused_lora.bench.colours import COLOURS
 from fused_lora.bench.page import render
 from fused_lora.bench.results import Environment, ResultsFile, Row, Spread, load_all
-from tools import layer_tables, publish
+from tools import publish
+from tools.tables import layers
 
 CPU = Environment("Some <CPU>", "2.13.0", "3.7.1", None, "3.11.7", 2, "2026-01-31")
 GPU = Environment("Some GPU", "2.13.0", "3.7.1", "13.0", "3.11.7", 8, "2026-02-28")
@@ -184,7 +185,7 @@ def test_losses_on_a_gpu_are_said_in_words(checkout):
         )
         for name, ratio in times.items()
     ]
-    words = layer_tables.in_words(a_file(GPU, rows))
+    words = layers.in_words(a_file(GPU, rows))
     assert "is ahead of the fastest of addmm, peft in 0 of 2 groups, level in 0 and behind in 2**" in words
     assert "ahead of each alone: addmm in 0, peft in 1, none of them under 4,096 tokens." in words
     assert "`ours-native` is ahead of it in 1, none of them above 1 tokens." in words
@@ -194,7 +195,7 @@ def test_losses_on_a_gpu_are_said_in_words(checkout):
 def test_the_committed_gpu_file_is_older_than_the_wall_and_says_so():
     files = load_all(publish.CHECKOUT / "benchmarks" / "results", "layers")
     for results in filter(groups.is_gpu, files.values()):
-        assert (layer_tables.GLIMPSE in layer_tables.in_words(results)) == (not groups.has_wall(results))
+        assert (layers.GLIMPSE in layers.in_words(results)) == (not groups.has_wall(results))
 
 
 def test_models_in_a_gpus_file_are_measured_models(checkout):

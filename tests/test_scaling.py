@@ -15,8 +15,9 @@ from fused_lora.bench.results import Environment, ResultsFile, Row, load_all
 from fused_lora.bench.shapes import FORWARD, STEP, Shape
 from fused_lora.bench.workloads import LayerWorkload
 from fused_lora.codegen import record
-from tools import compiled, model_error, predict, scaling, scaling_tables, traffic
+from tools import compiled, predict, scaling, traffic
 from tools.compiled import resident
+from tools.tables import growth, model_error
 from tools.traffic import ADDMM, EAGER, FROZEN, OURS, PEFT, Layer
 
 CPU = torch.device("cpu")
@@ -94,7 +95,7 @@ def test_what_an_sm_holds_is_bounded_by_registers_memory_and_threads():
 
 
 def test_the_offline_compile_gives_the_pace_of_our_loop():
-    known = scaling_tables.compiled_rows({"codegen": load_all(RESULTS, "codegen")})
+    known = growth.compiled_rows({"codegen": load_all(RESULTS, "codegen")})
     assert {row.extra["arch"] for row in known} == {80, 86, 89, 90, 100, 120} == set(compiled.SMS)
     assert all(resident(row) >= 1 for row in known)
     for gpu in predict.GPUS:
@@ -133,16 +134,16 @@ def swept(tmp_path, monkeypatch):
 
 
 def test_every_place_of_a_sweep_is_measured_and_published(swept):
-    page = scaling_tables.measured(swept)
+    page = growth.measured(swept)
     for axis, values in SMALL.values.items():
         table = re.search(rf"### By [^\n]*\n\n!\[[^\n]*-{axis}\.svg\)\n\n(.*?)\n(\n|$)", page, re.DOTALL)[1]
         assert [int(line.split("|")[1]) for line in table.splitlines()[2:]] == list(values)
     assert "**not measured**: no file in `benchmarks/results/` is a GPU's" in model_error.errors(swept, [])
-    assert "A model, not a measurement" in scaling_tables.model(swept)
+    assert "A model, not a measurement" in growth.model(swept)
     # the frozen baseline keeps nothing, ours x and h
-    kept = scaling_tables.kept(swept)
+    kept = growth.kept(swept)
     assert re.search(r"\| 6, 20, 12, 3 \| 552 B \| 0 B \| 552 B", kept)
-    plots = scaling_tables.plots(swept)
+    plots = growth.plots(swept)
     assert len(plots) == 5 + 4
     assert all("MODEL, not measured" in plot for name, plot in plots.items() if "model" in name)
 

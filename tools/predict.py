@@ -5,7 +5,8 @@ of what the datasheet promises, and a fixed time to start. The base product's ar
 SM that has one more than the others is waited for; the tiles are those of our rules for every way, and a frozen
 linear's library may choose better. What the offline compile found (``compiled.py``) gives the pace of our main loop.
 Nothing is known here of caches, of waiting or of the host, so it is mostly a lower bound: where it errs, it should err
-low. How far it errs, ``model_error.py`` says of every GPU that was measured. ``impl="auto"`` goes by measured times.
+low. How far it errs, ``tables/model_error.py`` says of every GPU that was measured. ``impl="auto"`` goes by measured
+times.
 """
 
 from __future__ import annotations

@@ -16,31 +16,31 @@ from pathlib import Path
 
 from fused_lora.bench.results import FOLDERS, load_all
 
-from . import auto_table, host_tables, layer_tables, model_error, other_tables, scaling_tables
 from .files import Files
+from .tables import choices, growth, host, layers, model_error, others
 
 CHECKOUT = Path(__file__).parents[1]
 # page -> marker -> what stands there
 BLOCKS: dict[str, dict[str, Callable[[Files], str]]] = {
-    "README.md": {"speed": layer_tables.highlights},
+    "README.md": {"speed": layers.highlights},
     "docs/benchmarks.md": {
-        "layers": layer_tables.machines,
-        "models": layer_tables.models,
-        "repeats": other_tables.repeats,
-        "peft": other_tables.peft_steps,
+        "layers": layers.machines,
+        "models": layers.models,
+        "repeats": others.repeats,
+        "peft": others.peft_steps,
     },
-    "docs/peft.md": {"suite": other_tables.peft_suite},
-    "docs/compile.md": {"overhead": other_tables.compiled_steps, "call": other_tables.cost_of_a_call},
-    "docs/distributed.md": {"memory": other_tables.memory_by_strategy},
-    "docs/gpu.md": {"auto": auto_table.choices},
-    "docs/host.md": {"host": host_tables.tables},
-    "docs/quantized.md": {"quantized": other_tables.quantized_steps},
-    "docs/codegen.md": {"launches": other_tables.launches},
+    "docs/peft.md": {"suite": others.peft_suite},
+    "docs/compile.md": {"overhead": others.compiled_steps, "call": others.cost_of_a_call},
+    "docs/distributed.md": {"memory": others.memory_by_strategy},
+    "docs/gpu.md": {"auto": choices.choices},
+    "docs/host.md": {"host": host.tables},
+    "docs/quantized.md": {"quantized": others.quantized_steps},
+    "docs/codegen.md": {"launches": others.launches},
     "docs/scaling.md": {
-        "measured": scaling_tables.measured,
-        "kept": scaling_tables.kept,
-        "model": scaling_tables.model,
-        "error": lambda files: model_error.errors(files, scaling_tables.compiled_rows(files)),
+        "measured": growth.measured,
+        "kept": growth.kept,
+        "model": growth.model,
+        "error": lambda files: model_error.errors(files, growth.compiled_rows(files)),
     },
 }
 
@@ -72,9 +72,9 @@ def outputs(checkout: Path) -> dict[Path, str]:
         for marker, content in blocks.items():
             text = _between(text, name, marker, content(files))
         made[checkout / name] = text
-    made[checkout / auto_table.PATH] = auto_table.text(files)
+    made[checkout / choices.PATH] = choices.text(files)
     pictures = checkout / "docs" / "pictures"
-    plots = layer_tables.plots(files) | scaling_tables.plots(files)
+    plots = layers.plots(files) | growth.plots(files)
     return made | {pictures / name: plot for name, plot in plots.items()}
 
 

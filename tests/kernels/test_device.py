@@ -13,8 +13,9 @@ import torch
 
 from fused_lora import lora_linear
 from fused_lora.backends import native
-from fused_lora.backends.triton import launch, lora_matmul
+from fused_lora.backends.triton import launch
 from fused_lora.backends.triton.configs import Schedule, ScheduleConfig, TileConfig
+from fused_lora.backends.triton.kernels import lora_matmul
 
 ON_GPU = torch.cuda.is_available()
 # of the kernels: the rule's choice, then each way to share h, in the rule's tile

@@ -11,7 +11,7 @@ import triton.language as tl
 from fused_lora.backends import eager as eager_backend
 from fused_lora.backends.triton import launch
 from fused_lora.backends.triton.configs import Device, Problem, Schedule, ScheduleConfig, TileConfig, default_schedule
-from fused_lora.backends.triton.lora_matmul import SYNC_HEADER, _tile
+from fused_lora.backends.triton.kernels.lora_matmul import SYNC_HEADER, _tile
 from fused_lora.backends.triton.workspace import counters
 
 RECOMPUTE, PUBLISH = ScheduleConfig(Schedule.RECOMPUTE), ScheduleConfig(Schedule.PUBLISH)

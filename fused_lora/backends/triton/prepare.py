@@ -11,9 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...dropout import dropout_threshold, keep_scale
 from ..four_bits import FourBits
-from . import adapter_grad, decode, dequantize, lora_matmul
 from .configs import DecodeConfig, Device, Problem, ReductionConfig, Schedule, ScheduleConfig, TileConfig
 from .entries import Tiled
+from .kernels import adapter_grad, decode, dequantize, lora_matmul
 from .straight import Launch
 
 

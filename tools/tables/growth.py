@@ -14,12 +14,12 @@ from fused_lora.bench.results import ResultsFile, Row
 from fused_lora.bench.table import NOTHING, markdown, size
 from fused_lora.codegen.record import sizes
 
-from . import predict, traffic
-from .compiled import resident
-from .files import NOT_MEASURED, Files, source
-from .predict import GPUS, Gpu
-from .scaling import ADAPTERS, AXES, SWEEPS
-from .traffic import Layer
+from .. import predict, traffic
+from ..compiled import resident
+from ..files import NOT_MEASURED, Files, source
+from ..predict import GPUS, Gpu
+from ..scaling import ADAPTERS, AXES, SWEEPS
+from ..traffic import Layer
 
 WAYS = (traffic.FROZEN, traffic.OURS, traffic.ADDMM, traffic.EAGER, traffic.PEFT)
 _LABELS = {

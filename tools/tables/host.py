@@ -10,7 +10,7 @@ from fused_lora.bench.results import ResultsFile, Row
 from fused_lora.bench.shapes import FORWARD, STEP
 from fused_lora.bench.table import markdown
 
-from .files import NOT_MEASURED, Files, source
+from ..files import NOT_MEASURED, Files, source
 
 KERNELS = {parts.DECODE: "decode", parts.TILE: "tile", parts.DESCRIPTORS: "tile, by descriptors"}
 # parts -> what they are called on the page

@@ -19,8 +19,8 @@ from fused_lora.bench.results import ResultsFile, Row, Spread
 from fused_lora.bench.shapes import DECODE, FORWARD, STEP
 from fused_lora.bench.table import markdown
 
-from .files import NOT_MEASURED, Files
-from .predict import gpu_called
+from ..files import NOT_MEASURED, Files
+from ..predict import gpu_called
 
 PATH = Path("fused_lora/backends") / measured.FILE.name
 # a decode is a forward of few tokens

@@ -22,10 +22,10 @@ from fused_lora.bench.results import ResultsFile, Row
 from fused_lora.bench.shapes import DECODE, FORWARD, STEP, TRAIN
 from fused_lora.bench.table import NOTHING, cells, markdown
 
-from . import auto_table
-from .files import NOT_MEASURED, Files, source
-from .models import MODEL
-from .other_tables import repeats_in_words
+from ..files import NOT_MEASURED, Files, source
+from ..models import MODEL
+from . import choices
+from .others import repeats_in_words
 
 # what the README shows: title, pass, the shape's name, dtype
 CPU_HIGHLIGHTS = (
@@ -116,7 +116,7 @@ def in_words(file: ResultsFile) -> str:
         found = _tokens_won(Tally.of(layers, [default], ours=native))
         where = f", none of them above {max(found):,} tokens" if found else ""
         words += f"`{native}` is ahead of it in {len(found)}{where}. "
-    return words + auto_table.words(file) + _clocks(file, layers)
+    return words + choices.words(file) + _clocks(file, layers)
 
 
 def _tokens_won(tally: Tally) -> list[int]:

@@ -13,13 +13,13 @@ from fused_lora.bench.shapes import FORWARD, TRAIN
 from fused_lora.bench.table import NOTHING, markdown, size
 from fused_lora.codegen import record
 
-from .files import NOT_MEASURED, Files, path_of, source
+from ..files import NOT_MEASURED, Files, path_of, source
 
 _WITHIN_ROUNDS = (
     "A ratio is the median of the ratios within each round, with its 20th to 80th percentile, so what slows the "
     "machine down for a while cancels: it is not the ratio of the two medians beside it."
 )
-SUITE = Path(__file__).parents[1] / "tests" / "peft_suite" / "results.json"
+SUITE = Path(__file__).parents[2] / "tests" / "peft_suite" / "results.json"
 
 
 def _of_each(files: Files, kind: str, make: Callable[[str, ResultsFile], str]) -> str:

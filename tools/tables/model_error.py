@@ -1,6 +1,6 @@
 """How far the model of ``predict.py`` is from what was measured: of layers, and of sweeps.
 
-Nothing is chosen by the model. ``impl="auto"`` chooses by the measured times themselves (``auto_table.py``).
+Nothing is chosen by the model. ``impl="auto"`` chooses by the measured times themselves (``choices.py``).
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from fused_lora.bench.groups import Group, groups_of, has_wall, is_gpu, our_defa
 from fused_lora.bench.results import ResultsFile, Row, Spread
 from fused_lora.bench.table import markdown
 
-from . import predict, traffic
-from .auto_table import SIZES, asked_of
-from .files import NOT_MEASURED, Files, path_of
-from .predict import Gpu
-from .scaling import ADAPTERS
-from .traffic import Layer
+from .. import predict, traffic
+from ..files import NOT_MEASURED, Files, path_of
+from ..predict import Gpu
+from ..scaling import ADAPTERS
+from ..traffic import Layer
+from .choices import SIZES, asked_of
 
 _MIXED = (
     " The file's times are between two events on the device, and hold the host's where a call costs the host more, of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...backends.environment import interpreting
+from ....backends.environment import interpreting
 
 INTERPRETED = tl.constexpr(interpreting())
 

@@ -58,7 +58,8 @@ class Resources:
 
     assembler: ptxas's version.  warnings: its, by code.  matrix_instructions: PTX's names.  loops: machine instructions
     in each innermost loop that has matrix instructions, fewest first, without that over ranks at a tile's end;
-    matrix_counts: how many of each are those; loop_waits: how many of the first one's wait for memory or for them.
+    matrix_counts, conversions: how many of each are those, or turn float32 into 16 bits; loop_waits: how many of the
+    first one's wait for memory or for them.
     miscompiled: what ``sass.py`` finds wrong.  length: machine instructions in all.  global_accesses: the names of
     those that load from memory or store to it.
     """
@@ -71,6 +72,7 @@ class Resources:
     matrix_instructions: tuple[str, ...]
     loops: tuple[int, ...]
     matrix_counts: tuple[int, ...]
+    conversions: tuple[int, ...]
     loop_waits: int
     miscompiled: tuple[str, ...]
     length: int = 0
@@ -153,6 +155,7 @@ def _read(compiled: Any, log: str) -> Resources:
         matrix_instructions=tuple(sorted(set(matrix))),
         loops=tuple(map(len, loops)),
         matrix_counts=tuple(sum(bool(sass.MATRIX.search(one.name)) for one in loop) for loop in loops),
+        conversions=tuple(sum(one.name.startswith("F2F") for one in loop) for loop in loops),
         loop_waits=sum(bool(re.search(r"DEPBAR|SYNCS", one.name)) for one in loops[0]) if loops else 0,
         miscompiled=(*sass.unwritten_reads(instructions), *sass.early_writes(instructions)),
         length=1 + max(place for place, one in enumerate(instructions) if one.name == "EXIT"),

@@ -11,6 +11,8 @@ SCAN = """
 import json, sys, torch
 from fused_lora.codegen.shipped import Case, compile_case
 
+# float32 by tensor cores
+torch.set_float32_matmul_precision("high")
 found = []
 for sizes, base, adapters, dropout, transposed, stages in json.loads(sys.argv[1]):
     case = Case(90, *sizes, getattr(torch, base), getattr(torch, adapters), dropout, transposed, stages)
@@ -31,6 +33,10 @@ SCANNED = {
     "dropout": [
         ((8192, 4096, 4096, 64), B, B, True, False, None), ((256, 4096, 4096, 64), B, B, True, False, None),
         ((8192, 4096, 256, 16), H, H, True, True, None), ((300, 123, 35, 1), B, F, True, True, 2),
+    ],
+    "float32": [
+        ((8192, 4096, 4096, 16), F, F, True, False, None), ((2048, 1000, 10, 128), F, F, True, True, None),
+        ((300, 123, 64, 20), F, F, False, True, None), ((16, 123, 64, 20), F, F, False, False, None),
     ],
     "small M and odd ranks": [
         ((1, 4096, 4096, 16), H, H, False, True, None), ((16, 50, 4096, 100), B, F, False, True, 1),

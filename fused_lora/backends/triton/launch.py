@@ -344,9 +344,8 @@ class AdapterGradPlan:
         if arrived is not None:
             partials = x.new_empty(self._partials, dtype=torch.float32)
         rows = rows_of(x), rows_of(dy)
-        launch = adapter_grad_launch(
-            rows[0], g, rows[1], h, scale, seed, self._dropout_p, dA, dB, self._config, partials, arrived
-        )  # fmt: skip
+        given = (rows[0], g, rows[1], h, scale, seed, self._dropout_p, dA, dB, self._config)
+        launch = adapter_grad_launch(*given, choice.known_device(self._device), partials, arrived)
         compiled = launch.through_jit(self._device)
         copied = any(row.data_ptr() != tensor.data_ptr() for row, tensor in zip(rows, (x, dy), strict=True))
         if arrived is not None or self._parts == 1:

@@ -107,7 +107,7 @@ def _divisors(C0: int, C1: int, R: int, *operands: Tensor) -> tuple[int, ...]:
 
 def adapter_grad_launch(
     x: Tensor, g: Tensor, dy: Tensor, h: Tensor, scale: float, seed: Tensor | None, dropout_p: float,
-    dA: Tensor | None, dB: Tensor | None, config: ReductionConfig,
+    dA: Tensor | None, dB: Tensor | None, config: ReductionConfig, device: Device,
     partials: Tensor | None = None, arrived: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """The launch that fills dA (R, K) and dB (N, R), those of the two that are there. x, g, dy, h: 2-D.
@@ -127,8 +127,8 @@ def adapter_grad_launch(
         ),
         varying=9 if seed is None else 10,
         variant=adapter_grad.Variant(
-            seed is not None, partials is not None, _divisors(K, N, R, x, g, dy, h), precision(x.dtype),
-            config.BLOCK_M, config.BLOCK_C, config.BLOCK_R,
+            seed is not None, partials is not None, device.capability[0] == 9,
+            _divisors(K, N, R, x, g, dy, h), precision(x.dtype), config.BLOCK_M, config.BLOCK_C, config.BLOCK_R,
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -15,11 +15,13 @@ class Variant(NamedTuple):
 
     SPLIT: there are several parts of M, each with a slot in partials (parts, tiles, BLOCK_C, BLOCK_R); the last program
     of a tile to arrive sums the slots in their order, whoever came first, so the bits are the same every time.
+    WGMMA: as in ``lora_matmul.py``.
     DIVISORS: of K, N, R and the strides of x, g, dy and h (``tiles.multiple_of``).
     """
 
     DROPOUT: bool
     SPLIT: bool
+    WGMMA: bool
     DIVISORS: tuple[int, ...]
     PRECISION: str
     BLOCK_M: int
@@ -106,6 +108,9 @@ def _reduce(
         if DROPOUT:
             x = tl.where(tl.trans(keep_mask(seed, offs_m + m, offs_c, C, threshold)), x, 0.0)
         acc = dot(x, h, acc, PRECISION)
+        if DROPOUT and V.WGMMA and x.dtype == tl.float32:
+            # as there: the masked x of float32 is read out of registers, that of 16 bits out of shared memory
+            acc = tl.where((offs_c < C)[:, None], acc, 0.0)
         x_ptrs += step * stride_xm
         h_ptrs += step * stride_hm
     return acc

@@ -109,7 +109,7 @@ def _name(row: Found) -> str:
     from .shipped import DequantizeCase
 
     case = row.case
-    rows = "" if isinstance(case, DequantizeCase) else f"R {case.R}, M {case.M}, {case.adapters} adapters, "
+    rows = "" if isinstance(case, DequantizeCase) else f"R {case.R}, M {case.M}, adapters {case.adapters}, "
     return f"sm_{case.arch}, {row.pass_}, {str(case.dtype).removeprefix('torch.')}, {rows}{row.schedule}"
 
 

@@ -170,13 +170,13 @@ def test_a_narrow_store_fails_the_command():
         (("LDG.E.U8", "LDG.E.128", "STG.E.128"), []),
         (("LDG.E.U8", "STG.E.128", "STG.E.U16"), ["no LDG.E.128", "stores by STG.E.U16"]),
     ):
-        got = Resources(32, 0, 2048, "12.8.93", (), (), (), (), 0, (), 300, accesses)
+        got = Resources(32, 0, 2048, "12.8.93", (), (), (), (), (), 0, (), 300, accesses)
         assert Found(case, "dequantize", (4096, 64, 4, 1), "words", "pointers", got, None).faults() == faults
 
 
-def found(schedule="PUBLISH", dtype=torch.bfloat16, **changes):
-    got = Resources(128, 0, 1024, "12.8.93", (), ("wgmma.mma_async",), (100, 130), (4, 8), 3, ())
-    case = Case(90, 8192, 64, 64, 16, dtype, dtype)
+def found(schedule="PUBLISH", dtype=torch.bfloat16, dropout=False, plain=100, **changes):
+    got = Resources(128, 0, 1024, "12.8.93", (), ("wgmma.mma_async",), (plain, 130), (4, 8), (0, 0), 3, ())
+    case = Case(90, 8192, 64, 64, 16, dtype, dtype, dropout)
     return Found(case, "forward", (128, 128, 64, 8, 3), schedule, "pointers", dataclasses.replace(got, **changes), got)
 
 
@@ -188,21 +188,33 @@ def found(schedule="PUBLISH", dtype=torch.bfloat16, **changes):
         (found(warnings=("C7514",)), "ptxas warns: C7514"),
         (found(miscompiled=("0070: UMOV UR4, UR5",)), "ptxas 12.8.93 miscompiles: 0070: UMOV UR4, UR5"),
         (found(matrix_instructions=("mma.sync",)), "no wgmma.mma_async"),
-        (found(loops=(), matrix_counts=()), "no main loop with the matrix instructions of the bare GEMM"),
+        (
+            found(loops=(), matrix_counts=(), conversions=()),
+            "no main loop with the matrix instructions of the bare GEMM",
+        ),
         (found(matrix_counts=(2, 8)), "no main loop with the matrix instructions of the bare GEMM"),
         (found(loops=(105, 200)), None),
         (found(loops=(106, 200)), "106 instructions in the main loop, the bare GEMM has 100"),
+        (found(plain=60, loops=(64, 130)), None),
+        (found(plain=60, loops=(65, 130)), "65 instructions in the main loop, the bare GEMM has 60"),
+        # one that rounds float32 adapters, or makes dropout's mask, makes h
+        (found("PRODUCE", loops=(100, 120), matrix_counts=(4, 4), conversions=(0, 2)), None),
+        (found("PRODUCE", dropout=True, loops=(100, 320), matrix_counts=(4, 4)), None),
+        (
+            found("PRODUCE", dropout=True, loops=(106, 320), matrix_counts=(4, 4)),
+            "106 instructions in the main loop, the bare GEMM has 100",
+        ),
         # a publisher's ranks beyond the first block have the shortest loop
         (
-            found(loops=(60, 106, 200), matrix_counts=(2, 4, 6)),
+            found(loops=(60, 106, 200), matrix_counts=(2, 4, 6), conversions=(0, 0, 0)),
             "106 instructions in the main loop, the bare GEMM has 100",
         ),
         (
             found("PRODUCE", loops=(60, 106), matrix_counts=(4, 4)),
             "106 instructions in the main loop, the bare GEMM has 100",
         ),
-        (found("RECOMPUTE", loops=(200,), matrix_counts=(8,)), None),
-        (found("PLAIN", torch.float32, matrix_instructions=(), loops=(), matrix_counts=()), None),
+        (found("RECOMPUTE", loops=(200,), matrix_counts=(8,), conversions=(0,)), None),
+        (found("PLAIN", torch.float32, matrix_instructions=(), loops=(), matrix_counts=(), conversions=()), None),
     ],
 )
 def test_the_command_fails_and_says_which_launch_is_not_as_it_must_be(row, fault, monkeypatch, capsys, tmp_path):
@@ -220,12 +232,17 @@ def test_the_command_fails_and_says_which_launch_is_not_as_it_must_be(row, fault
     if fault is None:
         assert err == ""
     else:
-        assert f"sm_90, forward, bfloat16, R 16, M 8192, {row.schedule}: {fault}" in err
+        about = f"R 16, M 8192, adapters bfloat16{', dropout' if row.case.dropout else ''}"
+        assert f"sm_90, forward, bfloat16, {about}, {row.schedule}: {fault}" in err
 
 
 def test_the_command_compiles_every_gpu_rank_dtype_and_kernel():
     cases = codegen._cases([90, 80], [8, 16])
-    assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 4
+    # four numbers of tokens; two of them again for rank 16 with float32 adapters, with dropout and without
+    assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 4 + 2 * 2 * 2
+    assert {(case.adapter_dtype, case.dropout) for case in cases if case.dtype == torch.bfloat16} == {
+        (torch.bfloat16, False), (torch.float32, False), (torch.float32, True),
+    }  # fmt: skip
     assert {case.M for case in cases} == {8192, 256, 128, 16}
     cases = codegen._dequantize_cases([90, 80])
     assert len(cases) == len(set(cases)) == 2 * 2 * 2

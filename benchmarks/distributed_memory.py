@@ -4,7 +4,8 @@
 
 On the CPU: what a tensor weighs does not depend on the device. Counted are the parameters, gradients and optimizer
 state that a rank keeps between steps; measured, by PyTorch's profiler, is the most that its allocator had out at once
-during a step, above that: activations, and weights gathered on the way.
+during a step, above that: activations, and weights gathered on the way, of which there may be more or fewer at once
+from step to step.
 Default FILE: benchmarks/results/distributed/<device>-<date>.json.
 """
 
@@ -22,11 +23,12 @@ from torch import Tensor
 
 from fused_lora import apply_lora, lora_parameters
 from fused_lora.bench.measure import peak_bytes
-from fused_lora.bench.results import Environment, ResultsFile, Row, default_path
+from fused_lora.bench.results import Environment, ResultsFile, Row, Spread, default_path
 from fused_lora.bench.shapes import TRAIN
 
 ROOT = Path(__file__).parents[1]
 WIDTH, DEPTH, TOKENS, RANK = 512, 4, 512, 16
+STEPS = 20
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -39,7 +41,8 @@ def size(tensors: Iterable[Tensor | None]) -> int:
     return sum(storages.values())
 
 
-def measure(strategy: str, example: dict) -> dict[str, int]:
+def measure(strategy: str, example: dict) -> tuple[dict[str, int], list[int]]:
+    """What this rank keeps, and the peaks of its steps."""
     torch.manual_seed(0)
     net = apply_lora(example["Net"](WIDTH, DEPTH), rank=RANK)
     model, part, parts = example["spread"](net, strategy, "cpu")
@@ -52,13 +55,13 @@ def measure(strategy: str, example: dict) -> dict[str, int]:
         optimizer.step()
 
     step()
-    return {
+    kept = {
         "frozen_bytes": size(p for p in net.parameters() if not p.requires_grad),
         "adapters_bytes": size(trained),
         "gradients_bytes": size(p.grad for p in trained),
         "optimizer_bytes": size(t for s in optimizer.state.values() for t in s.values() if t.dim() > 0),
-        "peak_bytes": peak_bytes(step, torch.device("cpu")),
     }
+    return kept, [peak_bytes(step, torch.device("cpu")) for _ in range(STEPS)]
 
 
 def main() -> None:
@@ -72,13 +75,13 @@ def main() -> None:
     file = ResultsFile("distributed", command, environment, settings={"ranks": dist.get_world_size()})
     shape = f"{DEPTH} blocks {WIDTH}→{4 * WIDTH}→{WIDTH}, {TOKENS} tokens, rank {RANK}"
     for strategy in example["STRATEGIES"]:
-        mine = measure(strategy, example)
-        every: list[dict[str, int]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(every, mine)
+        every: list[tuple[dict[str, int], list[int]]] = [({}, [])] * dist.get_world_size()
+        dist.all_gather_object(every, measure(strategy, example))
         # the rank that needs the most
-        most = {key: max(one[key] for one in every) for key in mine}
-        peak = most.pop("peak_bytes")
-        file.rows.append(Row(TRAIN, shape, "float32", strategy, 1, peak, peak, peak, unit="bytes", extra=most))
+        kept, peaks = zip(*every, strict=True)
+        most = {key: max(one[key] for one in kept) for key in kept[0]}
+        spread = vars(Spread.of(map(max, zip(*peaks, strict=True))))
+        file.rows.append(Row(TRAIN, shape, "float32", strategy, STEPS, **spread, unit="bytes", extra=most))
         if dist.get_rank() == 0:
             print(file.rows[-1].as_json(), flush=True)
     if dist.get_rank() == 0:

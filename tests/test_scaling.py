@@ -107,7 +107,8 @@ def test_the_offline_compile_gives_the_pace_of_our_loop():
     h100 = predict.gpu_called("H100")
     assert predict.grid_of(predict.FORWARD, HEADLINE, h100, slower).pace == 2
     times = [predict.forward_ms(OURS, HEADLINE, h100, rows) for rows in ((), known, slower)]
-    assert times[0] == times[1] < 0.6 * times[2]
+    assert times[0] <= times[1] <= 1.05 * times[0]
+    assert times[1] < 0.6 * times[2]
     assert predict.forward_ms(FROZEN, HEADLINE, h100, slower) == predict.forward_ms(FROZEN, HEADLINE, h100)
     # tiles that have not been compiled, and decode, which has no tiles of this kind
     assert predict.grid_of(predict.FORWARD, dataclasses.replace(HEADLINE, R=256), h100, known).pace == 1

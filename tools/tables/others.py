@@ -168,10 +168,12 @@ def memory_by_strategy(files: Files) -> str:
         lines = []
         for row in file.rows:
             held = (row.extra[f"{part}_bytes"] for part in ("frozen", "adapters", "gradients", "optimizer"))
-            lines.append([row.candidate, *(f"{count / 1e6:.2f}" for count in (*held, row.median))])
+            peak = f"{row.median / 1e6:.2f} ({row.p20 / 1e6:.2f}–{row.p80 / 1e6:.2f})"
+            lines.append([row.candidate, *(f"{count / 1e6:.2f}" for count in held), peak])
         heads = ["MB on a rank", "base", "adapters", "gradients", "Adam", "peak of a step, on top"]
         about = f"{file.settings['ranks']} processes on a CPU share {file.rows[0].shape}, {file.rows[0].dtype}. "
-        return f"{about}{source(name, file)}\n\n{markdown(heads, lines)}"
+        peaks = f" Peaks: median and p20–p80 of {file.rows[0].rounds} steps."
+        return f"{about}{source(name, file)}{peaks}\n\n{markdown(heads, lines)}"
 
     return _of_each(files, "distributed", make)
 

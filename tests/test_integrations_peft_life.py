@@ -144,6 +144,25 @@ def test_summary_tells_every_layer_and_the_why_of_those_that_peft_computes(calls
     assert not calls
 
 
+class Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+def test_summary_tells_of_layers_whose_weights_have_other_names():
+    model = peft.get_peft_model(Attentive(), config(target_modules=["attention"], r=2))
+    fuse(model)
+    rows = {row.path.removeprefix("base_model.model."): row for row in summary(model).layers}
+    attention, out = rows["attention"], rows["attention.base_layer.out_proj"]
+    assert (attention.implementation, attention.base, attention.base_bytes) == ("peft", "float32", 24 * 8 * 4)
+    assert (out.base, out.base_bytes) == ("float32", 8 * 8 * 4)
+    assert "attention" in str(summary(model))
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import backends
 from ..adapter import features
@@ -146,11 +146,18 @@ def _row(path: str, layer: FusedLoRALinear) -> LayerRow:
 
 
 def kept(layer: Any) -> tuple[str, int]:
-    """How a linear layer's weight is kept, in a word, and in how many bytes."""
-    kind, weight = kind_of(layer), layer.weight
-    if kind is None or kind.why_not(layer) is not None:
-        return str(weight.dtype).removeprefix("torch."), weight.nbytes
-    return kind.tell(layer), kind.packed(layer).nbytes
+    """How a layer's weight is kept, in a word, and in how many bytes.
+
+    Of a layer of PEFT's whose weights have other names, as those of an nn.MultiheadAttention, all of them.
+    """
+    kind = kind_of(layer)
+    if kind is not None and kind.why_not(layer) is None:
+        return kind.tell(layer), kind.packed(layer).nbytes
+    weight = getattr(layer, "weight", None)
+    own = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
+    weights = [weight] if isinstance(weight, Tensor) else own
+    dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in weights})
+    return ", ".join(dtypes) or "no weight", sum(w.nbytes for w in weights)
 
 
 def _weighed(name: str, strength: float) -> str:

@@ -32,7 +32,7 @@ help:
 	@echo 'make lint types     ruff, clang-format; mypy.  make format fixes what lint finds'
 	@echo 'make test-triton36  the kernel tests on Triton 3.6'
 	@echo 'make test-torch     the compile tests on another PyTorch; TORCH=2.8.0'
-	@echo "make test-peft      PEFT's own LoRA tests, unfused and fused, and gradients compared (half an hour on two cores)"
+	@echo "make test-peft      PEFT's own LoRA tests, unfused and fused, and gradients compared (five minutes on two cores)"
 
 install: $(INSTALLED)
 

@@ -108,8 +108,8 @@ def _reduce(
         if DROPOUT:
             x = tl.where(tl.trans(keep_mask(seed, offs_m + m, offs_c, C, threshold)), x, 0.0)
         acc = dot(x, h, acc, PRECISION)
-        if DROPOUT and V.WGMMA and x.dtype == tl.float32:
-            # as there: the masked x of float32 is read out of registers, that of 16 bits out of shared memory
+        if DROPOUT and V.WGMMA:
+            # for the registers of the masked x, as there
             acc = tl.where((offs_c < C)[:, None], acc, 0.0)
         x_ptrs += step * stride_xm
         h_ptrs += step * stride_hm

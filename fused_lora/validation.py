@@ -159,6 +159,11 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.is_meta or any(bool(whole(torch.isfinite(part).all())) for part in (tensor.sum(), tensor))
 
 
+def is_zero(tensor: Tensor) -> bool:
+    """Whether every value is zero; a tensor on meta has none that is not."""
+    return tensor.is_meta or not bool(whole(tensor.detach().any()))
+
+
 def check_not_merged(merged: bool) -> None:
     if merged:
         raise ValueError("a layer must be unmerged before it is parallelized, got a merged one; call unmerge first")

@@ -113,7 +113,7 @@ def test_two_adapters_plug_in_turn_and_loading_replaces_one(tmp_path):
     assert torch.equal(other(X), dogs)
     set_adapter(other, "cats")
     assert torch.equal(other(X), cats)
-    load_adapter(other, tmp_path / "dogs", "cats")
+    load_adapter(other, tmp_path / "dogs", "cats", replace=True)
     assert torch.equal(other(X), dogs)
 
 
@@ -266,7 +266,7 @@ def test_a_folder_that_is_not_what_it_claims_changes_nothing(name, adapted, tmp_
     classes = [type(m) for m in model.modules()]
     grads = [p.requires_grad for p in model.parameters()]
     if error is None:
-        load_adapter(model, tmp_path)
+        load_adapter(model, tmp_path, replace=adapted)
         return
     with pytest.raises(error, match=message):
         load_adapter(model, tmp_path)

@@ -52,9 +52,33 @@ def test_one_that_waits_leaves_the_others_as_they_are(tmp_path):
     expected = model(X)
     load_adapter(model, tmp_path, "dogs", activate=False)
     assert torch.equal(model(X), expected)
-    load_adapter(model, tmp_path, "cats", activate=False)
+    load_adapter(model, tmp_path, "cats", activate=False, replace=True)
     assert model.fc1.active_adapter is None
     assert model.fc1.adapter("cats").rank == 3
+
+
+def test_an_adapter_that_may_be_trained_is_replaced_only_where_that_is_asked_for(tmp_path):
+    """A fresh adapter has nothing to lose: every B is zero, and it trains A and B alone."""
+    save_adapter(shaken(apply_lora(net(), rank=3, target_modules=["fc1", "fc2"])), tmp_path)
+    expected = load_adapter(net(), tmp_path)(X)
+    assert torch.equal(load_adapter(apply_lora(net(), rank=2), tmp_path)(X), expected)
+
+    one_value = apply_lora(net(), rank=2)
+    with torch.no_grad():
+        one_value.fc2.lora_B[3, 1] = 1e-30
+    kept = {
+        "a B that is not zero in 'fc2'": one_value,
+        "modules_to_save or biases in 'head.0'": apply_lora(net(), rank=2, **WAYS["head"]),
+        "a bias in 'fc1'": apply_lora(net(), rank=2, bias="lora_only"),
+    }
+    for what, model in kept.items():
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=f"adapter 'default' is here already, with {what}.*replace=True"):
+            load_adapter(model, tmp_path)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert torch.equal(load_adapter(model, tmp_path, replace=True)(X), expected)
+    with pytest.raises(TypeError, match="replace must be True or False, got 'yes'"):
+        load_adapter(net(), tmp_path, replace="yes")
 
 
 def test_impl_is_of_the_layers_adapted_now_and_is_checked_first(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -52,12 +53,13 @@ def load_adapter(
     activate: bool = True,
     trainable: bool = True,
     impl: str = "auto",
+    replace: bool = False,
 ) -> nn.Module:
     """Read an adapter folder, ours or PEFT's, into ``model`` as ``adapter`` and make it active; returns ``model``.
 
-    A plain model is adapted on the way: its base is frozen and the layers in the folder get the adapter. An adapter of
-    that name that is here already is replaced. Values of A and B keep their precision: tensors of another dtype than
-    the weight's are held in float32.
+    A plain model is adapted on the way: its base is frozen and the layers in the folder get the adapter. A fresh
+    adapter of that name, which changes no output, is replaced. Values of A and B keep their precision: tensors of
+    another dtype than the weight's are held in float32.
 
     Args:
         strict: refuse keys that the model has no place for, layers in the file that the config does not name, layers
@@ -67,15 +69,21 @@ def load_adapter(
             then, the others stay so.
         trainable: False freezes it, for inference, until adapters are set again.
         impl: for every layer adapted now; see :func:`fused_lora.lora_linear`.
+        replace: drop an adapter of that name even where it may be trained: some B is not zero, or it trains
+            ``modules_to_save`` or biases.
 
     Raises:
-        OSError, ValueError: the folder is not what it claims, or does not fit the model; nothing is changed.
+        OSError, ValueError: the folder is not what it claims, or does not fit the model, or an adapter of that name is
+            here that is not fresh, and ``replace`` is False; nothing is changed.
     """
     validation.check_adapter_name(adapter)
     validation.check_impl(impl)
+    validation.check_flag(replace, "replace")
     inner = _unwrapped(model)
     installation = read_folder(inner, Path(folder), strict)
     before = adapted_modules(inner)
+    if not replace:
+        _check_fresh(before, adapter)
     if not before:
         inner.requires_grad_(False)
     for _, module in before:
@@ -85,6 +93,25 @@ def load_adapter(
     if activate:
         set_adapter(inner, adapter, trainable=trainable)
     return model
+
+
+def _check_fresh(modules: Iterable[tuple[str, Adapted]], adapter: str) -> None:
+    """ValueError where an adapter of this name may hold what was trained, which replacing it would lose."""
+    for path, module in modules:
+        if adapter not in module.adapters:
+            continue
+        if not isinstance(module, FusedLoRALinear):
+            what = "modules_to_save or biases"
+        elif module.adapter(adapter).trains_bias:
+            what = "a bias"
+        elif validation.is_zero(module.adapter(adapter).lora_B):
+            continue
+        else:
+            what = "a B that is not zero"
+        raise ValueError(
+            f"adapter {adapter!r} is here already, with {what} in {path or 'the model'!r}; load the folder under "
+            "another name, or pass replace=True to drop it"
+        )
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
-from .adapter import AdapterOptions, LoRAAdapter, is_conv1d
+from .adapter import AdapterOptions, LoRAAdapter
 from .functional import concatenate_adapters, lora_linear, plus_adapter
 from .parameters import exchange, made_of
 from .renamed import renamed
@@ -353,44 +353,8 @@ class FusedLoRALinear(Adapted, nn.Linear):
         )
 
 
-class FusedLoRAConv1D(FusedLoRALinear):
-    """A FusedLoRALinear made of a ``transformers.pytorch_utils.Conv1D``, GPT-2's linear layer: its weight stays (K, N).
-
-    ``apply_lora`` makes it, and ``FusedLoRALinear.from_linear``.
-    """
-
-    fan_in_fan_out = True
-
-    nx: int
-    nf: int
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        raise TypeError("FusedLoRAConv1D must be made of a Conv1D, by apply_lora or from_linear")
-
-    @property
-    def in_features(self) -> int:  # type: ignore[override]
-        return self.nx
-
-    @property
-    def out_features(self) -> int:  # type: ignore[override]
-        return self.nf
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """The dtype that the weight has in products."""
-        return self.weight.dtype
-
-    @property
-    def plain_class(self) -> type[nn.Module]:
-        from transformers.pytorch_utils import Conv1D
-
-        return Conv1D
-
-
 # layers that are no plain nn.Linear: each entry tells the class for its own, or None
-CLASSES: list[Callable[[nn.Module], type[FusedLoRALinear] | None]] = [
-    lambda linear: FusedLoRAConv1D if is_conv1d(linear) else None
-]
+CLASSES: list[Callable[[nn.Module], type[FusedLoRALinear] | None]] = []
 
 
 def _class_for(linear: nn.Module, otherwise: type[FusedLoRALinear]) -> type[FusedLoRALinear]:

@@ -28,8 +28,8 @@ from fused_lora import (
     unmerge,
 )
 from fused_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from fused_lora.conv1d import FusedLoRAConv1D
 from fused_lora.integrations import peft as integration
-from fused_lora.layer import FusedLoRAConv1D
 
 TOKENS = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(1))
 WAYS = {

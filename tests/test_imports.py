@@ -22,7 +22,7 @@ LAYERS = [
     {"functional"},
     {"switching", "adapter", "parameters", "quantized.linear"},
     {"layer", "models.config", "models.modules_to_save"},
-    {"quantized.layer"},
+    {"conv1d", "quantized.layer"},
     {"models.selection", "parallel"},
     {"models"},
     {"checkpoint"},

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .. import validation
 from ..adapter import PEFT_NAMES, LoRAAdapter
-from ..layer import FusedLoRAConv1D, FusedLoRALinear
+from ..conv1d import FusedLoRAConv1D
+from ..layer import FusedLoRALinear
 from ..models.config import ALL_LINEAR, ends_of
 from ..models.modules_to_save import Part, Trained
 from ..models.selection import linear_layers

@@ -18,6 +18,7 @@ from torch import Tensor, is_grad_enabled
 from .torch_internals import (
     FORWARD_AD,
     Guard,
+    allows_tf32,
     autocast_dtype,
     dispatch_modes,
     guard,
@@ -85,24 +86,24 @@ class CallPlan:
     forward: the backend's own plan of the forward; None before there is one, and where it makes none.
     """
 
-    __slots__ = ("_autocast", "_gradients", "_precision", "drops", "forward", "impl", "planner", "settled", "trains")
+    __slots__ = ("_autocast", "_gradients", "_tf32", "drops", "forward", "impl", "planner", "settled", "trains")
 
     def __init__(self, x: Tensor, impl: str, planner: Planner | None, drops: bool, trains: bool) -> None:
         self.impl, self.planner, self.drops, self.trains = impl, planner, drops, trains
         self.forward: Forward | None = None
         self._gradients: tuple[tuple[Guard, tuple[bool, ...], GradientPlans], ...] = ()
-        self._precision = torch.get_float32_matmul_precision() if x.dtype == torch.float32 else None
+        self._tf32 = allows_tf32() if x.dtype == torch.float32 else None
         # whether autocast is on, the guard knows; to which dtype, it does not
         self._autocast = autocast_dtype(x.device)
         # whether a guard says all
-        self.settled = self._precision is None and self._autocast is None
+        self.settled = self._tf32 is None and self._autocast is None
 
     def holds(self, x: Tensor) -> bool:
         """Of what no guard knows."""
         return self._precision_holds() and (self._autocast is None or self._autocast == autocast_dtype(x.device))
 
     def _precision_holds(self) -> bool:
-        return self._precision is None or self._precision == torch.get_float32_matmul_precision()
+        return self._tf32 is None or self._tf32 == allows_tf32()
 
     def gradients(
         self, wanted: tuple[bool, ...], operands: tuple[Tensor, ...], *, new: bool = False

@@ -38,6 +38,21 @@ def guard(*tensors: Tensor) -> Guard:
     return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
+_float32_precision: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def allows_tf32() -> bool:
+    """Whether float32 products on a GPU may be made in TF32, however that was set.
+
+    PyTorch has older settings (``torch.set_float32_matmul_precision``) and, from 2.9 on, newer ones
+    (``torch.backends.cuda.matmul.fp32_precision``). The older question raises once a newer setting was made; the newer
+    one is answered after either.
+    """
+    if _float32_precision is None:
+        return torch.get_float32_matmul_precision() != "highest"
+    return _float32_precision("cuda", "matmul") == "tf32"
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast computes in on such a device now, or None where it is off.
 

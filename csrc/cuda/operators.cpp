@@ -10,6 +10,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <array>
@@ -32,12 +33,23 @@ namespace {
 
 constexpr int32_t kLanes = 1 << 16;
 
+// As torch_internals.allows_tf32: the older question raises once one of PyTorch's newer settings was made.
+bool allows_tf32() {
+  const at::Context& context = at::globalContext();
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10
+  return context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+#elif TORCH_VERSION_MINOR == 9
+  return context.float32Precision("cuda", "matmul") == "tf32";
+#else
+  return context.float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
+#endif
+}
+
 Arithmetic arithmetic_for(const char* name, at::ScalarType dtype) {
   if (dtype == at::kBFloat16) return Arithmetic::kBFloat16;
   if (dtype == at::kHalf) return Arithmetic::kHalf;
   TORCH_CHECK_TYPE(dtype == at::kFloat, name, " must be float32, bfloat16 or float16 on a GPU, got ", dtype);
-  return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST ? Arithmetic::kExact
-                                                                                             : Arithmetic::kTf32;
+  return allows_tf32() ? Arithmetic::kTf32 : Arithmetic::kExact;
 }
 
 void check_device(const char* name, const at::Tensor& tensor, at::Device device) {

@@ -19,6 +19,7 @@ from ..backends.triton import launch
 from ..backends.triton.configs import DecodeConfig, Problem, ReductionProblem
 from ..backends.triton.entries import Choice, Reduced, Tiled
 from ..backends.triton.prepare import aligned
+from ..torch_internals import allows_tf32
 from .baselines import Weights
 from .check import allowance, error
 from .workloads import parse_dtype
@@ -59,7 +60,7 @@ class Subject(ABC):
         self.dy = (torch.randn(job.M, job.N, generator=generator, device=device) * job.N**-0.5).to(base)
         self.seed = torch.tensor([1], device=device) if job.dropout else None
         self.dropout_p = 0.1 if job.dropout else 0.0
-        self.tensor_cores = base != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+        self.tensor_cores = base != torch.float32 or allows_tf32()
         self._judged: list[tuple[Tensor, float]] | None = None
 
     @abstractmethod

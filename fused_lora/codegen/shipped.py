@@ -24,6 +24,7 @@ from ..backends.triton.configs import (
 )
 from ..backends.triton.decode_configs import default_decode, takes_decode
 from ..backends.triton.entries import Tiled
+from ..torch_internals import allows_tf32
 from .compiler import DEVICES, MATRIX_INSTRUCTION, Resources, compile_launch
 
 Config = TypeVar("Config", TileConfig, DecodeConfig, ReductionConfig)
@@ -63,7 +64,7 @@ class Case:
     @property
     def exact(self) -> bool:
         """float32 at full precision, which no matrix instruction multiplies."""
-        return self.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        return self.dtype == torch.float32 and not allows_tf32()
 
 
 @dataclass(frozen=True)

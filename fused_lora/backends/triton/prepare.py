@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...dropout import dropout_threshold, keep_scale
+from ...torch_internals import allows_tf32
 from ..four_bits import FourBits
 from .configs import DecodeConfig, Device, Problem, ReductionConfig, Schedule, ScheduleConfig, TileConfig
 from .entries import Tiled
@@ -248,5 +249,4 @@ def cdiv(a: int, b: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """float32 products as PyTorch is told to make them; those of 16 bits know one way."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"

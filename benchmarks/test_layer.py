@@ -15,8 +15,8 @@ DTYPES = [*(["bfloat16", "float16"] if ON_GPU else ["float32", "bfloat16"]), "bf
 
 pytestmark = [
     pytest.mark.benchmark(max_time=0.2),
-    pytest.mark.parametrize("name", CANDIDATES),
     pytest.mark.parametrize("dtype", DTYPES),
+    pytest.mark.parametrize("name", CANDIDATES),
 ]
 
 

@@ -119,8 +119,8 @@ def _check(fused: nn.Module, x: Tensor) -> None:
         assert (got.double() - exact).abs().max() <= allowed
 
 
-@functools.cache
-def measured(made: PeftModel) -> tuple[dict[str, Callable[[], Any]], list[Row]]:
+@functools.lru_cache(maxsize=1)
+def measured(made: PeftModel, quick: bool) -> tuple[dict[str, Callable[[], Any]], list[Row]]:
     peft, x = made.make()
     fused = fuse(copy.deepcopy(peft))
     _check(fused, x)
@@ -129,7 +129,7 @@ def measured(made: PeftModel) -> tuple[dict[str, Callable[[], Any]], list[Row]]:
         name: measure.saved_bytes(functools.partial(model, x), model.parameters())
         for name, model in (("peft", peft), ("fused", fused))
     }
-    found = measure.interleave(calls, measure.timer_for(DEVICE), measure.plan_for(DEVICE, quick=False))
+    found = measure.interleave(calls, measure.timer_for(DEVICE), measure.plan_for(DEVICE, quick))
     implementation = summary(fused).layers[0].implementation
     rows = [
         Row(
@@ -146,7 +146,7 @@ def measured(made: PeftModel) -> tuple[dict[str, Callable[[], Any]], list[Row]]:
 @pytest.mark.parametrize("name", CANDIDATES)
 @pytest.mark.parametrize("made", MODELS, ids=lambda made: f"{made} {made.dtype}")
 def test_training_step(benchmark, request, made, name):
-    calls, rows = measured(made)
+    calls, rows = measured(made, request.config.getoption("--quick"))
     row = rows[CANDIDATES.index(name)]
     benchmark.group = f"{row.shape}  {row.dtype}"
     benchmark.extra_info.update(row.as_json())

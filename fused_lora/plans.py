@@ -7,7 +7,9 @@ whether a mode, a transform or a tracer watches. Values of tensors are no part o
 
 from __future__ import annotations
 
+import functools
 import threading
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -17,6 +19,7 @@ from torch import Tensor, is_grad_enabled
 
 from .torch_internals import (
     FORWARD_AD,
+    GUARDS_PROBLEM,
     Guard,
     allows_tf32,
     autocast_dtype,
@@ -167,11 +170,21 @@ def find(
 
 
 def put(operands: tuple[Tensor, ...], dropout_p: float, training: bool, impl: str, plan: CallPlan) -> None:
-    """For a call that was checked, and computed as the plan says, unless one like it is known."""
+    """For a call that was checked, and computed as the plan says, unless one like it is known.
+
+    Without guards nothing is kept: every call is looked at anew.
+    """
+    if GUARDS_PROBLEM is not None:
+        return _warn(GUARDS_PROBLEM)
     key = operands[0].shape, operands[1].shape, len(operands), dropout_p, training, impl, is_grad_enabled()
     known = CALLS.get(key, ())
     if not any(fits(*operands) and one.holds(operands[0]) for fits, one in known):
         CALLS.put(key, ((guard(*operands), plan), *known[: _MOST_ALIKE - 1]))
+
+
+@functools.cache
+def _warn(why: str) -> None:
+    warnings.warn(f"every call is checked anew, which takes the host longer: {why}", RuntimeWarning, stacklevel=2)
 
 
 def watched() -> bool:

@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError as error:
+    GUARDS_PROBLEM: str | None = f"PyTorch {torch.__version__} has no guards of tensors: {error}"
+else:
+    GUARDS_PROBLEM = None
 
 Guard = Callable[..., bool]
 
@@ -31,7 +37,7 @@ unsafe_view: Callable[[Tensor, tuple[int, ...]], Tensor] = torch.ops.aten._unsaf
 def guard(*tensors: Tensor) -> Guard:
     """Whether other tensors are like these, in as many arguments: of their very classes, layouts, shapes, strides,
     dtypes, devices, with requires_grad as theirs, and seen by the same modes, transforms, tracers and autocast. What
-    ``torch.compile`` guards a graph with: one call of C++."""
+    ``torch.compile`` guards a graph with: one call of C++. Only where GUARDS_PROBLEM is None."""
     sizes: list[Any]
     strides: list[Any]
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]

@@ -124,3 +124,33 @@ def test_the_cpu_path_works_where_triton_is_not_installed():
     out = run(code)
     assert "torch.Size([2, 3])" in out
     assert "impl='triton' cannot run here: Triton is not installed" in out
+
+
+def test_without_pytorchs_guards_every_call_is_checked_anew_and_nothing_else_changes():
+    seen = run("""
+import warnings, torch
+from torch._C._dynamo import guards
+call = "y = layer(x); y.sum().backward(); results = [y, x.grad, layer.lora_A.grad, layer.lora_B.grad]"
+del guards.TensorGuards
+warnings.simplefilter("error", DeprecationWarning)
+from fused_lora import FusedLoRALinear, plans
+from fused_lora.cli import info
+torch.manual_seed(0)
+layer, x = FusedLoRALinear(6, 5, rank=2), torch.randn(7, 6, requires_grad=True)
+torch.nn.init.normal_(layer.lora_B)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        y = layer(x)
+        dx, dA, dB = torch.autograd.grad(y.sum(), (x, layer.lora_A, layer.lora_B))
+W, A, B, s = (t.detach().double() for t in (layer.weight, layer.lora_A, layer.lora_B, torch.tensor(layer.scale)))
+h, g = x.detach().double() @ A.t(), B.sum(0)
+for got, truth in ((y, x.double() @ W.t() + s * h @ B.t() + layer.bias), (dx, W.sum(0) + s * g @ A),
+                   (dA, s * g[:, None] * x.double().sum(0)), (dB, s * h.sum(0).expand(5, 2))):
+    torch.testing.assert_close(got.double(), truth.expand_as(got), atol=1e-5, rtol=1e-5)
+print(len(plans.CALLS), len(said), said[0].message, info.collect()["slow"]["checks"], sep="|")
+""")
+    kept, warned, message, why = seen.split("|")
+    assert (kept, warned) == ("0", "1")
+    assert "every call is checked anew" in message
+    assert "TensorGuards" in why

@@ -18,3 +18,12 @@ def test_a_weight_of_a_size_seen_before_is_dequantized_past_the_jit(libcuda):
 
 def test_a_backward_like_one_before_goes_straight_to_the_kernels_and_no_other_does(libcuda):
     stub_process.run("planned_backwards.py", libcuda)
+
+
+@pytest.mark.parametrize(("what", "why"), [("launcher", "other arguments"), ("descriptors", "tensor descriptors")])
+def test_a_launcher_of_another_kind_is_called_through_the_jit_and_a_warning_says_so_once(libcuda, what, why):
+    warned, info = stub_process.run("unknown_launcher.py", libcuda, what).splitlines()
+    assert "every launch goes through Triton's JIT" in warned
+    assert why in warned
+    # launches without descriptors go straight
+    assert why in info if what == "launcher" else info == "None"

@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
 
 def torchrun(out, *options):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3",
         str(EXAMPLE), "--out", str(out), "--steps=400", "--save-every=50", "--width=16", "--depth=1", *options,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
@@ -33,7 +33,7 @@ def end(process):
 
 
 def lines_of(process):
-    watchdog = threading.Timer(240, end, (process,))
+    watchdog = threading.Timer(480, end, (process,))
     watchdog.start()
     seen = []
     try:
@@ -51,7 +51,7 @@ def adapter(out):
 
 
 def test_a_run_whose_rank_is_killed_goes_on_from_its_checkpoint_and_ends_the_same(tmp_path):
-    victim, starts, output = None, [], []
+    victim, killed, starts, output = None, False, [], []
     for line in lines_of(torchrun(tmp_path / "killed", "--strategy=fsdp")):
         output.append(line)
         for found in re.finditer(r"rank (\d) pid (\d+) from step (\d+)", line):
@@ -59,11 +59,14 @@ def test_a_run_whose_rank_is_killed_goes_on_from_its_checkpoint_and_ends_the_sam
             if found[1] == "1" and victim is None:
                 victim = int(found[2])
         # not at the line's start alone: two ranks may write into one line
-        if "step 100 loss" in line and len(starts) == 2:
+        if "step 100 loss" in line and not killed:
+            killed = True
             os.kill(victim, signal.SIGKILL)
-    assert len(starts) == 4, "".join(output)
+    assert killed, "".join(output)
     assert starts[:2] == [0, 0]
-    assert starts[2] == starts[3] >= 100
+    # which rank is found to have failed, and when, is torchrun's: it may have to start the two more than once
+    assert len(starts) >= 4, "".join(output)
+    assert starts[-2] == starts[-1] >= 100
     losses = [float(found) for found in re.findall(r"\bstep \d+ loss (\d+\.\d{4})", "".join(output))]
     assert losses[-1] < 0.5 * losses[0]
 

@@ -52,7 +52,7 @@ class ModelWorkload:
     pass_, first = MODEL, False
 
     def __init__(self, spec: NetSpec, device: torch.device, names: tuple[str, ...] = NAMES) -> None:
-        self.names = tuple(name for name in names if not (spec.nf4 and name in (EAGER, FULL)))
+        self.names = names
         self.label, self.dtype, self.device, self.spec = str(spec), spec.dtype, device, spec
         base, self.adapter_dtype = parse_dtype(spec.dtype)
         generator = torch.Generator(device).manual_seed(0)
@@ -82,6 +82,8 @@ class ModelWorkload:
         return our_choice(next(iter(self.weights.values())))
 
     def why_not(self, name: str) -> str | None:
+        if name in (EAGER, FULL) and self.spec.nf4:
+            return "it computes with plain weights, and this base is kept in 4 bits"
         if name == AUTO:
             return f"on a CPU it is {self.ours()}" if self.device.type == "cpu" else None
         if name in (FROZEN, FULL, EAGER):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import backends
 from ..backends import environment, measured, native
+from ..torch_internals import GUARDS_PROBLEM
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,7 @@ def collect() -> dict[str, Any]:
             | {"choices": _choices(table, [name for name in measured.BACKENDS if name in table.backends])}
             for (major, minor), table in measured.tables().items()
         },
+        "slow": {"checks": GUARDS_PROBLEM, "launches": _why_slow_launches()},
         "generations": {device: _generation(torch.device(device)) for device in devices[1:]},
         "native kernels": {device: _native_kernels(torch.device(device)) for device in devices[1:]},
     }
@@ -99,6 +101,17 @@ def _native_kernels(device: torch.device) -> list[dict[str, Any]]:
     return found
 
 
+def _why_slow_launches() -> str | None:
+    """Why launches that repeat go through Triton's JIT, or None where they go straight to its launcher."""
+    if not environment.TRITON_INSTALLED:
+        return "Triton is not installed"
+    if environment.interpreting():
+        return "Triton interprets"
+    from ..backends.triton import straight
+
+    return straight.WHY_SLOW
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -117,6 +130,13 @@ def _text(facts: dict[str, Any]) -> str:
         for impl, reasons in facts["implementations"].items():
             why = reasons[device]
             lines.append(f"  {impl:<13} {'can run' if why is None else f'cannot run: {why}'}")
+    checks, launches = facts["slow"]["checks"], facts["slow"]["launches"]
+    lines += [
+        "Calls that repeat",
+        f"  {'checks':<13} " + ("are done once" if checks is None else f"are done in every call: {checks}"),
+        f"  {'launches':<13} "
+        + ("go straight to Triton's launcher" if launches is None else f"go through Triton's JIT: {launches}"),
+    ]
     lines += _measured(facts)
     for device, found in facts["native kernels"].items():
         lines.append(f"Kernels of the compiled extension on {device}, for the same layer")

@@ -1,5 +1,5 @@
 /* A libcuda.so.1 that does nothing: Triton's driver and launcher run over it as over a GPU, and what is left is the
- * host's own time. It has what Triton 3.6 and 3.7 ask for; the numbers are an H100's. */
+ * host's own time. It has what Triton 3.6 to 3.8 ask for; the numbers are an H100's. */
 #define __CUDA_API_VERSION_INTERNAL
 #include "cuda.h"
 #include <string.h>
@@ -15,9 +15,11 @@ unsigned long long stub_launches = 0;
 CUresult cuInit(unsigned flags) NOTHING
 CUresult cuDriverGetVersion(int *version) GIVES(version, 13000)
 CUresult cuGetErrorString(CUresult error, const char **text) GIVES(text, "an error of the stub")
+CUresult cuDeviceGetCount(int *count) GIVES(count, 1)
 CUresult cuDeviceGet(CUdevice *device, int ordinal) GIVES(device, ordinal)
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) GIVES(context, (CUcontext)1)
 CUresult cuCtxGetCurrent(CUcontext *context) GIVES(context, (CUcontext)1)
+CUresult cuCtxGetDevice(CUdevice *device) GIVES(device, 0)
 CUresult cuCtxSetCurrent(CUcontext context) NOTHING
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) GIVES(value, 0)
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) NOTHING

@@ -54,7 +54,7 @@ def install(folder: Path) -> ctypes.c_ulonglong:
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
-    from ...backends.triton import choice, configs
+    from ...backends.triton import choice, configs, launch_dequantize, straight
 
     gpu = configs.Device((9, 0), 232448, 132, "a stub of an H100")
     cuda: Any = CudaDriver()
@@ -67,6 +67,11 @@ def install(folder: Path) -> ctypes.c_ulonglong:
     # descriptors in large launches, as a tuned choice may have them: their cost is the host's too
     tiles: Any = configs
     tiles.takes_descriptors = lambda problem, count, device: configs.can_describe(problem, gpu) and count >= gpu.sms
+    # a CPU's tensors have no index and no stream; a PyTorch with CUDA would look for a GPU
+    launches: Any = straight
+    launches.current_device = lambda: None
+    dequantizing: Any = launch_dequantize
+    dequantizing.raw_stream = lambda index: 0
     kernels: Any = backend
     kernels.why_not = lambda device, dtype: None
     return ctypes.c_ulonglong.in_dll(library, "stub_launches")

@@ -80,7 +80,7 @@ def lora_linear(
         # such a call may go straight to its backend
         drops, trains = dropout_threshold(dropout_p) > 0, torch.is_grad_enabled() and _any_requires_grad(*operands)
         chosen = choose(impl, x, lora_A, lora_B, y.dtype, drops, trains)
-        plan = plans.CallPlan(x, chosen, backends.planner(chosen, x.device, drops), drops, trains)
+        plan = plans.CallPlan(x, chosen, backends.planner(chosen, drops), drops, trains)
         plans.put(operands, given_p, training, impl, plan)
     return y
 

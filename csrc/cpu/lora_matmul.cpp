@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
 #include "../tensors.h"
@@ -35,19 +36,24 @@ at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& w) {
   return stack.front().toTensor();
 }
 
-// a w + bias. The forward is the product that nn.Linear makes, so that a fresh adapter changes no bit of it; the input
-// gradient is free to take the faster library.
-at::Tensor base_product(const at::Tensor& a, const at::Tensor& w, const std::optional<at::Tensor>& bias,
-                        bool is_input_gradient) {
+// a w + bias: (M, P). a2 is a as (M, Q). The forward is the product that nn.Linear makes, which depends on a's shape
+// and strides, so that a fresh adapter changes no bit of it; the input gradient is free to take the faster library.
+at::Tensor base_product(const at::Tensor& a, const at::Tensor& a2, const at::Tensor& w,
+                        const std::optional<at::Tensor>& bias, bool is_input_gradient) {
+  // at::linear makes products of matrices of these too
+  const bool of_matrices = a.dim() == 2 || (a.dim() == 3 && a.is_contiguous());
+  if (!is_input_gradient && !of_matrices) {
+    return at::linear(a, transposed(w), bias).reshape({a2.size(0), w.size(1)});
+  }
   if (bias) {
-    return at::addmm(*bias, a, w);
+    return at::addmm(*bias, a2, w);
   }
   if (is_input_gradient && a.scalar_type() == at::kFloat && onednn_is_faster()) {
-    if (at::Tensor out = onednn_product(a, w); out.defined()) {
+    if (at::Tensor out = onednn_product(a2, w); out.defined()) {
       return out;
     }
   }
-  return at::mm(a, w);
+  return at::mm(a2, w);
 }
 
 // D(a) u
@@ -87,13 +93,13 @@ std::tuple<at::Tensor, at::Tensor> lora_matmul(const at::Tensor& a, const at::Te
   const at::Tensor h = dropout && !dropout_on_output ? dropped_product(a2, u2, *dropout) : at::mm(a2, u2);
   at::Tensor out;
   if (dropout && dropout_on_output) {
-    out = base_product(a2, w, bias, dropout_on_output);
+    out = base_product(a, a2, w, bias, dropout_on_output);
     add_dropped_product(out, h, v2, scale, *dropout);
   } else if (is_for_small_m(a2, w)) {
     out = at::empty({a2.size(0), w.size(1)}, a2.options());
     small_m_product(out, a2, w, h, v2, bias, scale);
   } else {
-    out = base_product(a2, w, bias, dropout_on_output);
+    out = base_product(a, a2, w, bias, dropout_on_output);
     out.addmm_(h, v2, /*beta=*/1, /*alpha=*/scale);
   }
   if (a.dim() != 2) {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..plans import Planner
-from . import eager, environment, in_place, measured, native
+from . import eager, environment, measured, native
 from .measured import LayerPass as LayerPass
 from .triton import backend as triton
 
@@ -60,11 +60,11 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def planner(impl: str, device: torch.device, drops: bool) -> Planner | None:
+def planner(impl: str, drops: bool) -> Planner | None:
     """What of a backend makes plans of calls that repeat, or None.  drops: whether there is a dropout mask to draw."""
     if impl == "triton":
         return triton
-    return in_place if impl == "eager" and device.type == "cuda" and not drops else None
+    return eager if impl == "eager" and not drops else None
 
 
 def choose(impl: str, device: torch.device, dtype: torch.dtype, asked: LayerPass | None = None) -> str:

@@ -16,8 +16,8 @@ The rule, for one pass of a layer:
 Where no row fits, which dropout and float32 on most tables mean: the first that can run of "triton", "native", "eager"
 and has a time anywhere in the table. Without a table, the first that can run.
 
-"eager" is ``in_place.py``: its time is ours where the file has wall times, and in older files, whose "ours-eager" was
-another, that of in-place addmm, which does the same and one product more.
+"eager" is in-place addmm: its time is ours where the file has wall times, and in older files, whose "ours-eager" was
+another, that of the baseline "addmm", which does the same and one product more.
 """
 
 from __future__ import annotations

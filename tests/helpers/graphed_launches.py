@@ -217,7 +217,7 @@ def the_real_make_graphed_callables(scene):
             self.replays += 1
 
     @contextlib.contextmanager
-    def capture(graph, pool):
+    def capture(graph, pool, **of_newer_pytorch):
         with scene.gpu.capture(CAPTURING):
             scene.launches.start()
             yield

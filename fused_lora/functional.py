@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, ops, plans, reference, validation
+from . import backends, composed, ops, plans, reference, validation
 from .backends import LayerPass, native
 from .dropout import dropout_mask, dropout_threshold, whole_mask
-from .torch_internals import autocast_dtype, dispatch_modes, in_forward_ad, in_functorch
+from .torch_internals import autocast_dtype, dispatch_modes, exports, in_forward_ad, in_functorch, is_tracing
 
 
 def lora_linear(
@@ -60,7 +58,9 @@ def lora_linear(
             if plan.forward is not None and not plan.drops and not plan.trains:
                 return plan.forward(x, weight, lora_A, lora_B, bias, scale, None, False)[0]
             return _planned(plan, x, weight, lora_A, lora_B, bias, scale, dropout_p)
-    distributed = validation.check_operands(x, weight, lora_A, lora_B, bias)
+    # to a tracer sizes are no numbers: PyTorch's operations check them
+    traced = not torch.compiler.is_compiling() and is_tracing()
+    distributed = not traced and validation.check_operands(x, weight, lora_A, lora_B, bias)
     scale = validation.check_scale(scale)
     given_p = dropout_p = validation.check_dropout(dropout_p, "dropout_p")
     validation.check_impl(impl)
@@ -137,20 +137,16 @@ def concatenate_adapters(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> tu
     """
     if len(adapters) == 1:
         return adapters[0]
-    scale = max((scale for _, _, scale in adapters), key=abs)
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for A, B, _ in adapters for tensor in (A, B)))
-    columns = [B if s == scale else B * (s / scale) for _, B, s in adapters]
+    dtype = adapters[0][0].dtype
+    for A, B, _ in adapters:
+        dtype = torch.promote_types(dtype, torch.promote_types(A.dtype, B.dtype))
+    if torch.compiler.is_compiling():
+        # which is the largest would be compiled in
+        scale, columns = 1.0, [B * s for _, B, s in adapters]
+    else:
+        scale = max((scale for _, _, scale in adapters), key=abs)
+        columns = [B if s == scale else B * (s / scale) for _, B, s in adapters]
     return torch.cat([A.to(dtype) for A, _, _ in adapters]), torch.cat([B.to(dtype) for B in columns], 1), scale
-
-
-def plus_adapter(y: Tensor, x: Tensor, adapter: tuple[Tensor, Tensor, float], dropout_p: float) -> Tensor:
-    """``y + scale · (D(x) Aᵀ) Bᵀ`` of PyTorch's own operations, with the mask of ``nn.Dropout`` in training.
-
-    y: (..., N).  x: (..., K).  adapter: (lora_A (R, K), lora_B (N, R), scale).  For what is beside a fused call.
-    """
-    lora_A, lora_B, scale = adapter
-    h = F.linear(F.dropout(x, dropout_p), lora_A.to(x.dtype))
-    return y + F.linear(h, lora_B.to(h.dtype)) * scale
 
 
 def _in_compute_dtype(
@@ -177,9 +173,10 @@ def _lora_linear(
     drops = dropout_threshold(dropout_p) > 0
     trains = torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias)
     impl = choose(impl, x, lora_A, lora_B, weight.dtype, drops, trains)
-    seed = new_seed(x.device, stream) if drops else None
-    if in_functorch() or in_forward_ad():
-        return _differentiable(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
+    traced = not torch.compiler.is_compiling() and is_tracing()
+    seed = new_seed(x.device, stream) if drops and not traced else None
+    if in_functorch() or in_forward_ad() or exports():
+        return composed.lora_linear(x, weight, lora_A, lora_B, bias, scale, seed, dropout_p)
     if torch.compiler.is_compiling() and _is_symbolic(scale):
         # an operator's number would be compiled in, and compiled anew for each: B carries it instead
         lora_B, scale = lora_B * scale, 1.0
@@ -204,20 +201,6 @@ def new_seed(device: torch.device, stream: int) -> Tensor:
 _LARGEST_SEED = torch.iinfo(torch.int64).max
 # 2^64 over the golden ratio, as an int64: both halves of a seed change
 _STREAM = 0x9E3779B97F4A7C15 - (1 << 64)
-
-
-def _differentiable(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-    scale: float, seed: Tensor | None, dropout_p: float,
-) -> Tensor:  # fmt: skip
-    """The same of ordinary operations, which every transform knows; custom Functions and in-place work stop some."""
-    mask = None
-    if seed is not None:
-        mask = dropout_mask(seed, x.numel() // max(x.shape[-1], 1), x.shape[-1], dropout_p)
-    dtype = weight.dtype
-    return reference.eager_lora_linear(
-        x, weight, lora_A.to(dtype), lora_B.to(dtype), scale, bias, mask, dropout_p
-    )  # fmt: skip
 
 
 def _is_symbolic(scale: float) -> bool:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import validation
 from .adapter import AdapterOptions, LoRAAdapter
-from .functional import concatenate_adapters, lora_linear, plus_adapter
+from .composed import plus_adapter
+from .functional import concatenate_adapters, lora_linear
 from .parameters import exchange, made_of
 from .renamed import renamed
 from .switching import Adapted
@@ -181,6 +182,12 @@ class FusedLoRALinear(Adapted, nn.Linear):
         """The scale of the one active adapter; 0.0 without one."""
         adapter = self._the_active()
         return 0.0 if adapter is None else adapter.scale
+
+    def __dir__(self) -> list[str]:
+        """Without the attributes that can't be read while several adapters are active: ``torch.jit.trace`` reads all
+        that are listed."""
+        of_one = {"active_adapter", "lora_A", "lora_B", "scale"} if len(self.active_adapters) > 1 else set()
+        return [name for name in super().__dir__() if name not in of_one]
 
     # ---------------------------------------------------------------- computing
 

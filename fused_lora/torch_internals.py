@@ -77,6 +77,15 @@ def in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
 
 
+def exports() -> bool:
+    """Whether this call is recorded as a program that others run: by ``torch.export``, ``torch.jit.trace`` or
+    ``torch.onnx.export``."""
+    if torch.compiler.is_compiling():
+        # the flag itself: under Dynamo, is_exporting() is always True in some versions
+        return torch.compiler._is_exporting_flag
+    return is_tracing()
+
+
 def function_of(operator: Any) -> Callable[..., Any]:
     """The C++ function that an operator of ``torch.ops``, of one overload, hands its arguments to."""
     return operator._op

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fused_lora"
 LAYERS = [
     {"torch_internals", "renamed", "models.patterns"},
     {"validation", "dropout", "backends.environment"},
-    {"reference", "plans"},
+    {"reference", "plans", "composed"},
     {"backends"},
     {"ops", "quantized"},
     {"parallel.sharding"},

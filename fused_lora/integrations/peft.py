@@ -32,7 +32,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import backends, quantized, validation
 from ..adapter import is_conv1d
 from ..backends import LayerPass
-from ..functional import concatenate_adapters, lora_linear, plus_adapter
+from ..composed import plus_adapter
+from ..functional import concatenate_adapters, lora_linear
 from ..models.overview import BY_SIZE, LayerRow, Summary, kept
 from ..quantized import Packed
 from ..quantized.linear import quantized_lora_linear, takes

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import functional, ops, validation
 from ..dropout import dropout_threshold
-from ..torch_internals import autocast_dtype, in_forward_ad, in_functorch
+from ..torch_internals import autocast_dtype, exports, in_forward_ad, in_functorch
 from . import KINDS, Packed, dequantize
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -61,10 +61,10 @@ def _lora_linear(
     dropout_p: float, impl: str,
 ) -> Tensor:  # fmt: skip
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, lora_A, lora_B, bias))
-    compiling = torch.compiler.is_compiling()
-    if compiling or not (torch.is_grad_enabled() and wanted) or in_functorch() or in_forward_ad():
+    compiling, recorded = torch.compiler.is_compiling(), exports()
+    if compiling or recorded or not (torch.is_grad_enabled() and wanted) or in_functorch() or in_forward_ad():
         # transforms of torch.func keep the weight, as they keep all
-        make = _dequantize_again if compiling else dequantize
+        make = _dequantize_again if compiling and not recorded else dequantize
         weight = make(packed, x.dtype)
         return functional.lora_linear(x, weight, lora_A, lora_B, scale, bias, dropout_p=dropout_p, impl=impl)
     validation.check_features(x, lora_A.shape[1])

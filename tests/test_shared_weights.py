@@ -37,13 +37,16 @@ def test_a_shared_weight_is_said_and_not_merged():
     assert torch.equal(model.embed.weight, weight)
 
 
-def test_a_shared_weight_trained_whole_is_not_put_into_the_other_module():
+def test_a_shared_weight_trained_whole_is_untied_and_not_put_into_the_other_module():
     model, tokens = Tied(), torch.arange(10)
     with pytest.warns(UserWarning, match=r"are one tensor: the adapter trains a copy for head alone"):
         apply_lora(model, rank=2, target_modules=["mid"], modules_to_save=["head"])
     with torch.no_grad():
         model.head.adapters["default"].weight.add_(1.0)
-    with pytest.raises(ValueError, match=r"head.weight must be its own to be merged into"):
-        merge_and_unload(model)
     with disable_adapters(model):
         assert torch.equal(model(tokens), F.linear(model.mid(model.embed(tokens)), model.embed.weight))
+    tuned, weight = model(tokens), model.embed.weight.detach().clone()
+    with pytest.warns(UserWarning, match="embed.weight and head.weight were one tensor, and are not after merging"):
+        merge_and_unload(model)
+    assert torch.equal(model(tokens), tuned)
+    assert torch.equal(model.embed.weight, weight)

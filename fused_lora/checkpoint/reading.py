@@ -20,8 +20,8 @@ from .. import validation
 from ..adapter import PEFT_NAMES, LoRAAdapter, features
 from ..models.apply import Installation
 from ..models.config import ALL_LINEAR, LoRAConfig, selector
-from ..models.modules_to_save import Part, copy_of
-from ..models.selection import biases, check_kinds, linear_layers, parts_below
+from ..models.modules_to_save import Part, copies_of
+from ..models.selection import biases, check_kinds, linear_layers, parts_below, with_tied
 from ..quantized import base_of, weight_dtype
 from ..switching import base_modules
 from .writing import BASE, CONFIG_FILE, DIGEST, PREFIX, WEIGHTS_FILE, beside_of, digest
@@ -38,6 +38,7 @@ _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "peft_type",
     "peft_version", "rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type",
     "bias", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "modules_to_save",
+    "ensure_weight_tying",
 }  # fmt: skip
 # the ones whose base weights are those on the hub
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -162,6 +163,7 @@ def _read_config(file: Path, data: bytes) -> _Config:
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
             bias=raw.get("bias") or "none",
+            ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
         )
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
@@ -220,7 +222,7 @@ class _Reader:
     """One reading: the file's keys are taken one by one by what the model and the config want of them."""
 
     def __init__(self, model: nn.Module, file: Path, tensors: Any, config: _Config, strict: bool) -> None:
-        self.file, self.tensors, self.config, self.strict = file, tensors, config, strict
+        self.model, self.file, self.tensors, self.config, self.strict = model, file, tensors, config, strict
         self.modules = dict(base_modules(model))
         self.linears = linear_layers(model)
         self.ignored: list[str] = []
@@ -338,8 +340,7 @@ class _Reader:
             check_kinds({path: self.linears[path] for path in paths}, parts)
         except ValueError as error:
             raise ValueError(f"{self.config.file}: {error}") from None
-        shared: dict[int, nn.Parameter] = {}
-        copies = {path: (part, copy_of(module, part, shared)) for path, (module, part) in parts.items()}
+        copies = copies_of(parts, tied=self.config.lora.ensure_weight_tying)
         filled: set[int] = set()
         lacking: list[tuple[str, int]] = []
         for path, (part, clone) in copies.items():
@@ -349,8 +350,11 @@ class _Reader:
                 if key is None:
                     lacking.append((whole, id(target)))
                     continue
-                filled.add(id(target))
+                before = target.clone() if id(target) in filled else None
                 self._fill(key, target)
+                filled.add(id(target))
+                if before is not None and not torch.equal(before, target):
+                    raise ValueError(f"{self.file}: {key!r} must be equal to the tensor that it is tied to")
         for name, target_id in lacking:
             # a tensor of two names may stand there under one
             if target_id not in filled:
@@ -369,13 +373,14 @@ class _Reader:
 
     def _roots(self) -> list[str]:
         """The topmost modules that modules_to_save names: by PEFT's rule, the end of a path, and here with values."""
-        wanted, named = self.config.lora.modules_to_save, selector(self.config.lora.modules_to_save)
-        ends = tuple(wanted)
+        ends = tuple(self.config.lora.modules_to_save)
+        named = selector(ends)
         roots = [path for path in self.modules if path and (named(path) or path.endswith(ends))] if ends else []
         roots = [path for path in roots if not any(path.startswith(other + ".") for other in roots)]
         for root in roots:
             self._forget_doubles(root)
-        return [root for root in roots if named(root) or any(name.startswith(root + ".") for name in self.rest)]
+        found = {root for root in roots if named(root) or any(name.startswith(root + ".") for name in self.rest)}
+        return sorted(with_tied(self.model, found) if self.config.lora.ensure_weight_tying else found)
 
     def _forget_doubles(self, root: str) -> None:
         """PEFT writes a saved module's biases again under its own names for it where ``bias`` is "all"."""

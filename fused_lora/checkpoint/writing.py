@@ -54,6 +54,7 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
     modules: dict[str, LoRAAdapter] = {}
     parts: dict[str, Part] = {}
     tensors: dict[str, Tensor] = {}
+    roots: dict[Tensor, set[str | None]] = {}
     for path, module in adapted_modules(model):
         if adapter not in module.adapters:
             continue
@@ -66,7 +67,9 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
                 tensors[stem + "base_layer.bias"] = lora.bias
         elif isinstance(module, Trained):
             part = parts[path] = module.part(adapter)
-            tensors |= {stem + key: tensor for key, tensor in part.of(module.adapters[adapter]).items()}
+            for key, tensor in part.of(module.adapters[adapter]).items():
+                tensors[stem + key] = tensor
+                roots.setdefault(tensor, set()).add(part.root)
     written = {key: validation.whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()}
     # a tensor under two names is written twice, as readers expect it
     seen: set[int] = set()
@@ -74,7 +77,11 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
         if tensor.data_ptr() in seen:
             written[key] = tensor.clone()
         seen.add(tensor.data_ptr())
-    return _config_of(model, modules, parts), written
+    config = _config_of(model, modules, parts)
+    if any(len(owners) > 1 for owners in roots.values()):
+        # one tensor below several names of modules_to_save: the others would make a copy of it for each
+        config["ensure_weight_tying"] = True
+    return config, written
 
 
 def _config_of(model: nn.Module, modules: dict[str, LoRAAdapter], parts: dict[str, Part]) -> dict[str, Any]:

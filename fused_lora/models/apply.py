@@ -20,8 +20,8 @@ from ..renamed import renamed
 from ..switching import adapted_modules, base_modules
 from .config import LoRAConfig
 from .encoder import settle_fast_paths
-from .modules_to_save import Part, adopt, copy_of
-from .selection import Plan, plan
+from .modules_to_save import Part, adopt, copies_of
+from .selection import plan
 
 
 def apply_lora(
@@ -255,12 +255,7 @@ def _prepare(model: nn.Module, adapter: str, config: LoRAConfig, impl: str) -> I
         )
         for path, linear in chosen.linears.items()
     }
-    return Installation(built, copies_for(chosen))
-
-
-def copies_for(chosen: Plan) -> dict[str, tuple[Part, nn.Module]]:
-    shared: dict[int, nn.Parameter] = {}
-    return {path: (part, copy_of(module, part, shared)) for path, (module, part) in chosen.parts.items()}
+    return Installation(built, copies_of(chosen.parts, tied=config.ensure_weight_tying))
 
 
 def install(model: nn.Module, adapter: str, installation: Installation, impl: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ class LoRAConfig(AdapterOptions):
             steps would be lost in 16 bits.
         modules_to_save: modules to be trained whole beside the adapters, without A and B, a classification head for
             instance; whole paths or their last parts. The adapter trains a copy, the base keeps its own.
+        ensure_weight_tying: where ``modules_to_save`` names a module whose weight is another's too, as an output head's
+            may be the embedding's, train one copy for all of them. Without it each module that is named gets a copy of
+            its own, as in PEFT, and they drift apart.
         bias: "none", or biases to be trained, as copies too: "lora_only", those of the adapted layers, or "all".
 
     Raises:
@@ -46,6 +49,8 @@ class LoRAConfig(AdapterOptions):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: str = "none"
     adapter_dtype: torch.dtype | None = None
+    _: KW_ONLY
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +70,7 @@ class LoRAConfig(AdapterOptions):
             raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
         if self.modules_to_save:
             _check_selection("modules_to_save", self.modules_to_save, self._budget)
+        validation.check_flag(self.ensure_weight_tying, "ensure_weight_tying")
         if self.bias not in ("none", "lora_only", "all"):
             raise ValueError(f"bias must be 'none', 'lora_only' or 'all', got {self.bias!r}")
         dtype = self.adapter_dtype

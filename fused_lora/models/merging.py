@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layer import FusedLoRALinear
 from ..quantized.layer import FusedLoRAQuantized
@@ -53,8 +53,10 @@ def unmerge(model: Model) -> Model:
 def merge_and_unload(model: Model, *, dequantize: bool | torch.dtype = False) -> Model:
     """Merge, then turn every layer back into a plain ``nn.Linear`` without adapters; returns ``model``.
 
-    Modules that the active adapter trained whole become what it made of them. It works layer by
-    layer. Each sum is made once to be checked and once to stay, so the memory of one is enough.
+    Modules that the active adapter trained whole become what it made of them. Where they share a weight and the adapter
+    has several copies of it, or one for some of them, that weight is tied no longer, as in PEFT: it warns, and a
+    Transformers config's ``tie_word_embeddings`` becomes False. It works layer by layer. Each sum is made once to be
+    checked and once to stay, so the memory of one is enough.
 
     Args:
         dequantize: a quantized layer's sum is quantized again, which rounds, and warns. With True the layer becomes a
@@ -70,6 +72,7 @@ def merge_and_unload(model: Model, *, dequantize: bool | torch.dtype = False) ->
     _check_ties(model, modules)
     for path, module in modules:
         _named(path, module.check_finite)
+    _untie(model, modules)
     for _, module in modules:
         if dequantize and isinstance(module, FusedLoRAQuantized):
             module.dequantize(dequantize if isinstance(dequantize, torch.dtype) else None)
@@ -79,15 +82,35 @@ def merge_and_unload(model: Model, *, dequantize: bool | torch.dtype = False) ->
 
 
 def _check_ties(model: nn.Module, modules: Sequence[tuple[str, Adapted]]) -> None:
-    """ValueError where a tensor that merging replaces is another module's too."""
+    """ValueError where a tensor that A and B are merged into is another module's too."""
     names = tied(model)
-    replaced = [(path, module, module.replaced()) for path, module in modules]
-    # it may be one that the adapter trains one copy of for all of them
-    copies = Counter(id(t) for _, module, found in replaced if isinstance(module, Trained) for t in found.values())
-    for path, _, found in replaced:
-        for name, tensor in found.items():
-            if copies[id(tensor)] < len(names.get(id(tensor), ())):
+    for path, module in modules:
+        for name, tensor in () if isinstance(module, Trained) else module.replaced().items():
+            if id(tensor) in names:
                 raise ValueError(_not_its_own(f"{path}.{name}" if path else name, names[id(tensor)]))
+
+
+def _untie(model: nn.Module, modules: Sequence[tuple[str, Adapted]]) -> None:
+    """Give tied weights that are to be replaced by different copies, or not all of them, a Parameter for each copy."""
+    names = tied(model)
+    # a tied weight -> module, its name there, and the copy that takes its place
+    groups: dict[int, list[tuple[Trained, str, Tensor]]] = {}
+    for _, module in modules:
+        if isinstance(module, Trained):
+            for name, (base, copy) in module.replacements().items():
+                if id(base) in names:
+                    groups.setdefault(id(base), []).append((module, name, copy))
+    for base_id, group in groups.items():
+        copies = {copy: nn.Parameter(copy.data, requires_grad=False) for _, _, copy in group}
+        if len(copies) == 1 and len(group) == len(names[base_id]):
+            continue
+        for module, name, copy in group:
+            module._parameters[name] = copies[copy]
+        warnings.warn(f"{' and '.join(names[base_id])} were one tensor, and are not after merging", stacklevel=3)
+        for part in model.modules():
+            config = getattr(part, "config", None)
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 def _not_its_own(name: str, names: list[str]) -> str:

@@ -1,14 +1,15 @@
 """Modules of which an adapter trains parameters of its own: ``modules_to_save``, and biases beside no A and B.
 
-The base's parameters are never trained. Each adapter holds a copy of the module, and while it is active the copy's
-forward is called instead: so the base comes back bit for bit, and for one thread alone where one alone asks.
+The base's parameters are never trained. Each adapter holds a copy of the module, without its submodules. While it is
+active, the copy's tensors are what any code reads by name (``self.embed.weight``). So the base comes back bit for bit,
+and only for the thread that asks for it.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from ..switching import Adapted
 class Part:
     """What an adapter trains of a module.
 
-    names: of parameters, biases for instance; None means the whole, persistent buffers included.
+    names: of parameters, biases for instance; None means all that the module itself holds, persistent buffers included.
+    Its submodules have Parts of their own.
     root: the path that ``modules_to_save`` named, the module's own or one above it; None where biases are trained.
     """
 
@@ -32,24 +34,50 @@ class Part:
 
     def of(self, module: nn.Module) -> dict[str, Tensor]:
         """name -> tensor, the module's own, of what is trained and saved."""
-        state = state_of(module)
+        state = own_state(module)
         return state if self.names is None else {name: state[name] for name in self.names}
 
 
 class Trained(Adapted):
     """The mixin; :func:`adopt` makes a module one, in place: it keeps its identity, its hooks and its names.
 
-    Attributes such as ``weight`` stay the base's; an adapter's are in ``adapters.<name>``.
+    Attributes such as ``weight`` are the active adapter's, as a forward has them, and the base's where no adapter is
+    active. State dicts and ``named_parameters`` have both: the base's as ``weight``, an adapter's as
+    ``adapters.<name>.weight``.
     """
 
     _parts: dict[str, Part]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        active = self._active_copy()
+        if active is None or len(self._modules) > 1:  # type: ignore[attr-defined]
+            # with submodules: this forward reads the copy's tensors by their names, and calls the very submodules
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        # without them: an LSTM, for one, reads its weights past their names. Not called as a module: the hooks of this
+        # one are running already
+        return active.forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what ``nn.Module`` registers, as that is no plain attribute."""
+        value = super().__getattr__(name)  # type: ignore[misc]
+        if isinstance(value, Tensor):
+            active = self._active_copy()
+            if active is not None:
+                return getattr(active, name)
+        return value
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        # a replica's parameters are set as tensors: as buffers, not as plain attributes, they come by __getattr__ too
+        replica._buffers.update(dict.fromkeys(self._parameters))  # type: ignore[attr-defined]
+        return replica
+
+    def _active_copy(self) -> nn.Module | None:
+        """The copy that computes here, None where the base does."""
         computing = self._computing
         if not computing or (self._switch.used and self._switch.off()):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        # not called as a module: this one's hooks are running already
-        return computing[0].forward(*args, **kwargs)
+            return None
+        return computing[0]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made as needed, so it is told by the one that it was made of
@@ -57,7 +85,7 @@ class Trained(Adapted):
         return _blank, (_base(type(self)),), *reduced[2:]
 
     def install(self, name: str, part: Part, clone: nn.Module) -> None:
-        """Put ``clone``, a :func:`copy_of` this module, here as adapter ``name``, not active."""
+        """Put ``clone``, one of :func:`copies_of`, here as adapter ``name``, not active."""
         self.adapters[name] = clone.train(self.training)  # type: ignore[attr-defined]
         self._parts[name] = part
 
@@ -86,46 +114,60 @@ class Trained(Adapted):
                     raise ValueError(f"adapter {name!r} must be finite, got NaN or infinity in {key!r}")
 
     def replaced(self) -> dict[str, Tensor]:
-        return self._parts[self._active[0]].of(self) if self._active else {}  # type: ignore[arg-type]
+        return {name: base for name, (base, _) in self.replacements().items()}
+
+    def replacements(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """name -> the base's tensor, and the active adapter's that :meth:`unload` puts in its place."""
+        if not self._active:
+            return {}
+        part, copy = self._parts[self._active[0]], self.adapters[self._active[0]]
+        trained = part.of(copy)
+        return {name: (base, trained[name]) for name, base in part.of(self).items()}  # type: ignore[arg-type]
 
     @torch.no_grad()
     def unload(self) -> nn.Module:
-        for key, base in self.replaced().items():
-            base.data = self._parts[self._active[0]].of(self.adapters[self._active[0]])[key].data
+        for base, trained in self.replacements().values():
+            base.data = trained.data
         _undo(self)
         return self  # type: ignore[return-value]
 
 
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers themselves, without an adapted module's adapters."""
-    return {
-        key: value
-        for key, value in module.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor) and not (key.startswith("adapters.") and isinstance(module, Adapted))
-    }
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The base's Parameters and persistent buffers themselves that ``module`` holds, not those of its submodules."""
+    buffers = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
+    return {name: tensor for name, tensor in {**module._parameters, **buffers}.items() if tensor is not None}
 
 
-def copy_of(module: nn.Module, part: Part, shared: dict[int, nn.Parameter]) -> nn.Module:
-    """A copy of ``module`` with Parameters of its own for what is trained, and the very Parameters of the rest.
+def copies_of(parts: Mapping[str, tuple[nn.Module, Part]], *, tied: bool = False) -> dict[str, tuple[Part, nn.Module]]:
+    """path -> part, a fresh copy of the module.
 
-    shared: base Parameter's id -> its copy; parameters that are one in the base are one in all copies of an adapter.
+    Parameters that are one in the base are one in the copies below one root of ``modules_to_save``. Other roots have
+    copies of their own, as in PEFT, unless ``tied``.
+    """
+    shared: dict[tuple[str | None, int], nn.Parameter] = {}
+    return {path: (part, _copy_of(module, part, shared, tied)) for path, (module, part) in parts.items()}
+
+
+def _copy_of(
+    module: nn.Module, part: Part, shared: dict[tuple[str | None, int], nn.Parameter], tied: bool
+) -> nn.Module:
+    """A copy of ``module`` without its submodules, with Parameters of its own for what is trained, and the very
+    Parameters of the rest.
+
+    shared: root and id of a base Parameter -> its copy.
     """
     # deepcopy takes what the memo holds for an object as its copy
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    memo: dict[int, Any] = {id(kept): kept for kept in (*module.parameters(recurse=False), *module.children())}
     for parameter in part.of(module).values():
         if isinstance(parameter, nn.Parameter):
-            if id(parameter) not in shared:
-                shared[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-            memo[id(parameter)] = shared[id(parameter)]
-    if part.names is not None and all("." not in key for key in part.names):
-        # a bias of the module itself: what is below it stays the very same modules
-        memo.update({id(child): child for child in module.children()})
-    if isinstance(module, Trained):
-        # the copy is of the module without its adapters
-        memo.update({id(adapter): adapter for adapter in module.adapters.children()})
+            key = (None if tied else part.root, id(parameter))
+            if key not in shared:
+                shared[key] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            memo[id(parameter)] = shared[key]
     clone = copy.deepcopy(module, memo)
     if isinstance(clone, Trained):
         _undo(clone)
+    clone._modules.clear()
     return clone
 
 

@@ -15,7 +15,7 @@ from ..adapter import is_conv1d
 from ..layer import FusedLoRALinear
 from ..switching import Adapted, base_modules
 from .config import ALL_LINEAR, LoRAConfig, ends_of, selector
-from .modules_to_save import Part, Trained, state_of
+from .modules_to_save import Part, Trained, own_state
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
     validation.check_adapter_name(adapter)
     modules = dict(base_modules(model))
     saved = _saved(modules, config)
+    if config.ensure_weight_tying:
+        saved = with_tied(model, saved)
     candidates = linear_layers(model)
     head = output_head(model) if config.target_modules == ALL_LINEAR else None
     chosen = {
@@ -67,6 +69,8 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
     for path, layer in chosen.items():
         validation.check_whole(layer.weight, f"{path}.weight")
         quantized.check(layer, path)
+    if config.ensure_weight_tying:
+        _check_untied(model, chosen)
     parts = {path: part for root in sorted(saved) for path, part in parts_below(modules, root).items()}
     if config.bias == "all":
         parts |= biases(modules, {*chosen, *parts})
@@ -74,43 +78,31 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
         if isinstance(module, Adapted) and adapter in module.adapters:
             raise ValueError(f"adapter {adapter!r} is in {path!r} already; delete it first or choose another name")
     check_kinds(chosen, parts)
-    _warn_of_ties(model, chosen, parts)
+    _warn_of_ties(model, chosen, {} if config.ensure_weight_tying else parts)
     return Plan(chosen, parts)
 
 
 def parts_below(modules: dict[str, nn.Module], root: str) -> dict[str, tuple[nn.Module, Part]]:
-    """The modules at and below ``root`` that hold parameters or buffers themselves, each to be trained whole.
+    """The modules at and below ``root`` that hold parameters or buffers themselves, which are to be trained.
 
     A container keeps its class: what it holds is copied, not itself.
     """
     found: dict[str, tuple[nn.Module, Part]] = {}
-
-    def visit(path: str, module: nn.Module) -> None:
-        own = any("." not in key for key in state_of(module))
-        if own or isinstance(module, Adapted):
-            found[path] = (module, Part(None, root))
-            return
-        for name, child in module.named_children():
-            visit(f"{path}.{name}" if path else name, child)
-
-    visit(root, modules[root])
+    for path, module in base_modules(modules[root]):
+        whole = ".".join(filter(None, (root, path)))
+        # one that stands elsewhere too is known by its first path
+        if whole in modules and (own_state(module) or isinstance(module, Adapted)):
+            found[whole] = (module, Part(None, root))
     if not found:
         raise ValueError(f"modules_to_save must name modules with parameters, got {root!r}, which has none")
     return found
 
 
 def biases(modules: dict[str, nn.Module], without: set[str]) -> dict[str, tuple[nn.Module, Part]]:
-    """Every bias that is not at or below the paths of ``without``, by the module whose forward reads it."""
+    """Every bias that is not at or below the paths of ``without``."""
     found: dict[str, tuple[nn.Module, Part]] = {}
-    attentions = {path for path, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
     for path, module in modules.items():
-        if not without.isdisjoint(_to(path)) or not attentions.isdisjoint(_above(path)):
-            continue
-        if path in attentions:
-            # it reads its out_proj past that one's forward
-            if module.out_proj.bias is not None:  # type: ignore[union-attr]
-                found[path] = (module, Part(("out_proj.bias",)))
-        elif module._parameters.get("bias") is not None:
+        if without.isdisjoint(_to(path)) and module._parameters.get("bias") is not None:
             found[path] = (module, Part(("bias",)))
     return found
 
@@ -125,16 +117,33 @@ def tied(model: nn.Module) -> dict[int, list[str]]:
     return {key: listed for key, listed in names.items() if len(listed) > 1}
 
 
+def with_tied(model: nn.Module, roots: set[str]) -> set[str]:
+    """These paths of ``modules_to_save``, and those of the modules outside that have a weight of theirs."""
+    groups = [{name.rpartition(".")[0] for name in names} for names in tied(model).values()]
+    groups = [paths for paths in groups if any(not roots.isdisjoint(_to(path)) for path in paths)]
+    if not groups:
+        warnings.warn("ensure_weight_tying: no module of modules_to_save has a tied weight", stacklevel=5)
+    return roots.union(path for paths in groups for path in paths if roots.isdisjoint(_to(path)))
+
+
+def _check_untied(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    names = tied(model)
+    for path, layer in linears.items():
+        if id(layer.weight) in names:
+            raise ValueError(
+                f"ensure_weight_tying: {' and '.join(names[id(layer.weight)])} are one tensor, and an adapter acts on "
+                f"{path!r} alone; name it in modules_to_save, or leave it out of target_modules"
+            )
+
+
 def check_kinds(linears: dict[str, nn.Linear], parts: dict[str, tuple[nn.Module, Part]]) -> None:
     """ValueError where a module can't hold what it should: A and B, or a copy, and never both."""
     whole = {path for path, (_, part) in parts.items() if part.names is None}
     both = [path for path in linears if not whole.isdisjoint(_to(path))]
     if both:
         raise ValueError(f"modules_to_save must leave out layers with A and B, got {both[0]!r}")
-    for path, (module, part) in parts.items():
-        if isinstance(module, FusedLoRALinear) or (
-            part.names is None and any(isinstance(m, FusedLoRALinear) for _, m in base_modules(module))
-        ):
+    for path, (module, _) in parts.items():
+        if isinstance(module, FusedLoRALinear):
             raise ValueError(f"modules_to_save and biases must leave out layers with A and B of others, got {path!r}")
         if not isinstance(module, Trained) and hasattr(module, "adapters"):
             raise ValueError(f"{path!r} must not have an attribute 'adapters' of its own to be trained")

@@ -34,6 +34,7 @@ from ..adapter import is_conv1d
 from ..backends import LayerPass
 from ..composed import plus_adapter
 from ..functional import concatenate_adapters, lora_linear
+from ..models.encoder import needs_forward, settle_fast_paths
 from ..models.overview import BY_SIZE, LayerRow, Summary, kept
 from ..quantized import Packed
 from ..quantized.linear import quantized_lora_linear, takes
@@ -161,7 +162,8 @@ def fuse(model: Model, *, impl: str = "auto") -> Model:
 
     In place, with PEFT's own modules and Parameters: optimizers, hooks and references stay right, and checkpoints are
     the same. Fusing again does nothing to a layer that is fused already. Adapters that a ``PeftModel`` gets later are
-    fused as they come; for layers that come another way, fuse again (``summary`` shows them).
+    fused as they come; for layers that come another way, fuse again (``summary`` shows them). An
+    ``nn.TransformerEncoder`` with adapters in it is kept off its fast path, which would skip them, as it does in PEFT.
 
     Args:
         model: what ``get_peft_model`` made, or any module with ``peft.tuners.lora.Linear`` layers in it.
@@ -193,6 +195,7 @@ def unfuse(model: Model) -> Model:
         if type(module) in _PEFTS:
             module.__class__ = _PEFTS[type(module)]
             del module.__dict__["impl"]
+    settle_fast_paths(model)
     return model
 
 
@@ -203,6 +206,8 @@ def _change_classes(model: nn.Module, impl: str) -> None:
         if ours is not None:
             module.__class__ = ours
             module.__dict__["impl"] = impl
+    # the encoder's fast path would skip the adapters, those that PEFT's own code computes too
+    settle_fast_paths(model, lambda module: isinstance(module, BaseTunerLayer) or needs_forward(module))
 
 
 # --------------------------------------------------------------------------------------------------

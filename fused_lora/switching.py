@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from . import validation
+from .plain_checkpoints import LoadsPlainCheckpoints
 from .renamed import renamed
 from .torch_internals import graph_task
 
@@ -53,7 +54,7 @@ class Switch:
             self.used = self._threads > 0
 
 
-class Adapted:
+class Adapted(LoadsPlainCheckpoints):
     """The part of a module that has adapters: a mixin before the module's class.
 
     ``adapters`` holds a submodule for each name; those not active are neither computed nor trained.

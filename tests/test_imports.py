@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fused_lora"
 
 # what a module may import, lowest first; a name stands for a module or a whole folder, the longest name counts
 LAYERS = [
-    {"torch_internals", "renamed", "models.patterns"},
+    {"torch_internals", "renamed", "plain_checkpoints", "models.patterns"},
     {"validation", "dropout", "backends.environment"},
     {"reference", "plans", "composed"},
     {"backends"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"functional"},
     {"switching", "adapter", "parameters", "quantized.linear"},
     {"layer", "models.config", "models.modules_to_save"},
-    {"conv1d", "quantized.layer"},
+    {"conv1d", "quantized.layer", "models.peft_config"},
     {"models.selection", "parallel"},
     {"models"},
     {"checkpoint"},

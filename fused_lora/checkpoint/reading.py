@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import validation
-from ..adapter import PEFT_NAMES, LoRAAdapter, features
+from ..adapter import LoRAAdapter, features
 from ..models.apply import Installation
 from ..models.config import ALL_LINEAR, LoRAConfig, selector
 from ..models.modules_to_save import Part, copies_of
+from ..models.peft_config import fields_of, more_than_lora
 from ..models.selection import biases, check_kinds, linear_layers, parts_below, with_tied
 from ..quantized import base_of, weight_dtype
 from ..switching import base_modules
@@ -32,14 +33,6 @@ _LARGEST_CONFIG = 1 << 24
 # what PEFT wrote before it wrote safetensors
 _PICKLE = "adapter_model.bin"
 
-# what PEFT may write and a plain LoRA ignores; any other field must be empty
-_NEUTRAL = {
-    *PEFT_NAMES.values(),
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "peft_type",
-    "peft_version", "rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type",
-    "bias", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "modules_to_save",
-    "ensure_weight_tying",
-}  # fmt: skip
 # the ones whose base weights are those on the hub
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -143,10 +136,7 @@ def _read_config(file: Path, data: bytes) -> _Config:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f"{file}: peft_type must be 'LORA', got {kind!r}")
-    foreign = {
-        name: value for name, value in raw.items() if name not in _NEUTRAL and value not in (None, False, {}, [], "")
-    }
-    if foreign:
+    if foreign := more_than_lora(raw):
         raise ValueError(
             f"{file}: only plain LoRA can be loaded, got {', '.join(f'{k}={v!r}' for k, v in foreign.items())}"
         )
@@ -155,16 +145,7 @@ def _read_config(file: Path, data: bytes) -> _Config:
             f"{file}: init_lora_weights={raw['init_lora_weights']!r} changes the base weights, which can't be done here"
         )
     try:
-        config = LoRAConfig(
-            **_options(raw),
-            target_modules=raw.get("target_modules") or ALL_LINEAR,
-            exclude_modules=raw.get("exclude_modules") or None,
-            modules_to_save=raw.get("modules_to_save") or (),
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
-            bias=raw.get("bias") or "none",
-            ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
-        )
+        config = LoRAConfig(**fields_of(raw))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
     numbers, lists = (_listed(raw.get(name)) for name in ("layers_to_transform", "layers_pattern"))
@@ -178,14 +159,6 @@ def _listed(value: Any) -> list[Any]:
     if value in (None, "", []):
         return []
     return value if isinstance(value, list) else [value]
-
-
-def _options(raw: dict[str, Any]) -> dict[str, Any]:
-    """What the config says of the adapter, by our names; what it leaves out has PEFT's defaults."""
-    found = {"lora_alpha": 8, **{key: value for key, value in raw.items() if value is not None}}
-    # A is read, not drawn: init is kept for whoever adds an adapter by this config
-    found["init_lora_weights"] = "gaussian" if raw.get("init_lora_weights") == "gaussian" else "kaiming"
-    return {name: found[theirs] for name, theirs in PEFT_NAMES.items() if theirs in found}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,11 +21,17 @@ from ..switching import adapted_modules, base_modules
 from .config import LoRAConfig
 from .encoder import settle_fast_paths
 from .modules_to_save import Part, adopt, copies_of
+from .peft_config import PeftLoraConfig, config_of
 from .selection import plan
 
 
 def apply_lora(
-    model: nn.Module, config: LoRAConfig | None = None, *, adapter: str = "default", impl: str = "auto", **fields: Any
+    model: nn.Module,
+    config: LoRAConfig | PeftLoraConfig | None = None,
+    *,
+    adapter: str = "default",
+    impl: str = "auto",
+    **fields: Any,
 ) -> nn.Module:
     """Freeze ``model``, add one adapter to the linear layers that the config names, make it active; returns ``model``.
 
@@ -34,15 +40,15 @@ def apply_lora(
     of: the adapter acts on the one layer alone.
 
     Args:
-        config: or its fields as keywords (``rank=8, target_modules=["q_proj"]``), or both: the keywords win.
+        config: or its fields as keywords (``rank=8, target_modules=["q_proj"]``), or both: the keywords win. PEFT's
+            ``LoraConfig`` is taken too, where it asks for a plain LoRA.
         adapter: the new adapter's name.
         impl: for every layer adapted now; see :func:`fused_lora.lora_linear`.
 
     Raises:
         TypeError, ValueError: naming argument, rule and value; the model is unchanged.
     """
-    config = dataclasses.replace(config or LoRAConfig(), **fields)
-    installation = _prepare(model, adapter, config, impl)
+    installation = _prepare(model, adapter, config_of(config, fields), impl)
     model.requires_grad_(False)
     install(model, adapter, installation, impl)
     set_adapter(model, adapter)
@@ -51,7 +57,12 @@ def apply_lora(
 
 @renamed(name="adapter")
 def add_adapter(
-    model: nn.Module, adapter: str, config: LoRAConfig | None = None, *, impl: str = "auto", **fields: Any
+    model: nn.Module,
+    adapter: str,
+    config: LoRAConfig | PeftLoraConfig | None = None,
+    *,
+    impl: str = "auto",
+    **fields: Any,
 ) -> nn.Module:
     """Add a fresh adapter to the layers that the config names, without making it active; returns ``model``.
 
@@ -61,8 +72,7 @@ def add_adapter(
     Raises:
         TypeError, ValueError: naming argument, rule and value (the name is taken, nothing matches); nothing is changed.
     """
-    config = dataclasses.replace(config or LoRAConfig(), **fields)
-    install(model, adapter, _prepare(model, adapter, config, impl), impl)
+    install(model, adapter, _prepare(model, adapter, config_of(config, fields), impl), impl)
     return model
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,16 @@ from .quantized import weight_dtype
 
 def _option(default: Any, peft: str) -> Any:
     return field(default=default, metadata={"peft": peft})
+
+
+class OptionFields(TypedDict, total=False):
+    """The fields of :class:`AdapterOptions` as keywords, for editors and type checkers."""
+
+    rank: int
+    alpha: float | None
+    dropout: float
+    use_rslora: bool
+    init: str
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,8 @@ class LoRAAdapter(nn.Module):
         bias: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if options.scale == 0.0:
+            warnings.warn("alpha=0 makes scale 0: the adapter changes no output, and trains nothing", stacklevel=2)
         A = torch.empty(options.rank, in_features, device=device, dtype=dtype)
         B = torch.zeros(out_features, options.rank, device=device, dtype=dtype)
         self._hold(A, B, options, None if bias is None else bias.detach().clone())

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from . import validation
-from .adapter import AdapterOptions, LoRAAdapter
+from .adapter import AdapterOptions, LoRAAdapter, OptionFields
 from .composed import plus_adapter
 from .functional import concatenate_adapters, lora_linear
 from .parameters import exchange, made_of
@@ -62,7 +63,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: Any,
+        **options: Unpack[OptionFields],
     ) -> None:
         checked = AdapterOptions(**options)
         validation.check_impl(impl)
@@ -72,8 +73,9 @@ class FusedLoRALinear(Adapted, nn.Linear):
         self.set_adapter("default")
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, impl: str = "auto", **options: Any) -> FusedLoRALinear:
+    def from_linear(cls, linear: nn.Linear, *, impl: str = "auto", **options: Unpack[OptionFields]) -> FusedLoRALinear:
         """A layer of ``linear``'s own weight and bias (the same Parameters, now frozen), with one fresh adapter."""
+        validation.check_no_pefts([("", linear)])
         adapter = LoRAAdapter.beside(linear, AdapterOptions(**options))
         layer = made_of(linear.weight, linear.bias, like=linear, kind=_class_for(linear, cls))
         layer._become_fused(impl)
@@ -114,7 +116,9 @@ class FusedLoRALinear(Adapted, nn.Linear):
     # ---------------------------------------------------------------- adapters
 
     @renamed(name="adapter")
-    def add_adapter(self, adapter: str, *, dtype: torch.dtype | None = None, **options: Any) -> LoRAAdapter:
+    def add_adapter(
+        self, adapter: str, *, dtype: torch.dtype | None = None, **options: Unpack[OptionFields]
+    ) -> LoRAAdapter:
         """Add a fresh adapter, of the weight's dtype unless told; it is not active, and not trainable before it is."""
         validation.check_new_adapter(validation.check_adapter_name(adapter), self.adapters)
         validation.check_whole(self.weight)

@@ -144,6 +144,7 @@ class Adapted(LoadsPlainCheckpoints):
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of every module once, as ``named_modules`` gives them, without what is inside adapters."""
+    validation.check_model(model)
     seen: set[nn.Module] = set()
 
     def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,13 +85,30 @@ def check_flag(value: Any, name: str) -> bool:
     return value
 
 
+# fields of PEFT's LoraConfig that change nothing here
+_IDLE_FIELDS = ("base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_type", "task_type")
+# fields of PEFT's LoraConfig that ask for more than a plain LoRA
+_UNSUPPORTED_FIELDS = (
+    "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config",
+    "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_bias", "lora_ga_config",
+    "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora", "velora_config",
+)  # fmt: skip
+
+
 def check_field_names(kind: str, names: Iterable[str], known: Sequence[str], elsewhere: Mapping[str, str]) -> None:
     """elsewhere: other libraries' names for the known ones."""
     for name in names:
-        if name not in known:
-            near = [elsewhere[name]] if name in elsewhere else difflib.get_close_matches(name, known, n=1)
+        if name in known:
+            continue
+        near = [elsewhere[name]] if name in elsewhere else difflib.get_close_matches(name, known, n=1)
+        if name in _UNSUPPORTED_FIELDS:
+            hint = "PEFT's option of that name is not supported yet"
+        elif name in _IDLE_FIELDS:
+            hint = "PEFT's field of that name has no use here, leave it out"
+        else:
             hint = f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(known)}"
-            raise TypeError(f"{kind} has no field {name!r}; {hint}")
+        raise TypeError(f"{kind} has no field {name!r}; {hint}")
 
 
 def check_adapter_name(name: Any) -> str:
@@ -126,8 +145,48 @@ def check_adapter_names(names: Any, also: str = "") -> tuple[str, ...]:
 
 def check_known_adapter(name: Any, known: Any) -> None:
     if name not in known:
-        listed = ", ".join(repr(n) for n in sorted(known)) or "none"
+        listed = ", ".join(repr(n) for n in sorted(known)) or "none; call apply_lora, add_adapter or load_adapter first"
         raise ValueError(f"adapter {name!r} is not here; adapters: {listed}")
+
+
+def check_model(model: Any) -> None:
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got the class {model.__name__}; make one: {model.__name__}(...)")
+    raise TypeError(f"model must be an nn.Module, the first argument, got {model!r:.200}")
+
+
+def check_folder(folder: Any) -> Path:
+    if not isinstance(folder, (str, os.PathLike)):
+        kind = type(folder).__name__
+        raise TypeError(f"folder must be a path, the argument after the model, got a {kind}")
+    return Path(folder)
+
+
+def is_pefts(module: nn.Module) -> bool:
+    """Whether it is a layer of PEFT's. Told by name, as PEFT may not be installed."""
+    kinds = type(module).__mro__
+    return any(kind.__name__ == "BaseTunerLayer" and kind.__module__ == "peft.tuners.tuners_utils" for kind in kinds)
+
+
+def check_is_ours(adapter: Any, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    if any(is_pefts(module) for _, module in modules):
+        raise ValueError(
+            f"adapter {adapter!r} is not here: this model's adapters are PEFT's, and so are the functions for them: "
+            "its own save_pretrained, load_adapter, set_adapter, delete_adapter"
+        )
+
+
+def check_no_pefts(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Adapters of ours over PEFT's would be adapters of its A and B."""
+    for path, module in modules:
+        if is_pefts(module):
+            where = f"{path!r}, " if path else ""
+            raise ValueError(
+                f"model must have no adapters of PEFT's, got {where}a peft {type(module).__name__}; compute those by "
+                "fused_lora.integrations.peft.fuse(model), or fold them in first: model = model.merge_and_unload()"
+            )
 
 
 def check_new_adapter(name: str, known: Any) -> None:
@@ -177,6 +236,8 @@ def check_operands(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> 
     if weight.dim() != 2:
         raise ValueError(f"weight must be (N, K), got shape {tuple(weight.shape)}")
     N, K = weight.shape
+    if K != N and x.shape[-1:] == lora_A.shape[-1:] == (N,) and lora_B.shape[:1] == (K,):
+        raise ValueError(f"weight must be (N, K) = {(K, N)} for these lora_B and lora_A, got {(N, K)}; pass weight.t()")
     check_features(x, K)
     if lora_A.dim() != 2 or lora_A.shape[1] != K or lora_A.shape[0] < 1:
         raise ValueError(f"lora_A must be (R, K) with R >= 1 and K = {K}, got shape {tuple(lora_A.shape)}")
@@ -193,7 +254,13 @@ def check_operands(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> 
 
 def check_features(x: Tensor, K: int) -> None:
     if x.dim() < 1 or x.shape[-1] != K:
+        check_no_ids(x)
         raise ValueError(f"x must be (..., K) with K = {K}, got shape {tuple(x.shape)}")
+
+
+def check_no_ids(x: Tensor) -> None:
+    if not x.dtype.is_floating_point and not x.dtype.is_complex:
+        raise TypeError(f"x must be floating point, got {x.dtype}; token ids go through an embedding first")
 
 
 def _is_plain(value: Any) -> bool:
@@ -235,6 +302,7 @@ def check_dtypes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias
             "dequantized, or its layer left to PEFT"
         )
     if x.dtype != dtype:
+        check_no_ids(x)
         raise TypeError(f"x must have weight's dtype, {dtype}, got {x.dtype}; cast x, or use torch.autocast")
     if bias is not None and bias.dtype != dtype:
         raise TypeError(f"bias must have weight's dtype, {dtype}, got {bias.dtype}")

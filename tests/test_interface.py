@@ -94,7 +94,7 @@ def test_a_plain_model_is_what_set_adapter_none_and_disable_adapters_leave():
     assert merge(unmerge(model)) is model
     assert all(p.requires_grad for p in model.parameters())
     for call in (set_adapter, delete_adapter):
-        with pytest.raises(ValueError, match="adapter 'default' is not here; adapters: none"):
+        with pytest.raises(ValueError, match="adapter 'default' is not here; adapters: none; call apply_lora"):
             call(model, "default")
     with pytest.raises(ValueError, match="model must have adapted layers, got none"):
         set_impl(model, "eager")

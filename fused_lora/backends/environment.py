@@ -20,6 +20,12 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 MIN_CAPABILITY = (8, 0)
 
 
+_BUILD = (
+    "FUSED_LORA_BUILD_EXT=1 pip install --no-build-isolation --force-reinstall --no-deps "
+    "git+https://github.com/fused-lora/fused_lora"
+)
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU, for testing."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -30,7 +36,7 @@ def extension_problem() -> str | None:
     try:
         importlib.import_module("fused_lora._C")
     except ModuleNotFoundError:
-        return "the compiled extension fused_lora._C is not built; build it with `make native`"
+        return f"the compiled extension fused_lora._C is not built; build it: `{_BUILD}`, or `make native` in a clone"
     except ImportError as error:
         return f"the compiled extension fused_lora._C does not load: {error}"
     return None

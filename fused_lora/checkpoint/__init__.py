@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import validation
 from ..adapter import LoRAAdapter
 from ..layer import FusedLoRALinear
-from ..models.apply import adapter_names, install, set_adapter
+from ..models.apply import Model, adapter_names, check_here, install, set_adapter
 from ..models.modules_to_save import Trained
 from ..switching import Adapted, adapted_modules
 from .reading import read_folder
@@ -38,14 +38,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str 
         OSError: the folder can't be written (NotADirectoryError: it is a file); it holds what it held.
     """
     model = _unwrapped(model)
-    validation.check_known_adapter(adapter, adapter_names(model))
+    folder = validation.check_folder(folder)
+    _check_here(model, folder, adapter)
     config, tensors = contents(model, adapter)
     if writes_here(model):
-        write_folder(Path(folder), config, tensors, base_under(model, adapter))
+        write_folder(folder, config, tensors, base_under(model, adapter))
 
 
 def load_adapter(
-    model: nn.Module,
+    model: Model,
     folder: str | os.PathLike[str],
     adapter: str = "default",
     strict: bool = True,
@@ -54,7 +55,7 @@ def load_adapter(
     trainable: bool = True,
     impl: str = "auto",
     replace: bool = False,
-) -> nn.Module:
+) -> Model:
     """Read an adapter folder, ours or PEFT's, into ``model`` as ``adapter`` and make it active; returns ``model``.
 
     A plain model is adapted on the way: its base is frozen and the layers in the folder get the adapter. A fresh
@@ -80,7 +81,7 @@ def load_adapter(
     validation.check_impl(impl)
     validation.check_flag(replace, "replace")
     inner = _unwrapped(model)
-    installation = read_folder(inner, Path(folder), strict)
+    installation = read_folder(inner, validation.check_folder(folder), strict)
     before = adapted_modules(inner)
     if not replace:
         _check_fresh(before, adapter)
@@ -132,7 +133,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.startswith(tuple(adapters))}
 
 
-def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str = "default") -> nn.Module:
+def hotswap_adapter(model: Model, folder: str | os.PathLike[str], adapter: str = "default") -> Model:
     """Put a folder's values into an adapter that is here, in place; returns ``model``.
 
     Every Parameter stays the one it is, with its shape and the layer's scale, so nothing is compiled again, no CUDA
@@ -144,8 +145,9 @@ def hotswap_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: s
             larger rank, other layers, other ``modules_to_save`` or biases; nothing is changed.
     """
     inner = _unwrapped(model)
-    validation.check_known_adapter(adapter, adapter_names(inner))
-    read = read_folder(inner, Path(folder), strict=True)
+    folder = validation.check_folder(folder)
+    _check_here(inner, folder, adapter)
+    read = read_folder(inner, folder, strict=True)
     modules: dict[str, Adapted] = {path: m for path, m in adapted_modules(inner) if adapter in m.adapters}
     others = [path for path in (*read.adapters, *read.copies) if path not in modules]
     if others:
@@ -194,8 +196,15 @@ def _pairs(old: Tensor | None, new: Tensor | None) -> list[tuple[Tensor, Tensor]
     return [] if old is None or new is None else [(old, new)]
 
 
+def _check_here(model: nn.Module, folder: Path, adapter: str) -> None:
+    if str(folder) in (known := adapter_names(model)) and adapter not in known:
+        raise ValueError(f"folder comes before the adapter's name, got {str(folder)!r}, an adapter here, as folder")
+    check_here(model, adapter)
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     """What ``torch.compile`` or data parallelism wraps: the names on disk are the model's own."""
+    validation.check_model(model)
     while True:
         inner = getattr(model, "_orig_mod", None)
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

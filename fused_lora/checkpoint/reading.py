@@ -197,6 +197,7 @@ class _Reader:
     def __init__(self, model: nn.Module, file: Path, tensors: Any, config: _Config, strict: bool) -> None:
         self.model, self.file, self.tensors, self.config, self.strict = model, file, tensors, config, strict
         self.modules = dict(base_modules(model))
+        validation.check_no_pefts(self.modules.items())
         self.linears = linear_layers(model)
         self.ignored: list[str] = []
         self.missing: list[str] = []

@@ -5,34 +5,38 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from .. import validation
-from ..adapter import AdapterOptions, LoRAAdapter
+from ..adapter import AdapterOptions, LoRAAdapter, features
 from ..functional import concatenate_adapters
 from ..layer import FusedLoRALinear
 from ..quantized import weight_dtype
 from ..renamed import renamed
 from ..switching import adapted_modules, base_modules
-from .config import LoRAConfig
+from .config import ConfigFields, LoRAConfig
 from .encoder import settle_fast_paths
 from .modules_to_save import Part, adopt, copies_of
 from .peft_config import PeftLoraConfig, config_of
-from .selection import plan
+from .selection import Plan, plan
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def apply_lora(
-    model: nn.Module,
+    model: Model,
     config: LoRAConfig | PeftLoraConfig | None = None,
     *,
     adapter: str = "default",
     impl: str = "auto",
-    **fields: Any,
-) -> nn.Module:
+    **fields: Unpack[ConfigFields],
+) -> Model:
     """Freeze ``model``, add one adapter to the linear layers that the config names, make it active; returns ``model``.
 
     Layers are changed in place: they keep their identity, their hooks and their parameters' names, and a layer that
@@ -57,13 +61,13 @@ def apply_lora(
 
 @renamed(name="adapter")
 def add_adapter(
-    model: nn.Module,
+    model: Model,
     adapter: str,
     config: LoRAConfig | PeftLoraConfig | None = None,
     *,
     impl: str = "auto",
-    **fields: Any,
-) -> nn.Module:
+    **fields: Unpack[ConfigFields],
+) -> Model:
     """Add a fresh adapter to the layers that the config names, without making it active; returns ``model``.
 
     Args:
@@ -78,8 +82,8 @@ def add_adapter(
 
 @renamed(name="adapter")
 def set_adapter(
-    model: nn.Module, adapter: str | Sequence[str] | Mapping[str, float] | None, *, trainable: bool = True
-) -> nn.Module:
+    model: Model, adapter: str | Sequence[str] | Mapping[str, float] | None, *, trainable: bool = True
+) -> Model:
     """Make ``adapter`` active wherever it is, and trainable, and no other; returns ``model``.
 
     Several are active at once: their changes add up, in one kernel call a layer. Allocates nothing.
@@ -95,9 +99,8 @@ def set_adapter(
         ValueError: no layer has that adapter, or two of them train the same ``modules_to_save`` or bias, or a strength
             is not finite; nothing is changed.
     """
-    strengths, known = validation.check_strengths(adapter), adapter_names(model)
-    for name in strengths:
-        validation.check_known_adapter(name, known)
+    strengths = validation.check_strengths(adapter)
+    check_here(model, *strengths)
     modules = [module for _, module in adapted_modules(model)]
     chosen = [{name: strengths[name] for name in strengths if name in module.adapters} for module in modules]
     for module, here in zip(modules, chosen, strict=True):
@@ -108,9 +111,9 @@ def set_adapter(
 
 
 @renamed(name="adapter")
-def delete_adapter(model: nn.Module, adapter: str) -> nn.Module:
+def delete_adapter(model: Model, adapter: str) -> Model:
     """Remove ``adapter`` from every layer; where it was active, the others that were stay so. Returns ``model``."""
-    validation.check_known_adapter(adapter, adapter_names(model))
+    check_here(model, adapter)
     for _, module in adapted_modules(model):
         if adapter in module.adapters:
             module.delete_adapter(adapter)
@@ -118,7 +121,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> nn.Module:
     return model
 
 
-def set_impl(model: nn.Module, impl: str) -> nn.Module:
+def set_impl(model: Model, impl: str) -> Model:
     """Let every adapted layer compute by ``impl``; see :func:`fused_lora.lora_linear`. Returns ``model``.
 
     Raises:
@@ -135,8 +138,8 @@ def set_impl(model: nn.Module, impl: str) -> nn.Module:
 
 @renamed(name="adapter")
 def add_weighted_adapter(
-    model: nn.Module, adapter: str, adapters: Sequence[str], weights: Sequence[float], combination_type: str = "cat"
-) -> nn.Module:
+    model: Model, adapter: str, adapters: Sequence[str], weights: Sequence[float], combination_type: str = "cat"
+) -> Model:
     """Add an adapter made of others, without making it active; returns ``model``. PEFT's names and results.
 
     Args:
@@ -151,10 +154,9 @@ def add_weighted_adapter(
         TypeError, ValueError: naming argument, rule and value; nothing is changed.
     """
     validation.check_adapter_name(adapter)
-    known, chosen = adapter_names(model), validation.check_adapter_names(adapters)
-    validation.check_new_adapter(adapter, known)
-    for each in chosen:
-        validation.check_known_adapter(each, known)
+    chosen = validation.check_adapter_names(adapters)
+    validation.check_new_adapter(adapter, adapter_names(model))
+    check_here(model, *chosen)
     if combination_type not in ("cat", "linear"):
         raise ValueError(f"combination_type must be 'cat' or 'linear', got {combination_type!r}")
     if not chosen or len(chosen) != len(weights):
@@ -215,6 +217,15 @@ def adapter_names(model: nn.Module) -> list[str]:
     return sorted({name for _, module in adapted_modules(model) for name in module.adapters})
 
 
+def check_here(model: nn.Module, *adapters: str) -> None:
+    """ValueError unless the model has adapters of these names."""
+    known = adapter_names(model)
+    for name in adapters:
+        if not known:
+            validation.check_is_ours(name, base_modules(model))
+        validation.check_known_adapter(name, known)
+
+
 def lora_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
     """What the active adapters train, or ``adapter`` does: what an optimizer wants.
 
@@ -224,7 +235,7 @@ def lora_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Par
         ValueError: there are none, or no layer has that adapter.
     """
     if adapter is not None:
-        validation.check_known_adapter(adapter, adapter_names(model))
+        check_here(model, adapter)
     # a parameter that two modules share is trained once
     found = {
         parameter: None
@@ -235,6 +246,12 @@ def lora_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Par
     }
     if not found:
         raise ValueError("model must have an active adapter, got none; call apply_lora or set_adapter first")
+    if adapter is None and not any(parameter.requires_grad for parameter in found):
+        warnings.warn(
+            "every parameter of the active adapters is frozen, so an optimizer trains nothing; "
+            "set_adapter(model, name) makes an adapter's trainable",
+            stacklevel=2,
+        )
     return list(found)
 
 
@@ -256,6 +273,7 @@ def _prepare(model: nn.Module, adapter: str, config: LoRAConfig, impl: str) -> I
     # what its patterns may cost is one model's
     config = dataclasses.replace(config)
     chosen = plan(model, adapter, config)
+    _warn_of_rank(config, chosen)
     built = {
         path: LoRAAdapter.beside(
             linear,
@@ -266,6 +284,14 @@ def _prepare(model: nn.Module, adapter: str, config: LoRAConfig, impl: str) -> I
         for path, linear in chosen.linears.items()
     }
     return Installation(built, copies_of(chosen.parts, tied=config.ensure_weight_tying))
+
+
+def _warn_of_rank(config: LoRAConfig, chosen: Plan) -> None:
+    usable = {path: min(features(linear)) for path, linear in chosen.linears.items()}
+    if all(config.rank_of(path) > most for path, most in usable.items()):
+        path, most = max(usable.items(), key=lambda item: item[1])
+        message = f"rank {config.rank_of(path)} is more than any layer can use: the largest, {path!r}, uses {most}"
+        warnings.warn(message, stacklevel=4)
 
 
 def install(model: nn.Module, adapter: str, installation: Installation, impl: str) -> None:

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
 import torch
 
 from .. import validation
-from ..adapter import PEFT_NAMES, AdapterOptions
+from ..adapter import PEFT_NAMES, AdapterOptions, OptionFields
 from .patterns import Budget, matcher
 
 ALL_LINEAR = "all-linear"
 
 Selector = Callable[[str], bool]
+
+
+class ConfigFields(OptionFields, total=False):
+    """The fields of :class:`LoRAConfig` as keywords, for editors and type checkers."""
+
+    target_modules: str | Sequence[str]
+    exclude_modules: str | Sequence[str] | None
+    modules_to_save: Sequence[str]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    bias: str
+    adapter_dtype: torch.dtype | None
+    ensure_weight_tying: bool
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,8 @@ class LoRAConfig(AdapterOptions):
             Transformers model), a regular expression that a module's whole path must match, or names: a whole path or
             its last parts ("q_proj").
         exclude_modules: the same, for what is left out.
-        rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the end of a path.
+        rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the end of a path, or by whole
+            paths.
         adapter_dtype: dtype of A and B; None means the weight's, and float32 over a 16-bit weight, as PEFT does: small
             steps would be lost in 16 bits.
         modules_to_save: modules to be trained whole beside the adapters, without A and B, a classification head for
@@ -83,7 +97,7 @@ class LoRAConfig(AdapterOptions):
 
     def targets(self, path: str) -> bool:
         """Whether a linear layer at this path is chosen, as far as its path tells."""
-        return not self._excludes(path) and self._includes(path)
+        return not self.excludes(path) and self._includes(path)
 
     @functools.cached_property
     def _budget(self) -> Budget:
@@ -94,15 +108,28 @@ class LoRAConfig(AdapterOptions):
         return selector(".*" if self.target_modules == ALL_LINEAR else self.target_modules, self._budget)
 
     @functools.cached_property
-    def _excludes(self) -> Selector:
+    def excludes(self) -> Selector:
         return selector(self.exclude_modules or (), self._budget)
 
     def rank_of(self, path: str) -> int:
-        return next((rank for matches, rank in self._ranks if matches(path)), self.rank)
+        # a key that is a layer's very name counts where no key matches as a regular expression, as in PEFT
+        return next((rank for matches, rank in self._ranks if matches(path)), self.rank_pattern.get(path, self.rank))
 
     def alpha_of(self, path: str) -> float:
         default = self.rank_of(path) if self.alpha is None else self.alpha
+        default = self.alpha_pattern.get(path, default)
         return next((alpha for matches, alpha in self._alphas if matches(path)), default)
+
+    def idle_patterns(self, paths: Collection[str]) -> dict[str, list[str]]:
+        """Field -> its keys that stand for none of these layers, of ``rank_pattern`` and ``alpha_pattern``."""
+        fields = {
+            "rank_pattern": zip(self.rank_pattern, self._ranks, strict=True),
+            "alpha_pattern": zip(self.alpha_pattern, self._alphas, strict=True),
+        }
+        return {
+            field: [key for key, (matches, _) in pairs if key not in paths and not any(map(matches, paths))]
+            for field, pairs in fields.items()
+        }
 
     @functools.cached_property
     def _ranks(self) -> list[tuple[Selector, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
     """
     validation.check_adapter_name(adapter)
     modules = dict(base_modules(model))
+    validation.check_no_pefts(modules.items())
     saved = _saved(modules, config)
     if config.ensure_weight_tying:
         saved = with_tied(model, saved)
@@ -65,7 +66,8 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
     if not chosen:
         raise ValueError(_nothing_matches(model, config, list(candidates)))
     if not isinstance(config.target_modules, str):
-        _warn_of_idle("target_modules: no linear layer is called", config.target_modules, chosen)
+        _warn_of_idle("target_modules", config.target_modules, chosen, modules, candidates)
+    _warn_of_idle_patterns(config, chosen, modules, candidates)
     for path, layer in chosen.items():
         validation.check_whole(layer.weight, f"{path}.weight")
         quantized.check(layer, path)
@@ -162,15 +164,42 @@ def _saved(modules: dict[str, nn.Module], config: LoRAConfig) -> set[str]:
                 f"modules_to_save must name modules, got {list(config.modules_to_save)!r}; "
                 f"modules here: {_near(config.modules_to_save, tails)}"
             )
-        _warn_of_idle("modules_to_save: no module is called", config.modules_to_save, found)
+        _warn_of_idle("modules_to_save", config.modules_to_save, found, modules, modules)
     return {path for path in found if found.isdisjoint(_above(path))}
 
 
-def _warn_of_idle(message: str, names: Iterable[str], paths: Iterable[str]) -> None:
-    used = {end for path in paths for end in ends_of(path)}
+def _warn_of_idle(
+    field: str, names: Iterable[str], chosen: Iterable[str], modules: dict[str, nn.Module], fitting: Iterable[str]
+) -> None:
+    """Of names that chose nothing.  fitting: paths of what the field could choose."""
+    used = {end for path in chosen for end in ends_of(path)}
     idle = [name for name in names if name not in used]
-    if idle:
-        warnings.warn(f"{message} {', '.join(map(repr, idle))}", stacklevel=5)
+    if not idle:
+        return
+    others = {end: module for path, module in modules.items() for end in ends_of(path)}
+    unfit = [f"{name!r} is a {_kind(others[name])}" for name in idle if name in others and name not in fitting]
+    what = "module" if field == "modules_to_save" else "linear layer"
+    message = f"{field}: no {what} is called {', '.join(map(repr, idle))}"
+    message += f" ({', '.join(unfit)})" if unfit else ""
+    tails = sorted({path.rpartition(".")[2] for path in fitting if path})
+    warnings.warn(f"{message}; {what}s here: {_near(idle, tails)}", stacklevel=5)
+
+
+def _warn_of_idle_patterns(
+    config: LoRAConfig, chosen: Collection[str], modules: dict[str, nn.Module], candidates: dict[str, nn.Linear]
+) -> None:
+    """Of what chooses no layer: it may be misspelt, and PEFT warns of it too."""
+    for field, idle in config.idle_patterns(chosen).items():
+        if idle:
+            listed = ", ".join(map(repr, idle))
+            names = ", ".join(map(repr, [*chosen][:10]))
+            warnings.warn(f"{field}: no adapted layer matches {listed}; adapted layers: {names}", stacklevel=4)
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        if not any(config.excludes(path) for path in candidates):
+            warnings.warn(f"exclude_modules: no linear layer matches {excluded!r}", stacklevel=4)
+    elif excluded is not None:
+        _warn_of_idle("exclude_modules", excluded, candidates, modules, candidates)
 
 
 def _warn_of_ties(model: nn.Module, linears: dict[str, nn.Linear], parts: dict[str, tuple[nn.Module, Part]]) -> None:
@@ -218,7 +247,15 @@ def _nothing_matches(model: nn.Module, config: LoRAConfig, candidates: list[str]
     tails = sorted({path.rpartition(".")[2] for path in candidates})
     if not candidates:
         return message + "; the model has no linear layer"
+    if isinstance(config.target_modules, str) and (named := _as_names(config.target_modules, candidates)):
+        return f"{message}; a str is a regular expression for a layer's whole path: pass a list of names, {named}"
     return message + f"; linear layers here: {_near(wanted, tails, candidates)}"
+
+
+def _as_names(pattern: str, candidates: Iterable[str]) -> list[str]:
+    """The names that a regular expression like "q_proj|v_proj" lists, if layers have them."""
+    ends = {end for path in candidates for end in ends_of(path)}
+    return [name for name in pattern.strip("()").split("|") if name in ends]
 
 
 def _near(wanted: Iterable[str], tails: list[str], paths: Sequence[str] = ()) -> str:

@@ -46,6 +46,7 @@ def quantized_lora_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as ``lora_linear``.
     """
+    validation.check_no_ids(x)
     given, keeps_dtype = x.dtype, KINDS[packed.recipe[0]].keeps_dtype
     dtype = compute_dtype or autocast_dtype(x.device) or given
     if not takes(dtype):

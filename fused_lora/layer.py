@@ -20,7 +20,7 @@ from .switching import Adapted
 
 # attributes that a plain nn.Linear does not have
 STATE = (
-    "adapters", "impl", "_active", "_computing", "_switch", "_merged", "_unmerged_weight", "_unmerged_bias",
+    "adapters", "impl", "_switch", "_unmerged_weight", "_unmerged_bias",
 )  # fmt: skip
 
 
@@ -50,7 +50,6 @@ class FusedLoRALinear(Adapted, nn.Linear):
     fan_in_fan_out = False
 
     impl: str
-    _merged: bool
     _unmerged_weight: Tensor | None
     _unmerged_bias: Tensor | None
 
@@ -95,7 +94,6 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def _become_fused(self, impl: str) -> None:
         self.impl = validation.check_impl(impl)
         self._adapt()
-        self._merged = False
         # W and bias before a merge; buffers, so that .to() moves them along
         self.register_buffer("_unmerged_weight", None, persistent=False)
         self.register_buffer("_unmerged_bias", None, persistent=False)
@@ -125,9 +123,14 @@ class FusedLoRALinear(Adapted, nn.Linear):
         return self.install(adapter, LoRAAdapter.beside(self, AdapterOptions(**options), dtype=dtype))
 
     def install(self, name: str, adapter: LoRAAdapter) -> LoRAAdapter:
-        """Put a finished adapter here, not active."""
+        """Put a finished adapter here, not active: unless it takes the place of one that is."""
+        if name in self.active_adapters:
+            self.unmerge()
+            trained = any(parameter.requires_grad for parameter in self.trained_parameters(name))
+        else:
+            trained = False
         for parameter in adapter.trained():
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(trained)
         self.adapters[name] = adapter.train(self.training)
         return adapter
 
@@ -141,7 +144,9 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     @property
     def strengths(self) -> dict[str, float]:
-        return {name: adapter.strength for name, adapter in zip(self._active, self.active_modules(), strict=True)}
+        return {
+            name: adapter.strength for name, adapter in zip(self.active_adapters, self.active_modules(), strict=True)
+        }
 
     def _activate(self, strengths: Mapping[str, float]) -> None:
         super()._activate(strengths)
@@ -156,9 +161,9 @@ class FusedLoRALinear(Adapted, nn.Linear):
         Raises:
             RuntimeError: several are; ``active_adapters`` has them.
         """
-        if len(self._active) > 1:
-            raise RuntimeError(f"one adapter must be active to speak of it alone, got {list(self._active)}")
-        return self._active[0] if self._active else None
+        if len(self.active_adapters) > 1:
+            raise RuntimeError(f"one adapter must be active to speak of it alone, got {list(self.active_adapters)}")
+        return self.active_adapters[0] if self.active_adapters else None
 
     def adapter(self, name: str) -> LoRAAdapter:
         """The adapter of this name."""
@@ -167,7 +172,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     def _the_active(self) -> LoRAAdapter | None:
         name = self.active_adapter
-        return None if name is None else self._computing[0]  # type: ignore[return-value]
+        return None if name is None else self.adapters.computing[0]  # type: ignore[return-value]
 
     @property
     def lora_A(self) -> nn.Parameter | None:
@@ -198,8 +203,9 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self._switch.used and self._switch.off():
             return self._plain(x, *self._base())
-        computing: tuple[Any, ...] = self._computing
-        if not computing or self._merged:
+        adapters: Any = self._modules["adapters"]
+        computing: tuple[Any, ...] = adapters.computing
+        if not computing or adapters.merged:
             return self._plain(x, self.weight, self.bias)
         if len(computing) > 1:
             return self._forward_several(x)
@@ -243,7 +249,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     def active_modules(self) -> list[LoRAAdapter]:
         """The active adapters, in order."""
-        return list(self._computing)  # type: ignore[arg-type]
+        return list(self.adapters.computing)  # type: ignore[arg-type]
 
     def _nk(self, weight: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, as (N, K)."""
@@ -263,7 +269,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     @property
     def merged(self) -> bool:
-        return self._merged
+        return self.adapters.merged
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -276,20 +282,20 @@ class FusedLoRALinear(Adapted, nn.Linear):
         Raises:
             ValueError: the sum has a NaN or an infinity; the layer is left as it was.
         """
-        if not self._active or self._merged:
+        if not self.active_adapters or self.merged:
             return
         weight, bias = self._sum()
         self._buffers["_unmerged_weight"] = self._put(weight)
         if bias is not None:
             self._unmerged_bias = exchange(self.bias, bias)
-        self._merged = True
+        self.adapters.merged = True
 
     def check_finite(self) -> None:
-        if self._active and not self._merged:
+        if self.active_adapters and not self.merged:
             self._sum()
 
     def replaced(self) -> dict[str, Tensor]:
-        if not self._active or self._merged:
+        if not self.active_adapters or self.merged:
             return {}
         trains_bias = any(adapter.trains_bias for adapter in self.active_modules())
         return {"weight": self.weight, "bias": self.bias} if trains_bias else {"weight": self.weight}
@@ -305,7 +311,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
         bias = next((adapter.bias.detach().clone() for adapter in adapters if adapter.bias is not None), None)
         for name, tensor in (("W + scale · B A", weight), ("its bias", bias)):
             if tensor is not None and not validation.is_finite(tensor):
-                names = ", ".join(map(repr, self._active))
+                names = ", ".join(map(repr, self.active_adapters))
                 raise ValueError(f"adapter {names} must merge to a finite weight, got NaN or infinity in {name}")
         return weight, bias
 
@@ -323,17 +329,17 @@ class FusedLoRALinear(Adapted, nn.Linear):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put back the very W that ``merge`` set aside. Does nothing on a layer that is not merged."""
-        if self._merged:
+        if self.merged:
             assert self._unmerged_weight is not None
             self._put(self._unmerged_weight)
             if self._unmerged_bias is not None:
                 exchange(self.bias, self._unmerged_bias)
             self._unmerged_weight = self._unmerged_bias = None
-            self._merged = False
+            self.adapters.merged = False
 
     @torch.no_grad()
     def unload(self) -> nn.Module:
-        if self._active and not self._merged:
+        if self.active_adapters and not self.merged:
             weight, bias = self._sum()
             self._put(weight)
             if bias is not None:
@@ -351,16 +357,16 @@ class FusedLoRALinear(Adapted, nn.Linear):
         A ``Conv1D`` where this layer was one.
         """
         weight, bias = self.weight.data.clone(), None if self.bias is None else self.bias.data.clone()
-        if self._active and not self._merged:
+        if self.active_adapters and not self.merged:
             weight, trained_bias = self._sum()
             bias = bias if trained_bias is None else trained_bias
         bias = None if bias is None else nn.Parameter(bias)
         return made_of(nn.Parameter(weight), bias, like=self, kind=self.plain_class)
 
     def extra_repr(self) -> str:
-        active = repr(self._active[0] if len(self._active) == 1 else list(self._active) or None)
+        active = repr(self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters) or None)
         return f"{super().extra_repr()}, active_adapter={active}, impl={self.impl!r}" + (
-            ", merged" if self._merged else ""
+            ", merged" if self.merged else ""
         )
 
 

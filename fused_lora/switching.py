@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,10 +28,13 @@ class Switch:
     """Switches a module's adapters off, in the thread that asks alone; nestable. A copy starts switched on.
 
     ``used`` is whether any thread has them off: all that a forward reads while none has.
+
+    Args:
+        off: they are off for every thread, for good.
     """
 
-    def __init__(self) -> None:
-        self.used = False
+    def __init__(self, *, off: bool = False) -> None:
+        self.used = self._always = off
         self._threads = 0
         self._lock = threading.Lock()
         self._here = _Here()
@@ -41,7 +45,7 @@ class Switch:
     def off(self) -> bool:
         """Whether they are off here. Autograd's own threads follow whichever thread has them off: they wait for it."""
         here = self._here
-        return here.off or (here.in_autograd and self.used)
+        return here.off or self._always or (here.in_autograd and self.used)
 
     def turn(self, *, off: bool) -> None:
         here = self._here
@@ -51,7 +55,83 @@ class Switch:
         here.off = here.depth > 0
         with self._lock:
             self._threads += 1 if off else -1
-            self.used = self._threads > 0
+            self.used = self._always or self._threads > 0
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of a module by name, and which of them are active.
+
+    active: their names, in order.
+    computing: the modules of these names. It follows every change of either, so that a forward that reads it computes
+        what is here. Looking the names up in the forward would be right too, but a compiled call would guard them, and
+        compile again for each.
+    merged: whether the active ones are part of the weight now.
+    """
+
+    active: tuple[str, ...]
+    computing: tuple[nn.Module, ...]
+    merged: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        # past nn.Module, which looks at each value set whether it is a parameter or a module
+        vars(self).update(active=(), computing=(), merged=False)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make the adapters of these names, which are here, the active ones."""
+        vars(self).update(active=tuple(names), computing=tuple(self._modules[name] for name in names))
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._check_not_merged(name)
+        super().add_module(name, module)
+        self.activate(self.active)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._check_not_merged(name)
+        super().__setattr__(name, value)
+        if self._is_active(name):
+            self.activate(self.active)
+
+    def __delitem__(self, name: str) -> None:
+        self._check_idle(name)
+        super().__delitem__(name)
+
+    def __delattr__(self, name: str) -> None:
+        self._check_idle(name)
+        super().__delattr__(name)
+
+    def clear(self) -> None:
+        for name in self:
+            self._check_idle(name)
+        super().clear()
+
+    def _is_active(self, name: str) -> bool:
+        # nn.Module sets attributes before there are names
+        return name in vars(self).get("active", ())
+
+    def _check_not_merged(self, name: str) -> None:
+        if self._is_active(name) and self.merged:
+            raise ValueError(f"adapter {name!r} is merged into the weight; unmerge before another takes its place")
+
+    def _check_idle(self, name: str) -> None:
+        if self._is_active(name):
+            raise ValueError(f"adapter {name!r} is active; delete it by delete_adapter, or set another one first")
+
+    def _replicate_for_data_parallel(self) -> Adapters:
+        replica = super()._replicate_for_data_parallel()
+        replica.__class__ = _Replica
+        return replica
+
+    def _get_name(self) -> str:
+        return "ModuleDict"
+
+
+class _Replica(Adapters):
+    """A copy that ``nn.DataParallel`` makes for one call: it writes the copied adapters into ``_modules``."""
+
+    @property
+    def computing(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        return tuple(self._modules[name] for name in self.active)  # type: ignore[misc]
 
 
 class Adapted(LoadsPlainCheckpoints):
@@ -60,15 +140,18 @@ class Adapted(LoadsPlainCheckpoints):
     ``adapters`` holds a submodule for each name; those not active are neither computed nor trained.
     """
 
-    adapters: nn.ModuleDict
-    _active: tuple[str, ...]
-    _computing: tuple[nn.Module, ...]
+    adapters: Adapters
     _switch: Switch
 
     def _adapt(self) -> None:
-        self.adapters = nn.ModuleDict()
+        self.adapters = Adapters()
         self._switch = Switch()
-        self._active = self._computing = ()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # a replica computes on a thread of its own, for the one that makes it here
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        replica._switch = Switch(off=self.disabled)
+        return replica
 
     def trained_parameters(self, name: str) -> list[nn.Parameter]:
         """What adapter ``name`` trains in this module."""
@@ -96,12 +179,13 @@ class Adapted(LoadsPlainCheckpoints):
 
     @property
     def active_adapters(self) -> tuple[str, ...]:
-        return self._active
+        """The names of the active adapters, in order."""
+        return self.adapters.active
 
     @property
     def strengths(self) -> dict[str, float]:
         """How much each active adapter counts here, in order."""
-        return dict.fromkeys(self._active, 1.0)
+        return dict.fromkeys(self.active_adapters, 1.0)
 
     @property
     def disabled(self) -> bool:
@@ -129,15 +213,13 @@ class Adapted(LoadsPlainCheckpoints):
     def _activate(self, strengths: Mapping[str, float]) -> None:
         if [*strengths.items()] != [*self.strengths.items()]:
             self.unmerge()
-        self._active = tuple(strengths)
-        # what forward reads: a compiled call guards the shapes that it finds there, and not the names
-        self._computing = tuple(self.adapters._modules[name] for name in strengths)  # type: ignore[misc]
+        self.adapters.activate(tuple(strengths))
 
     @renamed(name="adapter")
     def delete_adapter(self, adapter: str) -> None:
         """Remove an adapter; where it was active, the others that were stay so."""
         validation.check_known_adapter(adapter, self.adapters)
-        if adapter in self._active:
+        if adapter in self.active_adapters:
             self._activate({name: strength for name, strength in self.strengths.items() if name != adapter})
         del self.adapters[adapter]
 

@@ -74,7 +74,7 @@ class Trained(Adapted):
 
     def _active_copy(self) -> nn.Module | None:
         """The copy that computes here, None where the base does."""
-        computing = self._computing
+        computing = self._modules["adapters"].computing  # type: ignore[attr-defined]
         if not computing or (self._switch.used and self._switch.off()):
             return None
         return computing[0]
@@ -108,7 +108,7 @@ class Trained(Adapted):
         del self._parts[name]
 
     def check_finite(self) -> None:
-        for name in self._active:
+        for name in self.active_adapters:
             for key, tensor in self._parts[name].of(self.adapters[name]).items():
                 if not validation.is_finite(tensor):
                     raise ValueError(f"adapter {name!r} must be finite, got NaN or infinity in {key!r}")
@@ -118,9 +118,10 @@ class Trained(Adapted):
 
     def replacements(self) -> dict[str, tuple[Tensor, Tensor]]:
         """name -> the base's tensor, and the active adapter's that :meth:`unload` puts in its place."""
-        if not self._active:
+        if not self.active_adapters:
             return {}
-        part, copy = self._parts[self._active[0]], self.adapters[self._active[0]]
+        (name,) = self.active_adapters
+        part, copy = self._parts[name], self.adapters[name]
         trained = part.of(copy)
         return {name: (base, trained[name]) for name, base in part.of(self).items()}  # type: ignore[arg-type]
 
@@ -182,7 +183,7 @@ def adopt(module: nn.Module) -> Trained:
 
 
 def _undo(module: Trained) -> None:
-    for attribute in ("adapters", "_active", "_computing", "_switch", "_parts"):
+    for attribute in ("adapters", "_switch", "_parts"):
         delattr(module, attribute)
     module.__class__ = _base(type(module))
 

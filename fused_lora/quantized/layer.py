@@ -62,11 +62,12 @@ class FusedLoRAQuantized(FusedLoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         if self._switch.used and self._switch.off():
             return self._plain(x, *self._base())
-        if not self._computing or self._merged:
+        computing = self.active_modules()
+        if not computing or self.merged:
             return self._plain(x, self.weight, self.bias)
-        if len(self._computing) > 1:
+        if len(computing) > 1:
             return self._forward_several(x)
-        (adapter,) = self.active_modules()
+        (adapter,) = computing
         bias = adapter.bias if adapter.trains_bias else self.bias
         return self._with(x, bias, adapter.dropout, adapter.lora_A, adapter.lora_B, adapter.scale)
 
@@ -100,7 +101,7 @@ class FusedLoRAQuantized(FusedLoRALinear):
         Raises:
             ValueError: as :meth:`FusedLoRALinear.merge`, or nothing is known that quantizes such a weight.
         """
-        if self._active and not self._merged:
+        if self.active_adapters and not self.merged:
             warnings.warn(f"merging into a weight of {self.kind.tell(self)} rounds the sum again", stacklevel=2)
         super().merge()
 
@@ -130,7 +131,7 @@ class FusedLoRAQuantized(FusedLoRALinear):
         """A plain ``nn.Linear`` that computes what this layer computes now, of the dtype before quantization."""
         bias = None if self.bias is None else self.bias.data.clone()
         value = self._dense()
-        if self._active and not self._merged:
+        if self.active_adapters and not self.merged:
             value, trained_bias = self._sum()
             bias = bias if trained_bias is None else trained_bias
         weight = nn.Parameter(value.to(self.kind.own_dtype(self)))

@@ -14,6 +14,7 @@ from ..adapter import LoRAAdapter
 from ..layer import FusedLoRALinear
 from ..models.apply import Model, adapter_names, check_here, install, set_adapter
 from ..models.modules_to_save import Trained
+from ..renamed import refused
 from ..switching import Adapted, adapted_modules
 from .reading import read_folder
 from .writing import CONFIG_FILE, WEIGHTS_FILE, base_under, contents, write_folder, writes_here
@@ -45,6 +46,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str 
         write_folder(folder, config, tensors, base_under(model, adapter))
 
 
+@refused(
+    adapter_name="did you mean 'adapter'?",
+    device="A and B go where their layers' weights are: move the model",
+    is_trainable="did you mean 'trainable'?",
+)
 def load_adapter(
     model: Model,
     folder: str | os.PathLike[str],

@@ -177,7 +177,11 @@ def fuse(model: Model, *, impl: str = "auto") -> Model:
         others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, BaseTunerLayer)})
         raise ValueError(
             "model must have layers of peft.tuners.lora.Linear, got "
-            + (f"one with {', '.join(others)} layers of PEFT's" if others else "one without layers of PEFT's")
+            + (
+                f"one with {', '.join(others)} layers of PEFT's"
+                if others
+                else "one without layers of PEFT's; get_peft_model makes them"
+            )
         )
     _change_classes(model, impl)
     return model

@@ -14,6 +14,7 @@ from .. import validation
 from ..layer import FusedLoRALinear
 from ..quantized import KINDS, Kind, kind_of
 from ..quantized.layer import quantized_class
+from ..renamed import refused
 from .config import ALL_LINEAR, LoRAConfig
 from .encoder import settle_fast_paths
 from .selection import linear_layers, output_head, tied
@@ -21,6 +22,11 @@ from .selection import linear_layers, output_head, tied
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@refused(
+    bits="pass the kind: 'nf4', 'int8' or 'fp8'",
+    load_in_4bit="pass the kind 'nf4'",
+    load_in_8bit="pass the kind 'int8' or 'fp8'",
+)
 def quantize_base(
     model: nn.Module,
     kind: str,

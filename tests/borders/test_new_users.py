@@ -23,6 +23,7 @@ from fused_lora import (
     lora_linear,
     lora_parameters,
     merge,
+    quantize_base,
     save_adapter,
     set_adapter,
     set_impl,
@@ -98,6 +99,12 @@ ERRORS = {
         lambda: lora_linear(torch.ones(2, 6), torch.ones(6, 5), torch.ones(2, 6), torch.ones(5, 2), 1.0),
         ValueError, r"weight must be \(N, K\) = \(5, 6\) for these lora_B and lora_A, got \(6, 5\); pass weight.t\(\)",
     ),
+    "PEFT's adapter_name": (
+        lambda: load_adapter(Net(), "x", adapter_name="b"),
+        TypeError, "no argument 'adapter_name'; did you mean 'adapter'",
+    ),
+    "a device": (lambda: load_adapter(Net(), "x", device="cpu"), TypeError, "'device'; .*move the model"),
+    "bits": (lambda: quantize_base(Net(), bits=4), TypeError, "no argument 'bits'; pass the kind: 'nf4'"),
     "a broken pattern": (lambda: apply_lora(Net(), target_modules="("), ValueError, "target_modules must hold regular"),
     "an implementation of no name": (lambda: set_impl(adapted(), "fast"), ValueError, "impl must be one of"),
 }  # fmt: skip
@@ -205,6 +212,15 @@ def test_a_peft_model_is_refused_and_fuse_is_named(fused, tmp_path):
     assert not (tmp_path / "x").exists()
     merged = model.merge_and_unload()
     assert apply_lora(merged, rank=2).q_proj.active_adapters == ("default",)
+
+
+def test_fuse_of_a_plain_model_names_get_peft_model():
+    pytest.importorskip("peft")
+    from fused_lora.integrations.peft import fuse
+
+    for model in (Net(), adapted()):
+        with pytest.raises(ValueError, match="one without layers of PEFT's; get_peft_model makes them"):
+            fuse(model)
 
 
 @pytest.mark.parametrize("name", ["LoraConfig", "get_peft_model", "fuse", "print_trainable_parameters"])

@@ -24,6 +24,7 @@ from .config import ConfigFields, LoRAConfig
 from .encoder import settle_fast_paths
 from .modules_to_save import Part, adopt, copies_of
 from .peft_config import PeftLoraConfig, config_of
+from .pretrained import settle_pretrained
 from .selection import Plan, plan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -118,6 +119,7 @@ def delete_adapter(model: Model, adapter: str) -> Model:
         if adapter in module.adapters:
             module.delete_adapter(adapter)
     settle_fast_paths(model)
+    settle_pretrained(model)
     return model
 
 
@@ -304,3 +306,4 @@ def install(model: nn.Module, adapter: str, installation: Installation, impl: st
     for path, (part, clone) in installation.copies.items():
         adopt(modules[path]).install(adapter, part, clone)
     settle_fast_paths(model)
+    settle_pretrained(model)

@@ -14,6 +14,7 @@ from ..quantized.layer import FusedLoRAQuantized
 from ..switching import Adapted, adapted_modules
 from .encoder import settle_fast_paths
 from .modules_to_save import Trained
+from .pretrained import settle_pretrained
 from .selection import tied
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -78,6 +79,7 @@ def merge_and_unload(model: Model, *, dequantize: bool | torch.dtype = False) ->
             module.dequantize(dequantize if isinstance(dequantize, torch.dtype) else None)
         module.unload()
     settle_fast_paths(model)
+    settle_pretrained(model)
     return model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import flops
 from .backends import BACKENDS
 from .plans import watched
 
@@ -74,8 +75,10 @@ def lora_matmul(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator, or its backend itself where nobody sees the difference: the boundary costs the host more than the
     call of a kernel. What eager does, modes see one by one."""
-    if not torch.compiler.is_compiling() and (impl == "eager" or not watched()):
-        return BACKENDS[impl].lora_matmul(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output)
+    if not torch.compiler.is_compiling():
+        if impl == "eager" or not watched():
+            return BACKENDS[impl].lora_matmul(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output)
+        flops.register()
     return torch.ops.fused_lora.lora_matmul.default(a, w, u, v, bias, scale, seed, dropout_p, dropout_on_output, impl)
 
 
@@ -84,6 +87,8 @@ def adapter_grad(
     seed: Tensor | None, dropout_p: float, dtype_A: torch.dtype, dtype_B: torch.dtype, impl: str,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """As :func:`lora_matmul`. A gradient that was not asked for is None or empty."""
-    if not torch.compiler.is_compiling() and (impl == "eager" or not watched()):
-        return BACKENDS[impl].adapter_grad(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B)
+    if not torch.compiler.is_compiling():
+        if impl == "eager" or not watched():
+            return BACKENDS[impl].adapter_grad(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B)
+        flops.register()
     return torch.ops.fused_lora.adapter_grad.default(x, g, dy, h, scale, seed, dropout_p, dtype_A, dtype_B, impl)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -75,6 +76,11 @@ FORWARD_AD: Any = forward_ad
 
 def in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
+
+
+def active_modes() -> list[Any]:
+    """The modes that see every operator, outermost first."""
+    return _python_dispatch._get_current_dispatch_mode_stack()
 
 
 def exports() -> bool:

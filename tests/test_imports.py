@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fused_lora"
 LAYERS = [
     {"torch_internals", "renamed", "plain_checkpoints", "models.patterns"},
     {"validation", "dropout", "backends.environment"},
-    {"reference", "plans", "composed"},
+    {"reference", "plans", "composed", "flops"},
     {"backends"},
     {"ops", "quantized"},
     {"parallel.sharding"},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
+from .instances import device_of, kept_by, offloading, value_of
 from .quantized import weight_dtype
 
 
@@ -172,13 +173,30 @@ class LoRAAdapter(nn.Module):
         options = replace(self.options, alpha=alpha)
         vars(self).update(alpha=options.alpha, strength=strength, scale=strength * options.scale)
 
+    @property
+    def _hf_hook(self) -> Any:
+        """Where accelerate puts the hook of a module, once it has put what that holds on meta.
+
+        A hook acts when its module is called, and the layer reads A and B itself, in training with an optimizer that
+        holds them: so they are brought back at once, and stay.
+        """
+        raise AttributeError("an adapter keeps no hook of accelerate's")
+
+    @_hf_hook.setter
+    def _hf_hook(self, hook: Any) -> None:
+        offload = offloading(hook)
+        for name, parameter in self._parameters.items():
+            if offload is not None and parameter is not None and parameter.is_meta:
+                value = kept_by(offload, name)
+                self._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+
     @classmethod
     def beside(
         cls, linear: nn.Linear, options: AdapterOptions, *, dtype: torch.dtype | None = None, trains_bias: bool = False
     ) -> LoRAAdapter:
         """A fresh one for this layer, of its weight's device and dtype; with trains_bias, of its bias too, if any."""
-        weight, bias = linear.weight, linear.bias if trains_bias else None
-        return cls(*features(linear), options, device=weight.device, dtype=dtype or weight_dtype(linear), bias=bias)
+        bias = value_of(linear, "bias") if trains_bias and linear.bias is not None else None
+        return cls(*features(linear), options, device=device_of(linear), dtype=dtype or weight_dtype(linear), bias=bias)
 
     def trained(self) -> list[nn.Parameter]:
         """A, B, and the bias where it trains one."""

@@ -14,6 +14,7 @@ from . import validation
 from .adapter import AdapterOptions, LoRAAdapter, OptionFields
 from .composed import plus_adapter
 from .functional import concatenate_adapters, lora_linear
+from .instances import become, check_not_offloaded
 from .parameters import exchange, made_of
 from .renamed import renamed
 from .switching import Adapted
@@ -86,7 +87,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def adopt(cls, linear: nn.Linear, *, impl: str = "auto") -> FusedLoRALinear:
         """Turn ``linear`` itself into a FusedLoRALinear without adapters: its identity, hooks and places are kept."""
         validation.check_impl(impl)
-        linear.__class__ = _class_for(linear, cls)
+        become(linear, _class_for(linear, cls))
         assert isinstance(linear, FusedLoRALinear)
         linear._become_fused(impl)
         return linear
@@ -302,6 +303,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
 
     def _sum(self) -> tuple[Tensor, Tensor | None]:
         """What W becomes, and the bias where an adapter has one: new tensors."""
+        check_not_offloaded(self, "merged into")
         adapters = self.active_modules()
         # in place: this is all the memory that merging a model needs
         total = self._wide()
@@ -344,10 +346,9 @@ class FusedLoRALinear(Adapted, nn.Linear):
             self._put(weight)
             if bias is not None:
                 exchange(self.bias, bias)
-        plain = self.plain_class
+        become(self, self.plain_class)
         for name in STATE:
             delattr(self, name)
-        self.__class__ = plain  # type: ignore[assignment]
         return self
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fused_lora"
 
 # what a module may import, lowest first; a name stands for a module or a whole folder, the longest name counts
 LAYERS = [
-    {"torch_internals", "renamed", "plain_checkpoints", "models.patterns"},
+    {"torch_internals", "renamed", "plain_checkpoints", "instances", "models.patterns"},
     {"validation", "dropout", "backends.environment"},
     {"reference", "plans", "composed", "flops"},
     {"backends"},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import validation
 from ..adapter import LoRAAdapter
+from ..instances import offload_of, value_of
 from ..layer import FusedLoRALinear
 from ..models.apply import Model, adapter_names, check_here, install, set_adapter
 from ..models.modules_to_save import Trained
@@ -136,6 +137,9 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
             adapters.append(f"{stem}adapters.")
         if isinstance(module, FusedLoRALinear) and module.merged:
             state.update({stem + name: tensor for name, tensor in module.base_state().items()})
+        if offload_of(module) is not None:
+            held = [stem + name for name in (*module._parameters, *module._buffers) if stem + name in state]
+            state.update({key: value_of(module, key.removeprefix(stem)) for key in held})
     return {key: value for key, value in state.items() if not key.startswith(tuple(adapters))}
 
 

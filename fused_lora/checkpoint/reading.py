@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import validation
 from ..adapter import LoRAAdapter, features
+from ..instances import device_of, value_of
 from ..models.apply import Installation
 from ..models.config import ALL_LINEAR, LoRAConfig, selector
 from ..models.modules_to_save import Part, copies_of
@@ -283,14 +284,13 @@ class _Reader:
 
     def _adapter(self, path: str, keys: dict[str, str]) -> LoRAAdapter:
         validation.check_whole(self.linears[path].weight, f"{path}.weight")
-        weight, lora, name = self.linears[path].weight, self.config.lora, self.in_file(path)
-        if weight.device.type == "meta":
+        device, lora, name = device_of(self.linears[path]), self.config.lora, self.in_file(path)
+        if device.type == "meta":
             raise ValueError(f"{path}.weight must have values before an adapter is loaded, got one on meta")
         dtype = weight_dtype(self.linears[path])
         precise = torch.promote_types(dtype, torch.float32)
         A, B = (
-            self._tensor(keys[side], weight.device, lambda stored: stored if stored == dtype else precise)
-            for side in "AB"
+            self._tensor(keys[side], device, lambda stored: stored if stored == dtype else precise) for side in "AB"
         )
         return LoRAAdapter.of(A, B, lora.options_for(name), self._bias(path))
 
@@ -301,9 +301,9 @@ class _Reader:
         key = self.rest.pop(f"{path}.base_layer.bias" if path else "base_layer.bias", None)
         if key is None:
             self._refuse(f"{path}.base_layer.bias", "must be there, as bias is not 'none'", self.missing)
-            return bias.detach().clone()
+            return value_of(self.linears[path], "bias").detach().clone()
         self._check_shape(key, tuple(bias.shape))
-        return self._tensor(key, bias.device, lambda _: bias.dtype)
+        return self._tensor(key, device_of(self.linears[path]), lambda _: bias.dtype)
 
     def _copies(self, paths: set[str]) -> dict[str, tuple[Part, nn.Module]]:
         """What is trained beside A and B: each module's copy, with the file's values."""

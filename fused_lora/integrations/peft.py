@@ -34,6 +34,7 @@ from ..adapter import is_conv1d
 from ..backends import LayerPass
 from ..composed import plus_adapter
 from ..functional import concatenate_adapters, lora_linear
+from ..instances import become, check_forward, foreign_forward
 from ..models.encoder import needs_forward, settle_fast_paths
 from ..models.overview import BY_SIZE, LayerRow, Summary, kept
 from ..quantized import Packed
@@ -170,7 +171,7 @@ def fuse(model: Model, *, impl: str = "auto") -> Model:
         impl: as for :func:`fused_lora.lora_linear`.
 
     Raises:
-        ValueError: the model has no such layer; nothing is changed.
+        ValueError: the model has no such layer, or another forward was put on one; nothing is changed.
     """
     validation.check_impl(impl)
     if not fuses(model):
@@ -183,6 +184,9 @@ def fuse(model: Model, *, impl: str = "auto") -> Model:
                 else "one without layers of PEFT's; get_peft_model makes them"
             )
         )
+    for path, module in model.named_modules():
+        if type(module) not in _PEFTS and _ours_for(type(module)) is not None:  # type: ignore[arg-type]
+            check_forward(module, path)
     _change_classes(model, impl)
     return model
 
@@ -208,7 +212,8 @@ def _change_classes(model: nn.Module, impl: str) -> None:
         kind: Any = type(module)
         ours = kind if kind in _PEFTS else _ours_for(kind)
         if ours is not None:
-            module.__class__ = ours
+            if ours is not kind:
+                become(module, ours)
             module.__dict__["impl"] = impl
     # the encoder's fast path would skip the adapters, those that PEFT's own code computes too
     settle_fast_paths(model, lambda module: isinstance(module, BaseTunerLayer) or needs_forward(module))
@@ -388,12 +393,10 @@ def kind_of(layer: Any) -> str:
 
 def _why_peft(layer: Any) -> str | None:
     """Why a layer runs PEFT's code, or None where it is fused."""
+    if foreign_forward(layer) is not None and isinstance(layer, _Fused):
+        return "another forward was put on the instance"
     if not isinstance(layer, _Fused):
         kind: Any = type(layer)
         return "not fused: call fuse again" if _ours_for(kind) is not None else f"a layer of {kind_of(layer)}"
-    # a wrapper of ours calls us; one of PEFT's forward, made before fuse, does not
-    wrapped = layer.__dict__.get("_old_forward")
-    if "forward" in layer.__dict__ and getattr(wrapped, "__func__", None) is not _Fused.forward:
-        return "another forward was put on the instance"
     call = _call_of(layer)
     return call if isinstance(call, str) else None

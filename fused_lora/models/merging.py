@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..instances import check_forward
 from ..layer import FusedLoRALinear
 from ..quantized.layer import FusedLoRAQuantized
 from ..switching import Adapted, adapted_modules
@@ -72,6 +73,7 @@ def merge_and_unload(model: Model, *, dequantize: bool | torch.dtype = False) ->
     modules = adapted_modules(model)
     _check_ties(model, modules)
     for path, module in modules:
+        check_forward(module, path)  # type: ignore[arg-type]
         _named(path, module.check_finite)
     _untie(model, modules)
     for _, module in modules:

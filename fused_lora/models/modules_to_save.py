@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import validation
+from ..instances import become
 from ..switching import Adapted
 
 
@@ -165,9 +166,14 @@ def _copy_of(
             if key not in shared:
                 shared[key] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
             memo[id(parameter)] = shared[key]
+    # accelerate's hooks are the module's alone, and hold what it offloads of the whole model
+    hook = vars(module).get("_hf_hook")
+    memo[id(hook)] = hook
     clone = copy.deepcopy(module, memo)
     if isinstance(clone, Trained):
         _undo(clone)
+    for attribute in ("forward", "_old_forward", "_hf_hook") if hook is not None else ():
+        vars(clone).pop(attribute, None)
     clone._modules.clear()
     return clone
 
@@ -175,17 +181,17 @@ def _copy_of(
 def adopt(module: nn.Module) -> Trained:
     """Turn ``module`` itself into a :class:`Trained` one without adapters."""
     if not isinstance(module, Trained):
-        module.__class__ = _trained_class(type(module))  # type: ignore[arg-type]  # mypy: a class hashes
+        become(module, _trained_class(type(module)))  # type: ignore[arg-type]  # mypy: a class hashes
         assert isinstance(module, Trained)
         module._adapt()
         module._parts = {}
     return module
 
 
-def _undo(module: Trained) -> None:
+def _undo(module: Any) -> None:
+    become(module, _base(type(module)))
     for attribute in ("adapters", "_switch", "_parts"):
         delattr(module, attribute)
-    module.__class__ = _base(type(module))
 
 
 def _base(cls: type) -> type:

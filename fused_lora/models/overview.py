@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..adapter import features
 from ..backends import LayerPass
+from ..instances import device_of
 from ..layer import FusedLoRALinear
 from ..quantized import kind_of
 from ..switching import adapted_modules, base_modules
@@ -175,7 +176,7 @@ def _implementation(layer: FusedLoRALinear) -> tuple[str, str | None]:
         return "linear", "the adapter is merged into the weight"
     if not layer.active_adapters:
         return "linear", "no adapter is active"
-    device, dtype = layer.weight.device, layer.weight_dtype
+    device, dtype = device_of(layer), layer.weight_dtype
     unavailable = backends.why_not(layer.impl, device, dtype) if layer.impl != "auto" else None
     if unavailable is not None:
         return "nothing", f"impl={layer.impl!r} was asked for, which raises: {unavailable}"

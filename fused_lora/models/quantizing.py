@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import validation
+from ..instances import become, check_forward
 from ..layer import FusedLoRALinear
 from ..quantized import KINDS, Kind, kind_of
 from ..quantized.layer import quantized_class
@@ -82,6 +83,7 @@ def _chosen(model: nn.Module, kind: str, config: LoRAConfig) -> dict[str, Any]:
             if config.target_modules == ALL_LINEAR:
                 continue
             raise ValueError(f"{path} must be an nn.Linear to be quantized, got a {type(layer).__name__}")
+        check_forward(layer, path)
         weight = layer.weight
         validation.check_whole(weight, f"{path}.weight")
         if weight.dtype not in _DTYPES:
@@ -157,7 +159,7 @@ def _become(layer: Any, like: Any, kind: Kind) -> None:
             vars(layer)[name] = value
     # how the library reads its state dicts
     layer._load_state_dict_pre_hooks.update(like._load_state_dict_pre_hooks)
-    layer.__class__ = quantized_class(kind.name, base) if isinstance(layer, FusedLoRALinear) else base
+    become(layer, quantized_class(kind.name, base) if isinstance(layer, FusedLoRALinear) else base)
     layer._parameters["weight"] = weight = like.weight
     if hasattr(weight, "module"):
         # bitsandbytes' weights know their layers

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import quantized, validation
 from ..adapter import is_conv1d
+from ..instances import check_forward, offload_of
 from ..layer import FusedLoRALinear
 from ..switching import Adapted, base_modules
 from .config import ALL_LINEAR, LoRAConfig, ends_of, selector
@@ -80,6 +81,7 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
         if isinstance(module, Adapted) and adapter in module.adapters:
             raise ValueError(f"adapter {adapter!r} is in {path!r} already; delete it first or choose another name")
     check_kinds(chosen, parts)
+    _check_offloads(modules, [*chosen, *parts])
     _warn_of_ties(model, chosen, {} if config.ensure_weight_tying else parts)
     return Plan(chosen, parts)
 
@@ -144,13 +146,31 @@ def check_kinds(linears: dict[str, nn.Linear], parts: dict[str, tuple[nn.Module,
     both = [path for path in linears if not whole.isdisjoint(_to(path))]
     if both:
         raise ValueError(f"modules_to_save must leave out layers with A and B, got {both[0]!r}")
+    for path, layer in linears.items():
+        if not isinstance(layer, FusedLoRALinear):
+            check_forward(layer, path)
     for path, (module, _) in parts.items():
+        if not isinstance(module, Trained):
+            check_forward(module, path)
+        if offload_of(module) is not None:
+            raise ValueError(f"modules_to_save and biases must leave out what accelerate offloads, got {path!r}")
         if isinstance(module, FusedLoRALinear):
             raise ValueError(f"modules_to_save and biases must leave out layers with A and B of others, got {path!r}")
         if not isinstance(module, Trained) and hasattr(module, "adapters"):
             raise ValueError(f"{path!r} must not have an attribute 'adapters' of its own to be trained")
         if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             raise ValueError(f"{path!r} must not be a {type(module).__name__} with parameters of its own")
+
+
+def _check_offloads(modules: dict[str, nn.Module], paths: Iterable[str]) -> None:
+    """ValueError where accelerate moves a module together with all that is below it: new adapters it does not know."""
+    for path in paths:
+        for around in dict.fromkeys(("", *_to(path))):
+            hook = offload_of(modules[around])
+            if hook is not None and hook.place_submodules:
+                raise ValueError(
+                    f"{path!r} must not be offloaded by accelerate as a part of {around!r}: put the adapters in before"
+                )
 
 
 def _saved(modules: dict[str, nn.Module], config: LoRAConfig) -> set[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..instances import become
 from ..layer import CLASSES, FusedLoRALinear
 from ..parameters import made_of
 from . import KINDS, Kind, Packed, check, dequantize, kind_of
@@ -148,7 +149,7 @@ class FusedLoRAQuantized(FusedLoRALinear):
         # torchao puts an extra_repr on the instance
         for name in {*_CARRIED, "extra_repr"} - set(vars(nn.Module())):
             vars(self).pop(name, None)
-        self.__class__ = FusedLoRALinear  # type: ignore[assignment]
+        become(self, FusedLoRALinear)
         self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             self.bias.data = self.bias.data.to(weight.dtype)

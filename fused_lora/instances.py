@@ -21,6 +21,8 @@ def become(module: nn.Module, kind: Any) -> None:
     Raises:
         ValueError: :func:`check_forward`'s.
     """
+    if type(module) is kind:
+        return
     check_forward(module, type(module).__name__)
     inside = vars(module)
     if not _is_hooked(module):
@@ -41,13 +43,14 @@ def check_forward(module: nn.Module, path: str) -> None:
         )
 
 
-def foreign_forward(module: nn.Module) -> str | None:
+def foreign_forward(module: Any) -> str | None:
     """The attribute of a forward on the instance that is not the class's own; None without one."""
     name = "_old_forward" if _is_hooked(module) else "forward"
     forward: Any = vars(module).get(name)
+    kind: Any = type(module)
     if forward is None:
         return None
-    own = getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
+    own = getattr(forward, "__self__", None) is module and forward.__func__ is kind.forward
     return None if own else name
 
 

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import validation
 from .plain_checkpoints import LoadsPlainCheckpoints
 from .renamed import renamed
-from .torch_internals import graph_task
+from .torch_internals import graph_task, passes
 
 
 class _Here(threading.local):
-    """What one thread knows of a switch. Attributes are set in ``__init__``: so a compiler guards on this thread's."""
+    """What one thread knows of a switch. Attributes are set in ``__init__``: so a compiler guards on this thread's.
+
+    entries: for each ``disable_adapters`` that this thread is in, the passes of autograd that it was entered in.
+    """
 
     def __init__(self) -> None:
-        self.depth = 0
         self.off = False
-        # a device's backward runs on a thread of autograd's own, where checkpointing recomputes what another began
-        self.in_autograd = graph_task() != -1
+        self.entries: list[frozenset[object]] = []
 
 
 class Switch:
     """Switches a module's adapters off, in the thread that asks alone; nestable. A copy starts switched on.
 
-    ``used`` is whether any thread has them off: all that a forward reads while none has.
+    Activation checkpointing computes a forward again in the backward, later, and a GPU's on another thread: it is off
+    then as it was in that forward, whatever the thread is in. So a forward that is off is noted with the passes that
+    may repeat it.
+
+    ``used`` is whether any thread has them off, or a forward that had may be repeated: all that a forward reads else.
 
     Args:
         off: they are off for every thread, for good.
@@ -38,24 +46,56 @@ class Switch:
         self._threads = 0
         self._lock = threading.Lock()
         self._here = _Here()
+        self._off_in: weakref.WeakSet[object] = weakref.WeakSet()
 
     def __reduce__(self) -> tuple[type[Switch], tuple[()]]:
         return Switch, ()
 
     def off(self) -> bool:
-        """Whether they are off here. Autograd's own threads follow whichever thread has them off: they wait for it."""
+        """Whether they are off here."""
+        if self._always:
+            return True
         here = self._here
-        return here.off or self._always or (here.in_autograd and self.used)
+        if torch.compiler.is_compiling():
+            return here.off
+        if graph_task() == -1 and not here.off:
+            self._settle()
+            return False
+        return self._off_in_passes(here.entries)
 
-    def turn(self, *, off: bool) -> None:
+    def _off_in_passes(self, entries: list[frozenset[object]]) -> bool:
+        forwards = []
+        repeats = False
+        for each, is_backward in passes(sys._getframe(2)):
+            if is_backward:
+                # entered within: the forward was, too
+                entries = [entry for entry in entries if each in entry]
+                repeats = each in self._off_in
+                break
+            forwards.append(each)
+        if not repeats and not entries:
+            return False
+        with self._lock:
+            self._off_in.update(f for f in forwards if repeats or any(f not in entry for entry in entries))
+        return True
+
+    def turn(self, *, off: bool, within: frozenset[object] = frozenset()) -> None:
+        """Within: the passes of autograd that this is called in."""
         here = self._here
-        here.depth += 1 if off else -1
-        if here.off == (here.depth > 0):
+        if off:
+            here.entries.append(within)
+        else:
+            here.entries.pop()
+        if here.off == bool(here.entries):
             return
-        here.off = here.depth > 0
+        here.off = bool(here.entries)
         with self._lock:
             self._threads += 1 if off else -1
-            self.used = self._always or self._threads > 0
+        self._settle()
+
+    def _settle(self) -> None:
+        with self._lock:
+            self.used = self._always or self._threads > 0 or len(self._off_in) > 0
 
 
 class Adapters(nn.ModuleDict):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import _python_dispatch
+from torch.autograd.function import BackwardCFunction
+from torch.utils import _python_dispatch, checkpoint
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -24,7 +26,7 @@ dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active
 # on any kind of device: asking about one by its name takes a microsecond
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
-# -1 outside a thread of autograd's own
+# -1 outside of a backward
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
 is_tracing: Callable[[], bool] = torch._C._is_tracing
 # a device's index, and its current stream as an int; a build without CUDA has neither
@@ -58,6 +60,27 @@ def allows_tf32() -> bool:
     if _float32_precision is None:
         return torch.get_float32_matmul_precision() != "highest"
     return _float32_precision("cuda", "matmul") == "tf32"
+
+
+def passes(frame: FrameType | None) -> Iterator[tuple[object, bool]]:
+    """The passes of autograd that call the code of this frame, innermost first, and whether each is a backward.
+
+    A pass is what checkpointing does first in a forward and again in a backward, under one object that both have: the
+    ``ctx`` of an ``autograd.Function``, as reentrant checkpointing is, or what ``checkpoint`` keeps of a block.
+    """
+    while frame is not None:
+        code = frame.f_code
+        found: Any = None
+        if code.co_varnames[:1] == ("ctx",):
+            found = frame.f_locals.get("ctx")
+            found = found if isinstance(found, BackwardCFunction) else None
+        elif code.co_filename == checkpoint.__file__:
+            found = frame.f_locals.get("frame")
+            if (generator := frame.f_locals.get("gen")) is not None and generator.gi_frame is not None:
+                found = generator.gi_frame.f_locals.get("new_frame")
+        if found is not None:
+            yield found, code.co_name in ("backward", "vjp", "unpack_hook")
+        frame = frame.f_back
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

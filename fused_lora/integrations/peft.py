@@ -185,7 +185,7 @@ def fuse(model: Model, *, impl: str = "auto") -> Model:
             )
         )
     for path, module in model.named_modules():
-        if type(module) not in _PEFTS and _ours_for(type(module)) is not None:  # type: ignore[arg-type]
+        if _ours_for(type(module)) is not None:  # type: ignore[arg-type]  # mypy: a class hashes
             check_forward(module, path)
     _change_classes(model, impl)
     return model
@@ -212,8 +212,7 @@ def _change_classes(model: nn.Module, impl: str) -> None:
         kind: Any = type(module)
         ours = kind if kind in _PEFTS else _ours_for(kind)
         if ours is not None:
-            if ours is not kind:
-                become(module, ours)
+            become(module, ours)
             module.__dict__["impl"] = impl
     # the encoder's fast path would skip the adapters, those that PEFT's own code computes too
     settle_fast_paths(model, lambda module: isinstance(module, BaseTunerLayer) or needs_forward(module))
@@ -393,10 +392,7 @@ def kind_of(layer: Any) -> str:
 
 def _why_peft(layer: Any) -> str | None:
     """Why a layer runs PEFT's code, or None where it is fused."""
-    if foreign_forward(layer) is not None and isinstance(layer, _Fused):
-        return "another forward was put on the instance"
     if not isinstance(layer, _Fused):
-        kind: Any = type(layer)
-        return "not fused: call fuse again" if _ours_for(kind) is not None else f"a layer of {kind_of(layer)}"
-    call = _call_of(layer)
+        return f"a layer of {kind_of(layer)}" if _ours_for(layer.__class__) is None else "not fused: call fuse again"
+    call = "another forward was put on the instance" if foreign_forward(layer) is not None else _call_of(layer)
     return call if isinstance(call, str) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from ..layer import FusedLoRALinear
 from ..quantized import weight_dtype
 from ..renamed import renamed
 from ..switching import adapted_modules, base_modules
+from ..torch_internals import passes
 from .config import ConfigFields, LoRAConfig
 from .encoder import settle_fast_paths
 from .modules_to_save import Part, adopt, copies_of
@@ -199,10 +201,12 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Within it ``model`` is exactly its base, merged layers included. May be nested; an exception restores too.
 
     In this thread alone: others that compute with ``model`` keep its adapters, and so do threads that this one starts.
+    Where activation checkpointing computes a forward again, it is off as it was in that forward, on any thread.
     """
     switches = [module._switch for _, module in adapted_modules(model)]
+    within = frozenset(each for each, _ in passes(sys._getframe(1)))
     for switch in switches:
-        switch.turn(off=True)
+        switch.turn(off=True, within=within)
     try:
         yield
     finally:

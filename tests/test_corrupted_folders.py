@@ -177,7 +177,7 @@ def load_or_change_nothing(model, folder, strict):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            load_adapter(model, folder, strict=strict)
+            load_adapter(model, folder, strict=strict, replace=True)
         except (ValueError, OSError) as caught:
             error = str(caught)
         else:

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import validation
 from ..adapter import LoRAAdapter, features
 from ..instances import device_of, value_of
+from ..layer import FusedLoRALinear
 from ..models.apply import Installation
-from ..models.config import ALL_LINEAR, LoRAConfig, selector
-from ..models.modules_to_save import Part, copies_of
-from ..models.peft_config import fields_of, more_than_lora
-from ..models.selection import biases, check_kinds, linear_layers, parts_below, with_tied
+from ..models.config import ALL_LINEAR, selector
+from ..models.modules_to_save import Part, Trained, copies_of, own_state
+from ..models.selection import biases, check_kinds, linear_layers, output_head, parts_below, places, with_tied
 from ..quantized import base_of, weight_dtype
 from ..switching import base_modules
-from .writing import BASE, CONFIG_FILE, DIGEST, PREFIX, WEIGHTS_FILE, beside_of, digest
-
-# the name of an adapter may stand before ".weight", as some writers leave it there
-_PAIR = re.compile(r"(?:(?P<path>.+)\.)?lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
-_LARGEST_CONFIG = 1 << 24
-# what PEFT wrote before it wrote safetensors
-_PICKLE = "adapter_model.bin"
-
-# the ones whose base weights are those on the hub
-_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+from .config_file import FolderConfig, read_config
+from .files import config_beside, safetensors, weights_of
+from .foreign import recognise
+from .names import PAIR, renaming, unwrapped_name, without_prefix
+from .writing import BASE, CONFIG_FILE, DIGEST, WEIGHTS_FILE
 
 
 def read_folder(model: nn.Module, folder: Path, strict: bool) -> Installation:
@@ -44,173 +33,43 @@ def read_folder(model: nn.Module, folder: Path, strict: bool) -> Installation:
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: naming the file, the rule and the value.
     """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"folder must be a directory, got the file {str(folder)!r}")
-    file = folder / WEIGHTS_FILE
-    if not file.exists() and (folder / _PICKLE).exists():
-        raise FileNotFoundError(
-            f"folder must hold {WEIGHTS_FILE}, got {str(folder)!r} with {_PICKLE}, a pickle, which can run code and is "
-            "never read; where you trust it, PEFT writes the other: PeftModel.from_pretrained(base_model, "
-            "folder).save_pretrained(folder)"
-        )
-    _check_file(file, _memory())
-    with _safetensors(file) as tensors:
-        config = _read_config(*_config_beside(folder, (tensors.metadata() or {}).get(DIGEST)))
+    file = weights_of(folder)
+    with safetensors(file) as tensors:
+        config = read_config(*config_beside(folder, (tensors.metadata() or {}).get(DIGEST)))
         return _Reader(model, file, tensors, config, strict).read()
 
 
-@contextmanager
-def _safetensors(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{file} must be a safetensors file: {error}") from None
-
-
-def _check_file(file: Path, largest: int) -> None:
-    if not file.is_file():
-        raise FileNotFoundError(f"folder must hold {file.name}, got no file {str(file)!r}")
-    size = file.stat().st_size
-    if size > largest:
-        raise ValueError(f"{file} must have at most {largest:,} bytes, got {size:,}")
-
-
-def _memory() -> int:
-    """Bytes of this machine's memory, where it tells."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return 1 << 40
-
-
-# --------------------------------------------------------------------------------------------------
-# The config
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Config:
-    """numbers, lists: of the layers of a list that are adapted alone, None for all, and of the lists' names."""
-
-    lora: LoRAConfig
-    numbers: frozenset[int] | None
-    lists: tuple[str, ...]
-    file: Path
-
-    def names(self, path: str) -> bool:
-        """Whether a linear layer at this path is the config's, by PEFT's rules."""
-        if not self.lora.targets(path):
-            return False
-        if self.numbers is None or isinstance(self.lora.target_modules, str):
-            return True
-        before = [rf"(?:.*?\.)?{re.escape(name)}" for name in self.lists] or [r".*?\.[^.]*"]
-        found = next((match for each in before if (match := re.match(rf"{each}\.(\d+)\.", path))), None)
-        return found is not None and int(found[1]) in self.numbers
-
-
-def _config_beside(folder: Path, wanted: str | None) -> tuple[Path, bytes]:
-    """The config of the weights that say their config's digest, wherever the writer was stopped; else what is there."""
-    place = folder / CONFIG_FILE
-    # a writer may be at work: what was beside its place a moment ago is in it now
-    for path in (place, *beside_of(folder, CONFIG_FILE), place) if wanted is not None else ():
-        try:
-            _check_file(path, _LARGEST_CONFIG)
-            data = path.read_bytes()
-        except (OSError, ValueError):
-            continue
-        if digest(data) == wanted:
-            return path, data
-    _check_file(place, _LARGEST_CONFIG)
-    if wanted is not None:
-        warnings.warn(f"{place} is not the one that {WEIGHTS_FILE} was saved with; it was changed since", stacklevel=5)
-    return place, place.read_bytes()
-
-
-def _read_config(file: Path, data: bytes) -> _Config:
-    try:
-        raw = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be JSON: {error}") from None
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"{file}: peft_type must be 'LORA', got {kind!r}")
-    if foreign := more_than_lora(raw):
-        raise ValueError(
-            f"{file}: only plain LoRA can be loaded, got {', '.join(f'{k}={v!r}' for k, v in foreign.items())}"
-        )
-    if raw.get("init_lora_weights") not in _PLAIN_INITS:
-        raise ValueError(
-            f"{file}: init_lora_weights={raw['init_lora_weights']!r} changes the base weights, which can't be done here"
-        )
-    try:
-        config = LoRAConfig(**fields_of(raw))
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{file}: {error}") from None
-    numbers, lists = (_listed(raw.get(name)) for name in ("layers_to_transform", "layers_pattern"))
-    if not all(type(number) is int for number in numbers) or not all(isinstance(name, str) for name in lists):
-        raise ValueError(f"{file}: layers_to_transform must be numbers of layers, layers_pattern names of their lists")
-    return _Config(config, frozenset(numbers) or None, tuple(lists), file)
-
-
-def _listed(value: Any) -> list[Any]:
-    """What PEFT may write alone, as a list, or leave out."""
-    if value in (None, "", []):
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-# --------------------------------------------------------------------------------------------------
-# The weights
-# --------------------------------------------------------------------------------------------------
-
-
-def _renaming(
-    model: nn.Module, names: list[str], modules: dict[str, nn.Module]
-) -> tuple[Callable[[str], str], Callable[[str], str]]:
-    """(the model's name for one of the file, the file's for one of the model).
-
-    They differ where a Transformers model with a head reads what was saved from the bare one, or the other way round:
-    ``base_model_prefix`` stands before all but the head's names, as in its own checkpoints.
-    """
-    prefix = getattr(model, "base_model_prefix", None)
-    paths = [match["path"] for name in names if (match := _PAIR.fullmatch(name)) and match["path"]]
-    if isinstance(prefix, str) and prefix and paths and paths[0] not in modules:
-
-        def with_prefix(name: str) -> str:
-            return f"{prefix}.{name}"
-
-        def without(name: str) -> str:
-            return name.removeprefix(f"{prefix}.")
-
-        if with_prefix(paths[0]) in modules:
-            return with_prefix, without
-        if without(paths[0]) in modules:
-            return without, with_prefix
-    return (lambda name: name), (lambda name: name)
-
-
 class _Reader:
-    """One reading: the file's keys are taken one by one by what the model and the config want of them."""
+    """One reading: the file's keys are taken one by one by what the model and the config want of them.
 
-    def __init__(self, model: nn.Module, file: Path, tensors: Any, config: _Config, strict: bool) -> None:
+    Paths are those of the model without the names of wrappers; ``wrapped`` has what they are in the model.
+    """
+
+    def __init__(self, model: nn.Module, file: Path, tensors: Any, config: FolderConfig, strict: bool) -> None:
         self.model, self.file, self.tensors, self.config, self.strict = model, file, tensors, config, strict
-        self.modules = dict(base_modules(model))
-        validation.check_no_pefts(self.modules.items())
-        self.linears = linear_layers(model)
+        self.metadata: dict[str, str] = tensors.metadata() or {}
+        validation.check_no_pefts(base_modules(model))
+        # what is inside a wrapper comes after it, and takes its name
+        self.wrapped = {unwrapped_name(path): path for path, _ in base_modules(model)}
+        self.modules = {unwrapped_name(path): module for path, module in base_modules(model)}
+        self.linears = {unwrapped_name(path): layer for path, layer in linear_layers(model).items()}
+        self.head, self.places = output_head(model), places(model)
         self.ignored: list[str] = []
         self.missing: list[str] = []
-        names = list(tensors.keys())
-        foreign = [key for key in names if not key.startswith(PREFIX)]
-        if foreign:
-            raise ValueError(f"{file}: keys must be {PREFIX}<layer>.lora_A.weight or the like, got {foreign[0]!r}")
-        to_model, self.in_file = _renaming(model, [key[len(PREFIX) :] for key in names], self.modules)
+        keys = list(tensors.keys())
+        try:
+            names = [unwrapped_name(name) for name in without_prefix(keys)]
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}{recognise((), keys, self.metadata)}") from None
+        to_model, self.in_file = renaming(model, names, self.modules)
         # the name that the model has for it -> the file's
-        self.rest = {to_model(key[len(PREFIX) :]): key for key in names}
+        self.rest: dict[str, str] = {}
+        for name, key in zip(names, keys, strict=True):
+            if self.rest.setdefault(to_model(name), key) != key:
+                raise ValueError(f"{file}: {key!r} stands there twice")
 
     def read(self) -> Installation:
+        self._check_supported()
         pairs = self._pairs()
         self._check_base(pairs)
         adapters = {path: self._adapter(path, keys) for path, keys in pairs.items()}
@@ -222,10 +81,26 @@ class _Reader:
             found = [f"ignored: {', '.join(self.ignored)}"] * bool(self.ignored)
             found += [f"missing: {', '.join(self.missing)}"] * bool(self.missing)
             warnings.warn(f"{self.file}: {'; '.join(found)}", stacklevel=4)
-        return Installation(adapters, copies)
+        return Installation(
+            {self.wrapped[path]: adapter for path, adapter in adapters.items()},
+            {self.wrapped.get(path, path): copy for path, copy in copies.items()},
+        )
+
+    def _check_supported(self) -> None:
+        for name, value in self.config.unknown.items():
+            why = f"is none of PEFT's keys that are known: only plain LoRA can be loaded, got {name}={value!r}"
+            self._refuse(name, f"{why}; strict=False ignores it", self.ignored)
+        for kind in self.config.training:
+            message = f"{self.config.file}: {kind}_config changes training: here A and B are trained on as plain LoRA"
+            warnings.warn(message, stacklevel=5)
+            self.rest = {name: key for name, key in self.rest.items() if f".lora_{kind}_" not in name}
+        for name, key in list(self.rest.items()):
+            if ".lora_embedding_" in name:
+                self._refuse(key, "is of an adapter of an embedding, and only linear layers are adapted", self.ignored)
+                del self.rest[name]
 
     def _check_base(self, paths: Iterable[str]) -> None:
-        saved, here = (self.tensors.metadata() or {}).get(BASE), base_of(self.linears[path] for path in paths)
+        saved, here = self.metadata.get(BASE), base_of(self.linears[path] for path in paths)
         if saved is not None and saved != here:
             why = f"is over what it was saved, and the model's is {here or 'plain'}; strict=False loads it all the same"
             self._refuse(f"a base of {saved}", why, self.ignored)
@@ -240,19 +115,16 @@ class _Reader:
         """path -> {"A": key, "B": key}, names, shapes and ranks checked before any value is read."""
         pairs: dict[str, dict[str, str]] = {}
         for name, key in list(self.rest.items()):
-            match = _PAIR.fullmatch(name)
+            match = PAIR.fullmatch(name)
             if match is None:
                 continue
             path, side = match["path"] or "", match["side"]
-            if path not in self.linears:
-                self._refuse(key, f"needs a linear layer {path!r}, and the model has none", self.ignored)
+            if why := self._why_not(path):
+                self._refuse(key, why, self.ignored)
                 del self.rest[name]
                 continue
-            if not self.config.names(self.in_file(path)):
-                self._refuse(key, f"is of a layer that {CONFIG_FILE} does not name in target_modules", self.ignored)
-                del self.rest[name]
-                continue
-            (K, N), rank = features(self.linears[path]), self.config.lora.rank_of(self.in_file(path))
+            rank = self.config.lora.rank_of(self.config.pattern_name(self.in_file(path)))
+            K, N = features(self.linears[path])
             self._check_shape(key, (rank, K) if side == "A" else (N, rank))
             if side in pairs.setdefault(path, {}):
                 raise ValueError(f"{self.file}: {key!r} stands there twice")
@@ -266,10 +138,29 @@ class _Reader:
             raise ValueError(f"{self.file} must hold at least one adapter, got none")
         return pairs
 
-    def _check_shape(self, key: str, wanted: tuple[int, ...]) -> None:
+    def _why_not(self, path: str) -> str:
+        """Why A and B at this path can't be loaded; empty where they can."""
+        if path not in self.linears:
+            module = self.modules.get(path)
+            other = "" if module is None or isinstance(module, Trained) else f", but a {type(module).__name__}"
+            return f"needs a linear layer {path!r}, and the model has none{other}"
+        layer, name = self.linears[path], self.in_file(path)
+        listed = self.places.get(layer, [])
+        if listed and DIGEST not in self.metadata:
+            why = "PEFT adapts it in the first only, and here every place would have the adapter"
+            return f"is of a module that stands in several places, {', '.join(listed)}: {why}"
+        if self.config.saves(name) and not self.config.by_parameter(name):
+            return f"is inside one of modules_to_save: modules_to_save must leave out layers with A and B, got {path!r}"
+        if not self.config.names(name) or (self.config.lora.target_modules == ALL_LINEAR and layer is self.head):
+            return f"is of a layer that {CONFIG_FILE} does not name in target_modules"
+        if self.config.by_parameter(name) and type(layer) not in (nn.Linear, FusedLoRALinear):
+            return f"is of the weight of a {type(layer).__name__}; target_parameters must be weights of nn.Linear"
+        return ""
+
+    def _check_shape(self, key: str, wanted: tuple[int, ...], hint: str = "") -> None:
         shape = tuple(self.tensors.get_slice(key).get_shape())
         if shape != wanted:
-            raise ValueError(f"{self.file}: {key!r} must be {wanted}, got {shape}")
+            raise ValueError(f"{self.file}: {key!r} must be {wanted}, got {shape}{hint}")
 
     def _tensor(self, key: str, device: torch.device, dtype: Callable[[torch.dtype], torch.dtype]) -> Tensor:
         """A tensor of its own, of the dtype that ``dtype`` says for the file's, finite in it."""
@@ -292,7 +183,7 @@ class _Reader:
         A, B = (
             self._tensor(keys[side], device, lambda stored: stored if stored == dtype else precise) for side in "AB"
         )
-        return LoRAAdapter.of(A, B, lora.options_for(name), self._bias(path))
+        return LoRAAdapter.of(A, B, lora.options_for(self.config.pattern_name(name)), self._bias(path))
 
     def _bias(self, path: str) -> Tensor | None:
         bias = self.linears[path].bias
@@ -308,13 +199,15 @@ class _Reader:
     def _copies(self, paths: set[str]) -> dict[str, tuple[Part, nn.Module]]:
         """What is trained beside A and B: each module's copy, with the file's values."""
         try:
-            parts = {path: part for root in self._roots() for path, part in parts_below(self.modules, root).items()}
+            below = (found for root in self._roots() for found in parts_below(self.modules, root).items())
+            parts = {unwrapped_name(path): part for path, part in below}
             if self.config.lora.bias == "all":
                 parts |= biases(self.modules, {*paths, *parts})
-            check_kinds({path: self.linears[path] for path in paths}, parts)
+            changed = self._changed(paths, set(parts))
+            check_kinds({path: self.linears[path] for path in paths}, parts | changed)
         except ValueError as error:
             raise ValueError(f"{self.config.file}: {error}") from None
-        copies = copies_of(parts, tied=self.config.lora.ensure_weight_tying)
+        copies = copies_of(parts, tied=self.config.lora.ensure_weight_tying) | copies_of(changed, tied=True)
         filled: set[int] = set()
         lacking: list[tuple[str, int]] = []
         for path, (part, clone) in copies.items():
@@ -334,6 +227,41 @@ class _Reader:
             if target_id not in filled:
                 self._refuse(name, "must be there, as the config has it trained", self.missing)
         return copies
+
+    def _changed(self, adapted: set[str], without: set[str]) -> dict[str, tuple[nn.Module, Part]]:
+        """Modules whose own tensors are in the file with other values than the model's.
+
+        PEFT writes an adapted output head's weight, and embeddings that were resized, and reads them into the base.
+        Here they are copies of the adapter's. Values that are the base's are dropped.
+        """
+        found: dict[str, tuple[nn.Module, Part]] = {}
+        owners = {name.rpartition(".")[0].removesuffix("base_layer").removesuffix(".") for name in self.rest}
+        for path in sorted(owners & self.modules.keys() - without):
+            own = own_state(self.modules[path])
+            stem = f"{path}." * bool(path) + "base_layer." * (path in adapted)
+            here = {key: name for key in own if (name := stem + key) in self.rest}
+            if all(self._is_base(self.rest[name], own[key]) for key, name in here.items()):
+                for name in here.values():
+                    del self.rest[name]
+                continue
+            # a tied weight is changed for all that have it
+            tensors = {id(own[key]) for key in here}
+            tied = {p: m for p, m in self.modules.items() if not tensors.isdisjoint(map(id, m._parameters.values()))}
+            if adapted.isdisjoint(tied):
+                found |= {p: (m, Part(None, p)) for p, m in tied.items()}
+                continue
+            why = "is not what the model has there, under an adapted layer; load it into the model first"
+            for name in here.values():
+                self._refuse(self.rest.pop(name), why, self.ignored)
+        return found
+
+    def _is_base(self, key: str, own: Tensor) -> bool:
+        """Whether the file has the base's values, in its dtype or rounded to the file's."""
+        if own.device.type == "meta":
+            raise ValueError(f"{self.file}: {key!r} is of the base, which must have values, got one on meta")
+        self._check_shape(key, tuple(own.shape), "; where the vocabulary was resized, resize the model's first")
+        stored, own = self.tensors.get_tensor(key).to(own.device), validation.whole(own.detach())
+        return torch.equal(stored, own.to(stored.dtype)) or torch.equal(stored.to(own.dtype), own)
 
     def _fill(self, key: str, target: Tensor) -> None:
         self._check_shape(key, tuple(target.shape))

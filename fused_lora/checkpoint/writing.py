@@ -23,13 +23,13 @@ from ..conv1d import FusedLoRAConv1D
 from ..layer import FusedLoRALinear
 from ..models.config import ALL_LINEAR, ends_of
 from ..models.modules_to_save import Part, Trained
-from ..models.selection import linear_layers
+from ..models.selection import linear_layers, places
 from ..quantized import base_of
 from ..switching import adapted_modules, base_modules
+from .names import PREFIX, unwrapped_name
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 # in the weights' metadata: of the very config file that belongs to them
 DIGEST = "fused_lora.config_sha256"
 # there too, where it is quantized: how the base was kept, for which PEFT's config has no place
@@ -58,6 +58,7 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
     for path, module in adapted_modules(model):
         if adapter not in module.adapters:
             continue
+        path = unwrapped_name(path)
         stem = PREFIX + (path + "." if path else "")
         if isinstance(module, FusedLoRALinear):
             lora = modules[path] = module.adapter(adapter)
@@ -70,6 +71,10 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
             for key, tensor in part.of(module.adapters[adapter]).items():
                 tensors[stem + key] = tensor
                 roots.setdefault(tensor, set()).add(part.root)
+    for placed, listed in places(model).items():
+        if isinstance(placed, FusedLoRALinear) and adapter in placed.adapters:
+            message = f"{' and '.join(listed)} are one module: PEFT will adapt {listed[0]} alone"
+            warnings.warn(message, stacklevel=4)
     written = {key: validation.whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()}
     # a tensor under two names is written twice, as readers expect it
     seen: set[int] = set()
@@ -101,14 +106,15 @@ def _config_of(model: nn.Module, modules: dict[str, LoRAAdapter], parts: dict[st
     else:
         bias = "lora_only" if any(module.trains_bias for module in modules.values()) else "none"
     saved = _modules_to_save(model, parts)
+    named = _names(model, modules)
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": _integral(alpha),
         **{PEFT_NAMES[name]: found.pop() for name, found in values.items()},
-        "target_modules": _target_modules(model, list(modules)),
-        "rank_pattern": {_exact(path): m.rank for path, m in modules.items() if m.rank != rank},
-        "alpha_pattern": {_exact(path): _integral(m.alpha) for path, m in modules.items() if m.alpha != alpha},
+        **_targets(model, named),
+        "rank_pattern": {_exact(named[path]): m.rank for path, m in modules.items() if m.rank != rank},
+        "alpha_pattern": {_exact(named[path]): _integral(m.alpha) for path, m in modules.items() if m.alpha != alpha},
         "bias": bias,
         "fan_in_fan_out": any(isinstance(m, FusedLoRAConv1D) for path, m in adapted_modules(model) if path in modules),
         # readers take any other value for one that says how the base was changed
@@ -156,20 +162,50 @@ def _exact(path: str) -> str:
     return "^" + re.escape(path)
 
 
-def _target_modules(model: nn.Module, paths: list[str]) -> list[str] | str:
-    """The paths; as a regular expression where a path is also the end of another layer's, which would be taken too.
+# For these model types PEFT takes every layer of such a name in target_modules for the experts, which hold their
+# weights in one Parameter, whatever the layer's path: it would lose the adapters of dense layers and shared experts
+_EXPERTS_TYPES = {
+    "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
+    "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum",
+    "minimax", "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
+    "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
+}  # fmt: skip
+_EXPERTS_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+def _names(model: nn.Module, modules: dict[str, LoRAAdapter]) -> dict[str, str]:
+    """path of a layer -> PEFT's name for what is adapted: the path, or of its weight where PEFT takes a path amiss."""
+    if getattr(getattr(model, "config", None), "model_type", None) not in _EXPERTS_TYPES:
+        return {path: path for path in modules}
+    amiss = [path for path in modules if path.rpartition(".")[2] in _EXPERTS_NAMES]
+    layers = {unwrapped_name(path): layer for path, layer in linear_layers(model).items()}
+    # PEFT can't have dropout before, or unpack, a weight that it names
+    lost = [path for path in amiss if modules[path].dropout or type(layers[path]) is not FusedLoRALinear]
+    if lost:
+        why = "PEFT will take them for experts in this kind of model, and lose their adapters"
+        warnings.warn(f"{', '.join(lost)}: {why}; fused_lora.load_adapter reads them rightly", stacklevel=5)
+    return {path: f"{path}.weight" if path in amiss and path not in lost else path for path in modules}
+
+
+def _targets(model: nn.Module, named: dict[str, str]) -> dict[str, Any]:
+    """The keys that name the layers, exactly these: a path is also the end of other layers' paths, which are excluded.
 
     A model that is itself the layer has no path, and no other.
     """
-    if paths == [""]:
-        return ALL_LINEAR
-    names = set(paths)
-    chosen = {path for path in linear_layers(model) if not names.isdisjoint(ends_of(path)) or path in names}
-    return sorted(paths) if chosen == names else "|".join(re.escape(path) for path in sorted(paths))
+    if list(named) == [""]:
+        return {"target_modules": ALL_LINEAR}
+    paths = {path for path, name in named.items() if path == name}
+    modules = {unwrapped_name(path) for path, _ in base_modules(model)}
+    others = [path for path in sorted(modules - paths) if not paths.isdisjoint(ends_of(path))]
+    return {
+        "target_modules": sorted(paths),
+        "target_parameters": sorted(named[path] for path in named if path not in paths) or None,
+        "exclude_modules": "|".join(map(re.escape, others)) or None,
+    }
 
 
 def _modules_to_save(model: nn.Module, parts: dict[str, Part]) -> list[str] | None:
-    roots = sorted({part.root for part in parts.values() if part.root is not None})
+    roots = sorted({unwrapped_name(part.root) for part in parts.values() if part.root is not None})
     for path, _ in base_modules(model):
         taken = [root for root in roots if path.endswith(root) and path != root and not path.startswith(root + ".")]
         if taken:

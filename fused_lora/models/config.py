@@ -41,8 +41,8 @@ class LoRAConfig(AdapterOptions):
             Transformers model), a regular expression that a module's whole path must match, or names: a whole path or
             its last parts ("q_proj").
         exclude_modules: the same, for what is left out.
-        rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the end of a path, or by whole
-            paths.
+        rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the end of a path; the first
+            that matches counts. A key is also the very path of a layer that none matches.
         adapter_dtype: dtype of A and B; None means the weight's, and float32 over a 16-bit weight, as PEFT does: small
             steps would be lost in 16 bits.
         modules_to_save: modules to be trained whole beside the adapters, without A and B, a classification head for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import regex
@@ -49,6 +49,33 @@ def matcher(pattern: str, budget: Budget, *, ends: bool = False) -> Callable[[st
     Raises:
         ValueError: it is no regular expression, or too large a one; by what it returns too, once the time is up.
     """
+    fullmatch = _compiled(pattern, rf"(?:.*\.)?(?:{pattern})" if ends else pattern, budget)
+    return lambda name: fullmatch(name) is not None
+
+
+def numbered(lists: Sequence[str], budget: Budget) -> Callable[[str], int | None]:
+    """The number of a layer in a list of layers, read from a path, by PEFT's rule: the first that follows one of the
+    patterns ``lists``, or without patterns the first at all that is inside something.
+
+    Raises:
+        ValueError: as :func:`matcher`.
+    """
+    end = r"\.(?P<number_of_layer>\d+)\..*"
+    rules = {pattern: rf"(?:^|.*?\.){pattern}{end}" for pattern in lists} or {"": rf".*?\.[^.]*{end}"}
+    try:
+        searches = [_compiled(pattern, rule, budget) for pattern, rule in rules.items()]
+    except ValueError as error:
+        raise ValueError(f"layers_pattern {error}") from None
+
+    def number(path: str) -> int | None:
+        found = next((match for search in searches if (match := search(path))), None)
+        return None if found is None or found["number_of_layer"] is None else int(found["number_of_layer"])
+
+    return number
+
+
+def _compiled(pattern: str, rule: str, budget: Budget) -> Callable[[str], Any]:
+    """The match of a whole name with ``rule``, which has ``pattern`` in it, or None."""
     try:
         _check(pattern)
         # re is quick, and needs no clock where it has nothing to go back to
@@ -56,14 +83,14 @@ def matcher(pattern: str, budget: Budget, *, ends: bool = False) -> Callable[[st
         engine: Any = re if simple else regex
         # alone, too: what stands around it could make sense of a stray bracket
         compiled = budget.run(pattern, lambda _: engine.compile(pattern, re.DOTALL))
-        if ends:
-            compiled = budget.run(pattern, lambda _: engine.compile(rf"(?:.*\.)?(?:{pattern})", re.DOTALL))
+        if rule != pattern:
+            compiled = budget.run(pattern, lambda _: engine.compile(rule, re.DOTALL))
     except (re.error, regex.error, TypeError, OverflowError, RecursionError) as error:
         why = str(error) or type(error).__name__
         raise ValueError(f"must hold regular expressions, got {pattern!r:.200}: {why}") from None
     if simple:
-        return lambda name: budget.run(pattern, lambda _: compiled.fullmatch(name)) is not None
-    return lambda name: budget.run(pattern, lambda left: compiled.fullmatch(name, timeout=left)) is not None
+        return lambda name: budget.run(pattern, lambda _: compiled.fullmatch(name))
+    return lambda name: budget.run(pattern, lambda left: compiled.fullmatch(name, timeout=left))
 
 
 def _check(pattern: str) -> None:

@@ -19,27 +19,39 @@ class PeftLoraConfig(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-# what PEFT may write and a plain LoRA ignores; any other field must be empty
-_NEUTRAL = {
-    *PEFT_NAMES.values(),
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "peft_type",
-    "peft_version", "rank_pattern", "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type",
-    "bias", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "modules_to_save",
-    "ensure_weight_tying",
+# what a folder's config is read for; docs/adapters.md has a table of READ, IGNORED and REFUSED
+READ = {
+    *PEFT_NAMES.values(), "peft_type", "target_modules", "exclude_modules", "target_parameters", "layers_to_transform",
+    "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "ensure_weight_tying", "bias",
 }  # fmt: skip
-# what decides where a fresh adapter goes, and is read with the weights of one that is saved
-_OF_SAVED = ("layers_to_transform", "layers_pattern")
+# about the base and the task; PEFT finds out by itself whether a layer's weight is transposed
+_OF_BASE = {
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision",
+    "runtime_config", "task_type",
+}  # fmt: skip
+# only for layers that are not adapted here, Megatron's and GPTQ's; PEFT sets the first two always
+_OF_OTHER_LAYERS = {"megatron_core", "qalora_group_size", "megatron_config", "use_qalora"}
+# what changes nothing of what is computed from A and B that are there already
+IGNORED = {
+    *_OF_BASE, *_OF_OTHER_LAYERS,
+    # how A and B were drawn; loftq_config matters where init_lora_weights is "loftq"
+    "corda_config", "eva_config", "lora_ga_config", "loftq_config",
+    # how they are trained, with tensors of their own in the file
+    "monteclora_config", "velora_config",
+}  # fmt: skip
+# what makes PEFT compute something else than W x + scale B A x
+REFUSED = {
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
+    "trainable_token_indices", "use_bdlora", "use_dora",
+}  # fmt: skip
+# what of it a fresh adapter is made by
+_OF_FRESH = (READ | _OF_BASE | _OF_OTHER_LAYERS) - {"target_parameters", "layers_to_transform", "layers_pattern"}
 _EMPTY: tuple[Any, ...] = (None, False, {}, [], (), set(), "")
 
 
 def is_peft_config(value: Any) -> bool:
     """Told by name, as PEFT may not be installed."""
     return any(kind.__name__ == "PeftConfigMixin" and kind.__module__ == "peft.config" for kind in type(value).__mro__)
-
-
-def more_than_lora(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are set and ask for more than a plain LoRA."""
-    return {name: value for name, value in raw.items() if name not in _NEUTRAL and value not in _EMPTY}
 
 
 def fields_of(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +74,7 @@ def from_peft(config: PeftLoraConfig) -> LoRAConfig:
     kind = getattr(raw.get("peft_type"), "value", raw.get("peft_type"))
     if kind != "LORA":
         raise ValueError(f"config must be a LoRAConfig or PEFT's LoraConfig, got peft_type {kind!r}")
-    more = more_than_lora(raw) | {name: raw[name] for name in _OF_SAVED if raw.get(name) not in _EMPTY}
+    more = {name: value for name, value in raw.items() if name not in _OF_FRESH and value not in _EMPTY}
     if raw.get("init_lora_weights", True) not in (True, "gaussian"):
         more["init_lora_weights"] = raw["init_lora_weights"]
     if more:

@@ -140,6 +140,16 @@ def _check_untied(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
             )
 
 
+def places(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """module -> its paths, for each that several modules hold, or one under several names."""
+    found: dict[nn.Module, list[str]] = {}
+    for path, module in base_modules(model):
+        for name, child in module._modules.items():
+            if child is not None:
+                found.setdefault(child, []).append(f"{path}.{name}" if path else name)
+    return {module: listed for module, listed in found.items() if len(listed) > 1}
+
+
 def check_kinds(linears: dict[str, nn.Linear], parts: dict[str, tuple[nn.Module, Part]]) -> None:
     """ValueError where a module can't hold what it should: A and B, or a copy, and never both."""
     whole = {path for path, (_, part) in parts.items() if part.names is None}

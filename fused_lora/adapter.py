@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
-from .instances import device_of, kept_by, offloading, value_of
+from .instances import bring_back, device_of, offloading, value_of
 from .quantized import weight_dtype
 
 
@@ -184,11 +184,8 @@ class LoRAAdapter(nn.Module):
 
     @_hf_hook.setter
     def _hf_hook(self, hook: Any) -> None:
-        offload = offloading(hook)
-        for name, parameter in self._parameters.items():
-            if offload is not None and parameter is not None and parameter.is_meta:
-                value = kept_by(offload, name)
-                self._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        if (offload := offloading(hook)) is not None:
+            bring_back(self, offload)
 
     @classmethod
     def beside(

@@ -91,6 +91,24 @@ def kept_by(hook: Any, name: str) -> Tensor:
     return hook.weights_map[name].detach().to(_device(hook))
 
 
+def bring_back(module: nn.Module, hook: Any) -> None:
+    """Give what such a hook put on meta its values again, on the execution device."""
+    stores: list[dict[str, Any]] = [module._parameters, module._buffers]
+    for tensors in stores:
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.is_meta:
+                value = kept_by(hook, name)
+                whole = isinstance(tensor, nn.Parameter)
+                tensors[name] = nn.Parameter(value, requires_grad=tensor.requires_grad) if whole else value
+
+
+def drop_hooks(module: nn.Module) -> None:
+    """Take accelerate's hook off this one module."""
+    if _is_hooked(module):
+        for attribute in ("forward", "_old_forward", "_hf_hook"):
+            del vars(module)[attribute]
+
+
 def _device(hook: Any) -> torch.device:
     return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
 

@@ -203,6 +203,13 @@ def check_whole(weight: Tensor, name: str = "weight") -> None:
         )
 
 
+def check_has_values(tensors: Mapping[str, Tensor]) -> None:
+    """A tensor on meta has none: of a model made there, or of a block that accelerate offloads as a whole."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name!r} must have values to be saved, got a tensor on meta; load them, or remove hooks")
+
+
 def is_dtensor(value: Any) -> bool:
     """Without importing torch.distributed, which a process that has no DTensor may do without."""
     return type(value) not in (Tensor, nn.Parameter) and any(kind.__name__ == "DTensor" for kind in type(value).__mro__)

@@ -171,7 +171,7 @@ def hotswap_adapter(model: Model, folder: str | os.PathLike[str], adapter: str =
             if path not in read.copies or read.copies[path][0].names != part.names:
                 raise ValueError(f"the folder must train what adapter {adapter!r} does, got a difference in {path!r}")
             new = part.of(read.copies[path][1])
-            writes += [(old, new[key]) for key, old in part.of(module.adapters[adapter]).items()]
+            writes += [(old, new[key]) for key, old in module.trained(adapter).items()]
     with torch.no_grad():
         for old, value in writes:
             old.copy_(value)

@@ -68,13 +68,14 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
                 tensors[stem + "base_layer.bias"] = lora.bias
         elif isinstance(module, Trained):
             part = parts[path] = module.part(adapter)
-            for key, tensor in part.of(module.adapters[adapter]).items():
+            for key, tensor in module.trained(adapter).items():
                 tensors[stem + key] = tensor
                 roots.setdefault(tensor, set()).add(part.root)
     for placed, listed in places(model).items():
         if isinstance(placed, FusedLoRALinear) and adapter in placed.adapters:
             message = f"{' and '.join(listed)} are one module: PEFT will adapt {listed[0]} alone"
             warnings.warn(message, stacklevel=4)
+    validation.check_has_values(tensors)
     written = {key: validation.whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()}
     # a tensor under two names is written twice, as readers expect it
     seen: set[int] = set()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import validation
-from ..instances import become
+from ..instances import become, bring_back, check_not_offloaded, drop_hooks, offload_of
 from ..switching import Adapted
 
 
@@ -93,9 +93,17 @@ class Trained(Adapted):
     def part(self, name: str) -> Part:
         return self._parts[name]
 
+    def trained(self, name: str) -> dict[str, Tensor]:
+        """name -> tensor, of what adapter ``name`` trains: with its values, where accelerate offloaded them too."""
+        clone = self.adapters[name]
+        if (hook := offload_of(clone)) is not None:
+            # a hook makes new Parameters in each forward, which no optimizer and no gradient would outlast
+            bring_back(clone, hook)
+            drop_hooks(clone)
+        return self._parts[name].of(clone)
+
     def trained_parameters(self, name: str) -> list[nn.Parameter]:
-        found = self._parts[name].of(self.adapters[name]).values()
-        return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
+        return [parameter for parameter in self.trained(name).values() if isinstance(parameter, nn.Parameter)]
 
     def check_together(self, names: Sequence[str]) -> None:
         if len(names) > 1:
@@ -110,7 +118,8 @@ class Trained(Adapted):
 
     def check_finite(self) -> None:
         for name in self.active_adapters:
-            for key, tensor in self._parts[name].of(self.adapters[name]).items():
+            check_not_offloaded(self, "replaced")  # type: ignore[arg-type]
+            for key, tensor in self.trained(name).items():
                 if not validation.is_finite(tensor):
                     raise ValueError(f"adapter {name!r} must be finite, got NaN or infinity in {key!r}")
 
@@ -122,8 +131,7 @@ class Trained(Adapted):
         if not self.active_adapters:
             return {}
         (name,) = self.active_adapters
-        part, copy = self._parts[name], self.adapters[name]
-        trained = part.of(copy)
+        part, trained = self._parts[name], self.trained(name)
         return {name: (base, trained[name]) for name, base in part.of(self).items()}  # type: ignore[arg-type]
 
     @torch.no_grad()
@@ -172,8 +180,7 @@ def _copy_of(
     clone = copy.deepcopy(module, memo)
     if isinstance(clone, Trained):
         _undo(clone)
-    for attribute in ("forward", "_old_forward", "_hf_hook") if hook is not None else ():
-        vars(clone).pop(attribute, None)
+    drop_hooks(clone)
     clone._modules.clear()
     return clone
 

@@ -233,6 +233,41 @@ def test_copies_of_offloaded_modules_are_refused(tmp_path):
     assert torch.equal(model(X), net()(X))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_copies_that_are_offloaded_with_their_model_compute_and_come_back_to_be_trained(way, tmp_path):
+    fields = FIELDS["head"]
+    expected, model = plain(**fields), plain(**fields)
+    way(model, tmp_path)
+    assert torch.equal(model(X), expected(X))
+    with disable_adapters(model):
+        assert torch.equal(model(X), net()(X))
+    save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(load_adapter(net(), tmp_path / "adapter")(X), expected(X))
+    parameters = lora_parameters(model)
+    assert not any(parameter.is_meta for parameter in parameters)
+    for each in (model, expected):
+        each(X).sum().backward()
+    for ours, theirs in zip(parameters, lora_parameters(expected), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    with pytest.raises(ValueError, match="a weight that accelerate offloads can't be "):
+        merge_and_unload(model)
+    assert torch.equal(model(X), expected(X))
+    remove_hook_from_submodules(model)
+    assert torch.equal(merge_and_unload(model)(X), merge_and_unload(expected)(X))
+
+
+def test_adapters_that_a_block_offloads_with_the_rest_are_not_saved_without_values(tmp_path):
+    model, expected = plain(), plain()
+    add_hook_to_module(model, AlignDevicesHook("cpu", offload=True, place_submodules=True))
+    assert torch.equal(model(X), expected(X))
+    with pytest.raises(ValueError, match=r"0\.lora_A\.weight' must have values to be saved, got a tensor on meta"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    remove_hook_from_submodules(model)
+    save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(load_adapter(net(), tmp_path / "adapter")(X), expected(X))
+
+
 def test_a_block_that_is_offloaded_as_a_whole_is_refused():
     model = nn.Sequential(net(), net())
     add_hook_to_module(model[1], AlignDevicesHook("cpu", offload=True, place_submodules=True))

@@ -209,7 +209,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
         if not computing or adapters.merged:
             return self._plain(x, self.weight, self.bias)
         if len(computing) > 1:
-            return self._forward_several(x)
+            return self._forward_several(x, computing)
         (adapter,) = computing
         try:
             # past nn.Module's own search for each of them, which costs the host as much as a launch
@@ -235,8 +235,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
         weight = self._nk(self.weight)
         return lora_linear(x, weight, A, B, scale, bias, dropout_p=dropout, training=self.training, impl=self.impl)
 
-    def _forward_several(self, x: Tensor) -> Tensor:
-        adapters = self.active_modules()
+    def _forward_several(self, x: Tensor, adapters: Sequence[LoRAAdapter]) -> Tensor:
         bias = next((adapter.bias for adapter in adapters if adapter.trains_bias), self.bias)
         groups: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
         for adapter in adapters:

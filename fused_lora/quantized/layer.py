@@ -67,7 +67,7 @@ class FusedLoRAQuantized(FusedLoRALinear):
         if not computing or self.merged:
             return self._plain(x, self.weight, self.bias)
         if len(computing) > 1:
-            return self._forward_several(x)
+            return self._forward_several(x, computing)
         (adapter,) = computing
         bias = adapter.bias if adapter.trains_bias else self.bias
         return self._with(x, bias, adapter.dropout, adapter.lora_A, adapter.lora_B, adapter.scale)

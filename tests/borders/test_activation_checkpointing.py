@@ -1,6 +1,7 @@
 """Activation checkpointing computes a forward again in the backward: with the adapters that the forward had."""
 
 import contextlib
+import sys
 import threading
 
 import pytest
@@ -210,3 +211,61 @@ def test_a_forward_in_a_hook_of_the_backward_follows_its_thread():
             model(x).sum().backward()
     assert torch.equal(seen[0], tuned)
     assert torch.equal(seen[1], base)
+
+
+def test_a_layer_computes_one_choice_while_another_thread_sets_adapters():
+    """Of a whole model that is not promised; of one layer it is."""
+    layer = FusedLoRALinear(12, 5, rank=2)
+    layer.add_adapter("other", rank=3)
+    for adapter in layer.adapters.values():
+        nn.init.normal_(adapter.lora_B)
+    choices, right = ["default", ["default", "other"], "other", None], []
+    with torch.no_grad():
+        for names in choices:
+            layer.set_adapter(names)
+            right.append(layer(X))
+        done, wrong = threading.Event(), []
+
+        def compute():
+            while not done.is_set():
+                y = layer(X)
+                if not any(torch.equal(y, each) for each in right):
+                    wrong.append(y)
+
+        def compute_and_tell():
+            try:
+                with torch.no_grad():
+                    compute()
+            except Exception as error:
+                wrong.append(error)
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        threads = [threading.Thread(target=compute_and_tell) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for number in range(400):
+            layer.set_adapter(choices[number % len(choices)])
+        done.set()
+        for thread in threads:
+            thread.join(60)
+        sys.setswitchinterval(before)
+    assert not wrong
+
+
+def test_a_choice_that_is_set_within_a_forward_is_the_next_ones(monkeypatch):
+    layer = FusedLoRALinear(12, 5, rank=2)
+    layer.add_adapter("other", rank=3)
+    for adapter in layer.adapters.values():
+        nn.init.normal_(adapter.lora_B)
+    layer.set_adapter(["default", "other"])
+    expected, several = layer(X), FusedLoRALinear._forward_several
+
+    def interrupted(self, *args):
+        # as another thread may do here
+        self.set_adapter(None)
+        return several(self, *args)
+
+    monkeypatch.setattr(FusedLoRALinear, "_forward_several", interrupted)
+    assert torch.equal(layer(X), expected)
+    assert torch.equal(layer(X), nn.functional.linear(X, layer.weight, layer.bias))

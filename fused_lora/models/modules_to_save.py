@@ -80,6 +80,47 @@ class Trained(Adapted):
             return None
         return computing[0]
 
+    @property
+    def _old_forward(self) -> Any:
+        """Where accelerate puts this module's forward before it moves what the module holds."""
+        return self._of_accelerate("_old_forward")
+
+    @_old_forward.setter
+    def _old_forward(self, forward: Any) -> None:
+        vars(self).update(_old_forward=forward, _before_hook=own_state(self))  # type: ignore[arg-type]
+
+    @_old_forward.deleter
+    def _old_forward(self) -> None:
+        del vars(self)["_old_forward"]
+
+    @property
+    def _hf_hook(self) -> Any:
+        """Where accelerate puts its hook, once it has moved what it reads by name: the active copy's tensors.
+
+        So the base's own are moved here, to where those went.
+        """
+        return self._of_accelerate("_hf_hook")
+
+    @_hf_hook.setter
+    def _hf_hook(self, hook: Any) -> None:
+        inside = vars(self)
+        inside["_hf_hook"] = hook
+        for name, base in inside.pop("_before_hook", {}).items():
+            tensors = inside["_parameters" if name in inside["_parameters"] else "_buffers"]
+            moved = tensors[name]
+            if moved is not base and not moved.is_meta:
+                value = base.detach().to(moved.device)
+                tensors[name] = nn.Parameter(value, requires_grad=False) if isinstance(base, nn.Parameter) else value
+
+    @_hf_hook.deleter
+    def _hf_hook(self) -> None:
+        del vars(self)["_hf_hook"]
+
+    def _of_accelerate(self, name: str) -> Any:
+        if name not in vars(self):
+            raise AttributeError(name)
+        return vars(self)[name]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made as needed, so it is told by the one that it was made of
         reduced = super().__reduce_ex__(protocol)

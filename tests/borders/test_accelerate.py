@@ -384,3 +384,26 @@ def test_a_hooked_model_is_quantized_with_its_adapters_in_place():
     assert torch.equal(model(x), same(x))
     merge_and_unload(model, dequantize=True)
     assert torch.equal(model(x), merge_and_unload(same, dequantize=True)(x))
+
+
+def test_a_hook_that_moves_an_adapted_head_moves_the_bases_own_values(monkeypatch):
+    """As to another device, which a CPU can't show: there accelerate makes new Parameters of what it reads by name."""
+    fields = FIELDS["head"]
+    expected, model = plain(**fields), plain(**fields)
+    monkeypatch.setattr("accelerate.utils.modeling.check_device_same", lambda *devices: False)
+    add_hook_to_module(model[2], AlignDevicesHook(execution_device="cpu"))
+    base = model[2]._parameters["weight"]
+    assert not base.requires_grad
+    assert torch.equal(base, net()[2].weight)
+    assert torch.equal(model(X), expected(X))
+    with disable_adapters(model):
+        assert torch.equal(model(X), net()(X))
+    add_hook_to_module(model[2], ModelHook(), append=True)
+    assert torch.equal(model[2]._parameters["weight"], net()[2].weight)
+    copied = copy.deepcopy(model)
+    remove_hook_from_submodules(model)
+    for each in (model, copied):
+        assert torch.equal(each(X), expected(X))
+        merge_and_unload(each)
+        assert type(each[2]) is nn.Linear
+    assert torch.equal(model(X), copied(X))

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
@@ -194,6 +195,27 @@ class LoRAAdapter(nn.Module):
         """A fresh one for this layer, of its weight's device and dtype; with trains_bias, of its bias too, if any."""
         bias = value_of(linear, "bias") if trains_bias and linear.bias is not None else None
         return cls(*features(linear), options, device=device_of(linear), dtype=dtype or weight_dtype(linear), bias=bias)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether hooks are registered on it: a layer then calls it as a module."""
+        own = self.__dict__
+        return bool(
+            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``scale · (D(x) Aᵀ) Bᵀ``, and the bias where it trains one.
+
+        A layer computes by this only where hooks are registered on the adapter, as Opacus registers them for gradients
+        per sample. Everywhere else it computes the whole at once.
+
+        Args:
+            x: (..., K).  Returns (..., N) of x's dtype, or autocast's.
+        """
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        product = F.linear(h, self.lora_B.to(h.dtype)) * self.scale
+        return product if self.bias is None else product + self.bias
 
     def trained(self) -> list[nn.Parameter]:
         """A, B, and the bias where it trains one."""

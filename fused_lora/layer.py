@@ -211,6 +211,8 @@ class FusedLoRALinear(Adapted, nn.Linear):
         if len(computing) > 1:
             return self._forward_several(x, computing)
         (adapter,) = computing
+        if adapter.hooked:
+            return self._forward_hooked(x, computing)
         try:
             # past nn.Module's own search for each of them, which costs the host as much as a launch
             own: dict[str, Any] = self._parameters
@@ -236,6 +238,8 @@ class FusedLoRALinear(Adapted, nn.Linear):
         return lora_linear(x, weight, A, B, scale, bias, dropout_p=dropout, training=self.training, impl=self.impl)
 
     def _forward_several(self, x: Tensor, adapters: Sequence[LoRAAdapter]) -> Tensor:
+        if any(adapter.hooked for adapter in adapters):
+            return self._forward_hooked(x, adapters)
         bias = next((adapter.bias for adapter in adapters if adapter.trains_bias), self.bias)
         groups: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
         for adapter in adapters:
@@ -245,6 +249,14 @@ class FusedLoRALinear(Adapted, nn.Linear):
         y = self._with(x, bias, dropout, *concatenate_adapters(first))
         for dropout, group in others:
             y = plus_adapter(y, x, concatenate_adapters(group), dropout)
+        return y
+
+    def _forward_hooked(self, x: Tensor, adapters: Sequence[LoRAAdapter]) -> Tensor:
+        """Each adapter called as a module, so that its hooks run."""
+        bias = None if any(adapter.trains_bias for adapter in adapters) else self.bias
+        y = self._plain(x, self.weight, bias)
+        for adapter in adapters:
+            y = y + adapter(x)
         return y
 
     def active_modules(self) -> list[LoRAAdapter]:

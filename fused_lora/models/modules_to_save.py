@@ -54,9 +54,8 @@ class Trained(Adapted):
         if active is None or len(self._modules) > 1:  # type: ignore[attr-defined]
             # with submodules: this forward reads the copy's tensors by their names, and calls the very submodules
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        # without them: an LSTM, for one, reads its weights past their names. Not called as a module: the hooks of this
-        # one are running already
-        return active.forward(*args, **kwargs)
+        # without them: an LSTM, for one, reads its weights past their names
+        return active(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Called for what ``nn.Module`` registers, as that is no plain attribute."""
@@ -222,6 +221,10 @@ def _copy_of(
     if isinstance(clone, Trained):
         _undo(clone)
     drop_hooks(clone)
+    for name, hooks in vars(clone).items():
+        # those of the module run for the copy too; the copy's own are for hooks that are registered on it later
+        if "_hooks" in name and isinstance(hooks, dict):
+            hooks.clear()
     clone._modules.clear()
     return clone
 

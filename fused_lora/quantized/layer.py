@@ -69,11 +69,14 @@ class FusedLoRAQuantized(FusedLoRALinear):
         if len(computing) > 1:
             return self._forward_several(x, computing)
         (adapter,) = computing
+        if adapter.hooked:
+            return self._forward_hooked(x, computing)
         bias = adapter.bias if adapter.trains_bias else self.bias
         return self._with(x, bias, adapter.dropout, adapter.lora_A, adapter.lora_B, adapter.scale)
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        layer = self if weight is self.weight else self._holding(weight, bias)
+        own = weight is self.weight and bias is self.bias
+        layer = self if own else self._holding(weight, bias)
         # past ours, to the library's own
         return super(FusedLoRALinear, layer).forward(x)
 

@@ -17,7 +17,7 @@ moved: a layout that no rule covers is an error, not an all-gather of W.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -124,9 +124,9 @@ def _rule(given: dict[str, DTensor], dim: int) -> Rule:
 _NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 
 
-def _rules(ndim: int) -> Iterator[Rule]:
-    yield from (REPLICATED, COLWISE, ROWWISE)
-    yield from (_data(dim) for dim in range(ndim - 1))
+def _rules(ndim: int) -> tuple[Rule, ...]:
+    # a tuple: torch.compile of PyTorch 2.14 cannot trace a `yield from` that is left early
+    return (REPLICATED, COLWISE, ROWWISE, *(_data(dim) for dim in range(ndim - 1)))
 
 
 def _from_end(placement: Placement, ndim: int, name: str) -> Placement:

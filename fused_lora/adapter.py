@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, TypedDict
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
+from .functional import concatenate_adapters
 from .instances import bring_back, device_of, offloading, value_of
 from .quantized import weight_dtype
 
@@ -232,3 +234,12 @@ class LoRAAdapter(nn.Module):
         told = f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
         told += f", strength={self.strength:g}" if self.strength != 1.0 else ""
         return told + (", rslora" if self.use_rslora else "")
+
+
+def by_dropout(adapters: Iterable[LoRAAdapter], training: bool) -> dict[float, tuple[Tensor, Tensor, float]]:
+    """dropout -> (lora_A, lora_B, scale) of the adapters that have it now, as one adapter of all their ranks."""
+    groups: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
+    for adapter in adapters:
+        group = groups.setdefault(adapter.dropout if training else 0.0, [])
+        group.append((adapter.lora_A, adapter.lora_B, adapter.scale))
+    return {dropout: concatenate_adapters(group) for dropout, group in groups.items()}

@@ -40,4 +40,4 @@ def plus_adapter(y: Tensor, x: Tensor, adapter: tuple[Tensor, Tensor, float], dr
     """
     lora_A, lora_B, scale = adapter
     h = F.linear(F.dropout(x, dropout_p), lora_A.to(x.dtype))
-    return y + F.linear(h, lora_B.to(h.dtype)) * scale
+    return y + (F.linear(h, lora_B.to(h.dtype)) * scale).to(y.dtype)

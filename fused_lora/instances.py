@@ -78,7 +78,14 @@ def offload_of(module: nn.Module) -> Any:
 def device_of(module: Any) -> torch.device:
     """Where a layer's weight is when it computes."""
     hook = offload_of(module)
-    return module.weight.device if hook is None else _device(hook)
+    return weight_of(module).device if hook is None else _device(hook)
+
+
+def weight_of(layer: Any) -> Tensor:
+    """The weight; where a hook computes it at every call, what that is done from, which follows ``.to()`` at once."""
+    if "weight" not in vars(layer):
+        return layer.weight
+    return next((p for name, p in layer._parameters.items() if name.startswith("weight_")), layer.weight)
 
 
 def value_of(module: nn.Module, name: str) -> Tensor:

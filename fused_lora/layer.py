@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from . import validation
-from .adapter import AdapterOptions, LoRAAdapter, OptionFields
+from .adapter import AdapterOptions, LoRAAdapter, OptionFields, by_dropout
 from .composed import plus_adapter
-from .functional import concatenate_adapters, lora_linear
+from .functional import lora_linear
 from .instances import become, check_not_offloaded
 from .parameters import exchange, made_of
 from .renamed import renamed
@@ -98,9 +98,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
         # W and bias before a merge; buffers, so that .to() moves them along
         self.register_buffer("_unmerged_weight", None, persistent=False)
         self.register_buffer("_unmerged_bias", None, persistent=False)
-        for parameter in self._parameters.values():
-            if parameter is not None:
-                parameter.requires_grad_(False)
+        self.requires_grad_(False)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -241,14 +239,10 @@ class FusedLoRALinear(Adapted, nn.Linear):
         if any(adapter.hooked for adapter in adapters):
             return self._forward_hooked(x, adapters)
         bias = next((adapter.bias for adapter in adapters if adapter.trains_bias), self.bias)
-        groups: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
-        for adapter in adapters:
-            group = groups.setdefault(adapter.dropout if self.training else 0.0, [])
-            group.append((adapter.lora_A, adapter.lora_B, adapter.scale))
-        (dropout, first), *others = groups.items()
-        y = self._with(x, bias, dropout, *concatenate_adapters(first))
-        for dropout, group in others:
-            y = plus_adapter(y, x, concatenate_adapters(group), dropout)
+        (dropout, first), *others = by_dropout(adapters, self.training).items()
+        y = self._with(x, bias, dropout, *first)
+        for dropout, adapter in others:
+            y = plus_adapter(y, x, adapter, dropout)
         return y
 
     def _forward_hooked(self, x: Tensor, adapters: Sequence[LoRAAdapter]) -> Tensor:
@@ -316,6 +310,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
         """What W becomes, and the bias where an adapter has one: new tensors."""
         check_not_offloaded(self, "merged into")
         adapters = self.active_modules()
+        validation.check_own_weight(self)
         # in place: this is all the memory that merging a model needs
         total = self._wide()
         for adapter in adapters:

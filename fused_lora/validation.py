@@ -235,6 +235,28 @@ def check_not_merged(merged: bool) -> None:
         raise ValueError("a layer must be unmerged before it is parallelized, got a merged one; call unmerge first")
 
 
+def check_own_weight(layer: nn.Module) -> None:
+    if "weight" not in layer._parameters:
+        raise ValueError(
+            "weight must be a Parameter to merge into, got one that is computed from others at every call, as by "
+            "weight_norm, spectral_norm, prune or parametrize; remove that first"
+        )
+
+
+def check_base_output(y: Any, x: Tensor, N: int, kind: str) -> None:
+    """What a subclass's own forward returned, to which a low-rank product is to be added."""
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"the forward of a {kind} must return a Tensor for an adapter to be added, got {type(y).__name__}; "
+            "exclude_modules leaves such layers out"
+        )
+    if y.shape != (*x.shape[:-1], N):
+        raise ValueError(
+            f"the forward of a {kind} must return (..., N) = {(*x.shape[:-1], N)} for an adapter to be added, got "
+            f"{tuple(y.shape)}; exclude_modules leaves such layers out"
+        )
+
+
 def check_operands(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> bool:
     """Kinds, dimensions and shapes, then devices, of ``lora_linear``'s tensors; whether one is a DTensor."""
     distributed = False

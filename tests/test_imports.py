@@ -22,7 +22,7 @@ LAYERS = [
     {"functional"},
     {"switching", "adapter", "parameters", "quantized.linear"},
     {"layer", "models.config", "models.modules_to_save"},
-    {"conv1d", "quantized.layer", "models.peft_config"},
+    {"conv1d", "quantized.layer", "subclasses", "models.peft_config"},
     {"models.selection", "parallel"},
     {"models"},
     {"checkpoint"},

@@ -352,6 +352,7 @@ def summary(model: nn.Module) -> Summary:
         model,
         tuple(_row(path, layer) for path, layer in layers.items()),
         in_adapters,
+        adapted={id(p) for layer in layers.values() for p in layer.parameters()},  # type: ignore[attr-defined]
         trained=(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_adapters),
         not_adapted=(
             path for path, module in model.named_modules()

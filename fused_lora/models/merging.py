@@ -27,8 +27,9 @@ def merge(model: Model) -> Model:
     What an adapter trains beside A and B, ``modules_to_save`` for instance, is called as it is, merged or not.
 
     Raises:
-        ValueError: a sum has a NaN or an infinity, or a weight is another module's too, which would change with it;
-            every layer is left as it was.
+        ValueError: a sum has a NaN or an infinity, or a weight is another module's too, which would change with it, or
+            is computed anew at every call (``weight_norm``, ``prune``), or a subclass's own forward does more with it
+            than ``nn.Linear``'s; every layer is left as it was.
     """
     layers = [(path, module) for path, module in adapted_modules(model) if isinstance(module, FusedLoRALinear)]
     layers = [(path, layer) for path, layer in layers if not layer.merged]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from ..backends import LayerPass
 from ..instances import device_of
 from ..layer import FusedLoRALinear
 from ..quantized import kind_of
+from ..subclasses import FusedLoRABeside
 from ..switching import adapted_modules, base_modules
 from .modules_to_save import Trained
 from .selection import linear_layers
@@ -44,11 +46,25 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class FrozenRow:
+    """Weights that stay frozen without an adapter: one, or all whose names differ in numbers alone, which are ``*``.
+
+    module: the class that they belong to.  parameters: of all of them.  percent: their share of the base's.
+    """
+
+    name: str
+    module: str
+    parameters: int
+    percent: float
+
+
+@dataclass(frozen=True)
 class Summary:
     """Counts are of parameters, bytes of their storage; ``str()`` is the table.
 
     trained: names of what the active adapters train beside A and B: ``modules_to_save`` and biases.
     embeddings: paths of the model's ``nn.Embedding``, of which only PEFT makes adapters.
+    frozen: what stays frozen without an adapter and is 1 % of the base or more, largest first.
     """
 
     layers: tuple[LayerRow, ...]
@@ -60,13 +76,14 @@ class Summary:
     base_bytes: int
     trainable_bytes: int
     embeddings: tuple[str, ...] = ()
+    frozen: tuple[FrozenRow, ...] = ()
 
     @classmethod
     def of(
-        cls, model: nn.Module, layers: tuple[LayerRow, ...], in_adapters: set[int], trained: Iterable[str],
-        not_adapted: Iterable[str],
+        cls, model: nn.Module, layers: tuple[LayerRow, ...], in_adapters: set[int], adapted: set[int],
+        trained: Iterable[str], not_adapted: Iterable[str],
     ) -> Summary:  # fmt: skip
-        """in_adapters: the ids of the model's parameters that are adapters'."""
+        """in_adapters, adapted: the ids of the model's parameters that are adapters', and that have one."""
         parameters = list(model.parameters())
         base = [p for p in parameters if id(p) not in in_adapters]
         # id of a quantized Parameter, which holds fewer or other elements than the weight has -> the weight's
@@ -75,12 +92,13 @@ class Summary:
             for _, module in base_modules(model)
             if (kind := kind_of(module)) is not None and kind.why_not(module) is None
         }
+        counts = {id(p): math.prod(quantized[id(p)][0]) if id(p) in quantized else p.numel() for p in base}
         trainable = [p for p in parameters if p.requires_grad]
         return cls(
             layers=layers,
             trained=tuple(trained),
             not_adapted=tuple(path or "(model)" for path in not_adapted),
-            base=sum(math.prod(quantized[id(p)][0]) if id(p) in quantized else p.numel() for p in base),
+            base=sum(counts.values()),
             adapters=sum(p.numel() for p in parameters if id(p) in in_adapters),
             trainable=sum(p.numel() for p in trainable),
             base_bytes=sum(quantized[id(p)][1] if id(p) in quantized else p.nbytes for p in base),
@@ -88,6 +106,7 @@ class Summary:
             embeddings=tuple(
                 path or "(model)" for path, module in base_modules(model) if isinstance(module, nn.Embedding)
             ),
+            frozen=_frozen(model, counts, adapted),
         )
 
     @property
@@ -114,6 +133,9 @@ class Summary:
             lines.append(f"linear layers without an adapter: {_listed(self.not_adapted)}")
         if self.embeddings:
             lines.append(f"embeddings, whose adapters are left to PEFT: {_listed(self.embeddings)}")
+        if self.frozen:
+            shares = (f"{row.name} ({row.module}) {row.percent:.1f} %" for row in self.frozen)
+            lines.append(f"frozen without an adapter, of the base's parameters: {', '.join(shares)}")
         lines.append(
             f"base {self.base:,} parameters ({size(self.base_bytes)}), adapters {self.adapters:,} "
             f"({self.added_percent:.3f} %), trainable {self.trainable:,} ({size(self.trainable_bytes)})"
@@ -130,9 +152,36 @@ def summary(model: nn.Module) -> Summary:
         model,
         tuple(_row(path, layer) for path, layer in layers.items()),
         in_adapters={id(p) for _, m in adapted for name in m.adapters for p in m.trained_parameters(name)},
+        adapted={id(p) for _, m in adapted for p in _with_adapter(m)},
         trained=(name for path, module in adapted for name in _trained(path, module)),
         not_adapted=(path for path in linears if path not in layers),
     )
+
+
+def _with_adapter(module: Any) -> Iterable[Tensor]:
+    return module.parameters() if isinstance(module, FusedLoRALinear) else module.replaced().values()
+
+
+def _frozen(model: nn.Module, counts: dict[int, int], adapted: set[int]) -> tuple[FrozenRow, ...]:
+    """counts: id of a parameter of the base -> its size."""
+    base, seen = max(sum(counts.values()), 1), set(adapted)
+    # (name with * for its numbers, class) -> the whole names, and the count of all of them
+    groups: dict[tuple[str, str], tuple[list[str], list[int]]] = {}
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.requires_grad or parameter.dim() < 2 or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            whole = f"{path}.{name}" if path else name
+            key = re.sub(r"(?<![^.])\d+(?![^.])", "*", whole), type(module).__name__
+            names, sizes = groups.setdefault(key, ([], []))
+            names.append(whole)
+            sizes.append(counts.get(id(parameter), 0))
+    rows = (
+        FrozenRow(names[0] if len(names) == 1 else name, kind, sum(sizes), 100.0 * sum(sizes) / base)
+        for (name, kind), (names, sizes) in groups.items()
+    )
+    return tuple(sorted((row for row in rows if row.percent >= 1.0), key=lambda row: -row.parameters))
 
 
 def _row(path: str, layer: FusedLoRALinear) -> LayerRow:
@@ -176,6 +225,9 @@ def _implementation(layer: FusedLoRALinear) -> tuple[str, str | None]:
         return "linear", "the adapter is merged into the weight"
     if not layer.active_adapters:
         return "linear", "no adapter is active"
+    if isinstance(layer, FusedLoRABeside):
+        kind = layer.plain_class.__name__
+        return "beside", f"a {kind} has a forward of its own; it is not fused, the low-rank product is added beside it"
     device, dtype = device_of(layer), layer.weight_dtype
     unavailable = backends.why_not(layer.impl, device, dtype) if layer.impl != "auto" else None
     if unavailable is not None:

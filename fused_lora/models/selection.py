@@ -14,6 +14,7 @@ from .. import quantized, validation
 from ..adapter import is_conv1d
 from ..instances import check_forward, offload_of
 from ..layer import FusedLoRALinear
+from ..subclasses import check_subclass, has_own_forward, is_subclass, why_no_product
 from ..switching import Adapted, base_modules
 from .config import ALL_LINEAR, LoRAConfig, ends_of, selector
 from .modules_to_save import Part, Trained, own_state
@@ -28,21 +29,20 @@ class Plan:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """path -> layer that can take A and B: exactly ``nn.Linear`` or Transformers' ``Conv1D``, a layer of ``quantized``,
-    or fused already.
+    """path -> layer that can take A and B: ``nn.Linear`` and its subclasses, Transformers' ``Conv1D``, a layer of
+    ``quantized``, or fused already.
 
-    Other subclasses are left alone: their weight is not what ``F.linear`` expects, or is read past their forward
-    (``nn.MultiheadAttention``'s out_proj), and an adapter would silently not be trained.
+    A subclass is left out where an adapter would silently not be trained (``nn.MultiheadAttention``'s out_proj), or
+    where its forward does not return the layer's N features.
     """
     modules: Iterable[tuple[str, Any]] = base_modules(model)
-    return {
-        path: module
-        for path, module in modules
-        if type(module) is nn.Linear
-        or is_conv1d(module)
-        or isinstance(module, FusedLoRALinear)
-        or quantized.kind_of(module) is not None
-    }
+    return {path: module for path, module in modules if _is_linear(module) and why_no_product(module) is None}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, Trained):
+        return False
+    return isinstance(module, nn.Linear) or is_conv1d(module) or quantized.kind_of(module) is not None
 
 
 def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
@@ -54,6 +54,7 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
     validation.check_adapter_name(adapter)
     modules = dict(base_modules(model))
     validation.check_no_pefts(modules.items())
+    check_initialized(modules)
     saved = _saved(modules, config)
     if config.ensure_weight_tying:
         saved = with_tied(model, saved)
@@ -71,7 +72,10 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
     _warn_of_idle_patterns(config, chosen, modules, candidates)
     for path, layer in chosen.items():
         validation.check_whole(layer.weight, f"{path}.weight")
-        quantized.check(layer, path)
+        if is_subclass(layer):
+            check_subclass(layer, path)
+        if not has_own_forward(layer):
+            quantized.check(layer, path)
     if config.ensure_weight_tying:
         _check_untied(model, chosen)
     parts = {path: part for root in sorted(saved) for path, part in parts_below(modules, root).items()}
@@ -84,6 +88,15 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
     _check_offloads(modules, [*chosen, *parts])
     _warn_of_ties(model, chosen, {} if config.ensure_weight_tying else parts)
     return Plan(chosen, parts)
+
+
+def check_initialized(modules: dict[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        if any(p is not None and nn.parameter.is_lazy(p) for p in module._parameters.values()):
+            raise ValueError(
+                f"model must be initialized to be adapted, got a {type(module).__name__} at {path!r}; "
+                "call it once first"
+            )
 
 
 def parts_below(modules: dict[str, nn.Module], root: str) -> dict[str, tuple[nn.Module, Part]]:
@@ -265,7 +278,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _nothing_matches(model: nn.Module, config: LoRAConfig, candidates: list[str]) -> str:
-    message = f"target_modules must match a plain nn.Linear, got {config.target_modules!r}"
+    message = f"target_modules must match a linear layer, got {config.target_modules!r}"
     others = [f"{p} ({_kind(m)})" for p, m in base_modules(model) if p and config.targets(p) and p not in candidates]
     if others and config.target_modules != ALL_LINEAR:
         message += f"; it matches {', '.join(others[:5])}, which can't take an adapter"

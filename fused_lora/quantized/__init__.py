@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..instances import weight_of
 from .bitsandbytes import EightBit, FourBit, is_repacked
 from .kind import Kind as Kind
 from .kind import Packed as Packed
@@ -67,21 +68,27 @@ def base_of(layers: Iterable[nn.Module]) -> str:
 
 
 def weight_dtype(layer: Any) -> torch.dtype:
-    """The dtype that a linear layer's weight has in products; float32 where x decides it."""
-    kind = kind_of(layer)
-    return layer.weight.dtype if kind is None else kind.compute_dtype(layer) or torch.float32
+    """The dtype that a linear layer's weight has in products; float32 where x or its own forward decides it."""
+    kind, dtype = kind_of(layer), weight_of(layer).dtype
+    if kind is None:
+        return dtype if _is_computable(dtype) else torch.float32
+    return kind.compute_dtype(layer) or torch.float32
 
 
-def check(layer: nn.Module, name: str) -> None:
+def _is_computable(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize >= 2
+
+
+def check(layer: Any, name: str) -> None:
     """TypeError where the layer's weight is of no dtype that can be computed with. name: the layer's, for the message.
 
     Raises:
         ValueError: it is quantized, or is to be, but not as it must be.
     """
-    kind, weight = kind_of(layer), layer._parameters["weight"]
+    kind, weight = kind_of(layer), layer.weight
     if kind is not None:
         why = kind.why_not(layer)
         if why is not None:
             raise ValueError(f"{name}: {why}")
-    elif weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize < 2):
+    elif weight is not None and not _is_computable(weight.dtype):
         raise TypeError(f"{name}.weight must be float16, bfloat16, float32 or float64, got {weight.dtype}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..instances import become
 from ..layer import CLASSES, FusedLoRALinear
-from ..parameters import made_of
+from ..parameters import holding, made_of
 from . import KINDS, Kind, Packed, check, dequantize, kind_of
 from .linear import quantized_lora_linear
 
@@ -81,10 +81,7 @@ class FusedLoRAQuantized(FusedLoRALinear):
         return super(FusedLoRALinear, layer).forward(x)
 
     def _holding(self, weight: Any, bias: Tensor | None) -> FusedLoRAQuantized:
-        """This layer as it is with another weight and bias; itself is not touched."""
-        layer = object.__new__(type(self))
-        vars(layer).update(vars(self))
-        vars(layer)["_parameters"] = {"weight": self.weight, "bias": bias}
+        layer = holding(self, self.weight, bias)
         self.kind.exchange(layer, weight)
         return layer
 

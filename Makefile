@@ -15,7 +15,7 @@ EXTENSION := fused_lora/_C.abi3.so
 CPP := '*.cpp' '*.h' '*.cu' '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-triton36 test-torch test-install test-peft bench native wheel host gpu docs report scaling models sanitize lint format types clean
+.PHONY: help install demo test test-triton36 test-torch test-install test-peft zoo bench native wheel host gpu docs report scaling models sanitize lint format types clean
 
 help:
 	@echo 'make demo           the main job: fine-tune a real network on MNIST with the fused layer (a few minutes on a CPU)'
@@ -34,6 +34,7 @@ help:
 	@echo 'make test-torch     the suite on another PyTorch and its Triton; TORCH=2.14.1, or 2.8.0 with the parts that run there'
 	@echo 'make test-install   the wheel alone in a bare environment: fused-lora info, and the README up to PEFT'
 	@echo "make test-peft      PEFT's own LoRA tests, unfused and fused, and gradients compared (five minutes on two cores)"
+	@echo "make zoo            150 small models of other libraries, adapted and compared: docs/zoo.md; ARGS=\"--only llama\""
 
 install: $(INSTALLED)
 
@@ -144,5 +145,13 @@ test-peft: $(INSTALLED)
 	@$(RUN)/python $(PIP_INSTALL) -c constraints.txt -e '.[peft-suite]'
 	$(RUN)/python tests/peft_suite/run.py $(ARGS)
 
+# PyPI's torchvision is for one PyTorch, and that is the newest that is tested
+VENV_ZOO := .venv-zoo
+zoo:
+	@test -x $(VENV_ZOO)/bin/python || $(PYTHON) -m venv $(VENV_ZOO)
+	@$(VENV_ZOO)/bin/python $(PIP_INSTALL) torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.24.0 peft==0.21.2 \
+		regex safetensors tqdm matplotlib==3.11.2
+	$(VENV_ZOO)/bin/python -m tools.zoo $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(VENV_TRITON36) .venv-torch* build dist *.egg-info demo-output site
+	rm -rf $(VENV) $(VENV_TRITON36) $(VENV_ZOO) .venv-torch* build dist *.egg-info demo-output site

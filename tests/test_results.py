@@ -99,7 +99,7 @@ def test_a_misnamed_file_is_not_published(tmp_path):
     [
         ({"median": 1.0}, "must have 0 <= p20 <= median <= p80, got 2.0, 1.0, 2.0"),
         ({"p80": float("nan")}, "p20 <= median"),
-        ({"unit": "furlongs"}, "unit must be one of ms, us, bytes, registers, got 'furlongs'"),
+        ({"unit": "furlongs"}, "unit must be one of ms, us, bytes, registers, layers, got 'furlongs'"),
         ({"candidate": None}, "candidate must be text, got None"),
     ],
 )

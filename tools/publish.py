@@ -17,7 +17,7 @@ from pathlib import Path
 from fused_lora.bench.results import FOLDERS, load_all
 
 from .files import Files
-from .tables import choices, growth, host, layers, model_error, others
+from .tables import choices, growth, host, layers, model_error, others, zoo
 
 CHECKOUT = Path(__file__).parents[1]
 # page -> marker -> what stands there
@@ -36,6 +36,7 @@ BLOCKS: dict[str, dict[str, Callable[[Files], str]]] = {
     "docs/host.md": {"host": host.tables},
     "docs/quantized.md": {"quantized": others.quantized_steps},
     "docs/codegen.md": {"launches": others.launches},
+    "docs/zoo.md": {"zoo": zoo.models},
     "docs/scaling.md": {
         "measured": growth.measured,
         "kept": growth.kept,
@@ -65,17 +66,28 @@ def main(argv: Sequence[str] | None = None, checkout: Path = CHECKOUT) -> int:
 
 def outputs(checkout: Path) -> dict[Path, str]:
     """path -> text of everything that is made of the results files."""
-    files = {kind: load_all(checkout / "benchmarks" / "results", kind) for kind in FOLDERS}
-    made = {}
-    for name, blocks in BLOCKS.items():
-        text = (checkout / name).read_text(encoding="utf-8")
-        for marker, content in blocks.items():
-            text = _between(text, name, marker, content(files))
-        made[checkout / name] = text
+    files = _files(checkout)
+    made = {checkout / name: _page(checkout, name, files) for name in BLOCKS}
     made[checkout / choices.PATH] = choices.text(files)
     pictures = checkout / "docs" / "pictures"
     plots = layers.plots(files) | growth.plots(files)
     return made | {pictures / name: plot for name, plot in plots.items()}
+
+
+def write(checkout: Path, page: str) -> None:
+    """One page anew, for the command that wrote its results file."""
+    (checkout / page).write_text(_page(checkout, page, _files(checkout)), encoding="utf-8")
+
+
+def _files(checkout: Path) -> Files:
+    return {kind: load_all(checkout / "benchmarks" / "results", kind) for kind in FOLDERS}
+
+
+def _page(checkout: Path, name: str, files: Files) -> str:
+    text = (checkout / name).read_text(encoding="utf-8")
+    for marker, content in BLOCKS[name].items():
+        text = _between(text, name, marker, content(files))
+    return text
 
 
 def _between(text: str, page: str, name: str, content: str) -> str:

@@ -22,12 +22,12 @@ import torch
 FORMAT = "fused_lora results, 1"
 DRY = ", kernels interpreted"
 FROZEN = "frozen"
-UNITS = ("ms", "us", "bytes", "registers")
+UNITS = ("ms", "us", "bytes", "registers", "layers")
 # what a file holds -> its folder in benchmarks/results/
 FOLDERS = {
     "layers": "", "models": "models", "scaling": "scaling", "native": "native", "peft": "peft",
     "overhead": "overhead", "distributed": "distributed", "codegen": "codegen", "host": "host",
-    "quantized": "quantized",
+    "quantized": "quantized", "zoo": "zoo",
 }  # fmt: skip
 
 

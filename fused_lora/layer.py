@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from . import validation
 from .adapter import AdapterOptions, LoRAAdapter, OptionFields, by_dropout
+from .called import Called
 from .composed import plus_adapter
 from .functional import lora_linear
 from .instances import become, check_not_offloaded
@@ -21,7 +22,7 @@ from .switching import Adapted
 
 # attributes that a plain nn.Linear does not have
 STATE = (
-    "adapters", "impl", "_switch", "_unmerged_weight", "_unmerged_bias",
+    "adapters", "impl", "_called", "_switch", "_unmerged_weight", "_unmerged_bias",
 )  # fmt: skip
 
 
@@ -95,6 +96,7 @@ class FusedLoRALinear(Adapted, nn.Linear):
     def _become_fused(self, impl: str) -> None:
         self.impl = validation.check_impl(impl)
         self._adapt()
+        self._called = Called()
         # W and bias before a merge; buffers, so that .to() moves them along
         self.register_buffer("_unmerged_weight", None, persistent=False)
         self.register_buffer("_unmerged_bias", None, persistent=False)
@@ -200,6 +202,8 @@ class FusedLoRALinear(Adapted, nn.Linear):
     # ---------------------------------------------------------------- computing
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._called.ever = True
         if self._switch.used and self._switch.off():
             return self._plain(x, *self._base())
         adapters: Any = self._modules["adapters"]

@@ -66,6 +66,8 @@ class FusedLoRABeside(FusedLoRASubclass):
         return weight_dtype(self)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if not torch.compiler.is_compiling():
+            self._called.ever = True
         if self.disabled:
             return self._plain(x, *self._base(), *args, **kwargs)
         adapters = self.active_modules()

@@ -21,6 +21,7 @@ LAYERS = [
     {"parallel.sharding"},
     {"functional"},
     {"switching", "adapter", "parameters", "quantized.linear"},
+    {"called"},
     {"layer", "models.config", "models.modules_to_save"},
     {"conv1d", "quantized.layer", "subclasses", "models.peft_config"},
     {"models.selection", "parallel"},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import validation
 from ..adapter import LoRAAdapter
+from ..called import warn_of_never_called
 from ..instances import offload_of, value_of
 from ..layer import FusedLoRALinear
 from ..models.apply import Model, adapter_names, check_here, install, set_adapter
@@ -42,6 +43,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter: str 
     model = _unwrapped(model)
     folder = validation.check_folder(folder)
     _check_here(model, folder, adapter)
+    warn_of_never_called(model, "Their adapters are saved as they are.")
     config, tensors = contents(model, adapter)
     if writes_here(model):
         write_folder(folder, config, tensors, base_under(model, adapter))

@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 
 from .. import validation
 from ..adapter import AdapterOptions, LoRAAdapter, features
+from ..called import watch
 from ..functional import concatenate_adapters
 from ..layer import FusedLoRALinear
 from ..quantized import weight_dtype
@@ -311,3 +312,4 @@ def install(model: nn.Module, adapter: str, installation: Installation, impl: st
         adopt(modules[path]).install(adapter, part, clone)
     settle_fast_paths(model)
     settle_pretrained(model)
+    watch(model)

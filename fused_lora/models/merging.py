@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..called import warn_of_never_called
 from ..instances import check_forward
 from ..layer import FusedLoRALinear
 from ..quantized.layer import FusedLoRAQuantized
@@ -34,6 +35,7 @@ def merge(model: Model) -> Model:
     layers = [(path, module) for path, module in adapted_modules(model) if isinstance(module, FusedLoRALinear)]
     layers = [(path, layer) for path, layer in layers if not layer.merged]
     _check_ties(model, layers)
+    warn_of_never_called(model, "Merged, their adapters change what the model computes.")
     merged: list[FusedLoRALinear] = []
     try:
         for path, layer in layers:
@@ -73,6 +75,7 @@ def merge_and_unload(model: Model, *, dequantize: bool | torch.dtype = False) ->
         raise TypeError(f"dequantize must be True, False or a torch.dtype, got {dequantize!r}")
     modules = adapted_modules(model)
     _check_ties(model, modules)
+    warn_of_never_called(model, "Merged, their adapters change what the model computes.")
     for path, module in modules:
         check_forward(module, path)  # type: ignore[arg-type]
         _named(path, module.check_finite)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..adapter import features
 from ..backends import LayerPass
+from ..called import never_called
 from ..instances import device_of
 from ..layer import FusedLoRALinear
 from ..quantized import kind_of
@@ -147,10 +148,10 @@ def summary(model: nn.Module) -> Summary:
     """What of ``model`` is adapted and how it computes: ``print(summary(model))``."""
     linears = linear_layers(model)
     layers = {path: layer for path, layer in linears.items() if isinstance(layer, FusedLoRALinear)}
-    adapted = adapted_modules(model)
+    adapted, idle = adapted_modules(model), set(never_called(model))
     return Summary.of(
         model,
-        tuple(_row(path, layer) for path, layer in layers.items()),
+        tuple(_row(path, layer, path in idle) for path, layer in layers.items()),
         in_adapters={id(p) for _, m in adapted for name in m.adapters for p in m.trained_parameters(name)},
         adapted={id(p) for _, m in adapted for p in _with_adapter(m)},
         trained=(name for path, module in adapted for name in _trained(path, module)),
@@ -184,10 +185,10 @@ def _frozen(model: nn.Module, counts: dict[int, int], adapted: set[int]) -> tupl
     return tuple(sorted((row for row in rows if row.percent >= 1.0), key=lambda row: -row.parameters))
 
 
-def _row(path: str, layer: FusedLoRALinear) -> LayerRow:
+def _row(path: str, layer: FusedLoRALinear, is_idle: bool) -> LayerRow:
     adapters = layer.active_modules()
     names = "+".join(_weighed(name, strength) for name, strength in layer.strengths.items())
-    implementation, why = _implementation(layer)
+    implementation, why = ("never called", NEVER_CALLED) if is_idle else _implementation(layer)
     return LayerRow(
         path, layer.out_features, layer.in_features, names or None,
         sum(adapter.rank for adapter in adapters) or None, adapters[0].alpha if len(adapters) == 1 else None,
@@ -214,6 +215,7 @@ def _weighed(name: str, strength: float) -> str:
     return name if strength == 1.0 else f"{strength:g}·{name}"
 
 
+NEVER_CALLED = "other layers were called and this one was not: the model may read its weight by name, past the adapter"
 BY_SIZE = "'auto' takes what was measured to be the fastest for so many tokens: `fused-lora info`"
 
 

@@ -87,6 +87,7 @@ def plan(model: nn.Module, adapter: str, config: LoRAConfig) -> Plan:
     check_kinds(chosen, parts)
     _check_offloads(modules, [*chosen, *parts])
     _warn_of_ties(model, chosen, {} if config.ensure_weight_tying else parts)
+    _warn_of_mamba(model, chosen)
     return Plan(chosen, parts)
 
 
@@ -243,6 +244,21 @@ def _warn_of_idle_patterns(
             warnings.warn(f"exclude_modules: no linear layer matches {excluded!r}", stacklevel=4)
     elif excluded is not None:
         _warn_of_idle("exclude_modules", excluded, candidates, modules, candidates)
+
+
+# model types whose CUDA kernels read the weight of out_proj; PEFT refuses to adapt it there
+_MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+
+
+def _warn_of_mamba(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    paths = [path for path in linears if path.rpartition(".")[2] == "out_proj"]
+    if kind in _MAMBA and paths:
+        warnings.warn(
+            f"the CUDA kernels of a {kind} model read the weight of out_proj by name: there the adapter of "
+            f"{paths[0]!r} does not count. PEFT refuses it; leave it out by exclude_modules=['out_proj']",
+            stacklevel=5,
+        )
 
 
 def _warn_of_ties(model: nn.Module, linears: dict[str, nn.Linear], parts: dict[str, tuple[nn.Module, Part]]) -> None:

@@ -61,6 +61,8 @@ class FusedLoRAQuantized(FusedLoRALinear):
     # ---------------------------------------------------------------- computing
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._called.ever = True
         if self._switch.used and self._switch.off():
             return self._plain(x, *self._base())
         computing = self.active_modules()

@@ -209,6 +209,8 @@ class FusedLoRALinear(Adapted, nn.Linear):
         adapters: Any = self._modules["adapters"]
         computing: tuple[Any, ...] = adapters.computing
         if not computing or adapters.merged:
+            if computing and self.training:
+                adapters.warn_of_training_merged()
             return self._plain(x, self.weight, self.bias)
         if len(computing) > 1:
             return self._forward_several(x, computing)

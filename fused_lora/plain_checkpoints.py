@@ -29,7 +29,8 @@ _load = _Load()
 class LoadsPlainCheckpoints:
     """The part of a module with ``adapters`` that reads a state dict without them, with ``strict=True`` too.
 
-    All or nothing: a state dict that holds adapters of one module of the model must hold those of all.
+    All or nothing: a state dict that holds adapters of one module of the model must hold those of all. A merged module
+    is unmerged first, and stays so.
     """
 
     adapters: nn.ModuleDict
@@ -44,6 +45,9 @@ class LoadsPlainCheckpoints:
             missing += _load.absent
             _load.absent = []
         elif not _load.found:
+            if self.adapters.merged and any(key.startswith(prefix) for key in state_dict):
+                # it is the base that is read, and what unmerging would put back is the old one
+                self.unmerge()  # type: ignore[attr-defined]
             # the adapters' modules read their own tensors; this is not the caller's dict, which PyTorch copies
             own = {inner + key: tensor for key, tensor in self.adapters.state_dict(keep_vars=True).items()}
             state_dict.update(own)

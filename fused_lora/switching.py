@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -148,6 +149,18 @@ class Adapters(nn.ModuleDict):
     def _is_active(self, name: str) -> bool:
         # nn.Module sets attributes before there are names
         return name in vars(self).get("active", ())
+
+    def warn_of_training_merged(self) -> None:
+        """Warn where a forward in training mode would give the active adapters gradients if they were not merged."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if any(parameter.requires_grad for module in self.computing for parameter in module.parameters()):
+            names = ", ".join(map(repr, self.active))
+            warnings.warn(
+                f"adapter {names} is merged into the weight, so this forward in training mode gives it no gradients; "
+                "call fused_lora.unmerge(model) before training, or model.eval() where no training is meant",
+                stacklevel=3,
+            )
 
     def _check_not_merged(self, name: str) -> None:
         if self._is_active(name) and self.merged:

@@ -67,6 +67,8 @@ class FusedLoRAQuantized(FusedLoRALinear):
             return self._plain(x, *self._base())
         computing = self.active_modules()
         if not computing or self.merged:
+            if computing and self.training:
+                self.adapters.warn_of_training_merged()
             return self._plain(x, self.weight, self.bias)
         if len(computing) > 1:
             return self._forward_several(x, computing)

@@ -121,3 +121,25 @@ def test_a_model_whose_layer_is_the_whole_is_replicated_too():
     x = torch.randn(3, 6)
     assert torch.equal(replica_of(layer, torch.clone)(x), layer(x))
     assert isinstance(replica_of(layer, torch.clone), nn.Linear)
+
+
+def test_a_replica_gives_its_own_copy_to_who_reads_a_weight_by_name():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.mix = nn.Embedding(7, 6), nn.Linear(6, 6)
+
+        def forward(self, ids):
+            return self.mix(self.table(ids)) @ self.table.weight.t()
+
+    model = trained(apply_lora(ByName(), rank=2, target_modules=["mix"], modules_to_save=["table"]))
+    with torch.no_grad():
+        model.table.adapters["default"].weight.add_(1.0)
+    ids = torch.arange(7)
+    assert torch.equal(replica_of(model, torch.clone)(ids), model(ids))
+    copied = model.table.adapters["default"].weight
+    replica_of(model, doubled)(ids).sum().backward()
+    assert copied.grad.abs().min() > 0
+    with disable_adapters(model):
+        assert torch.equal(replica_of(model, torch.clone)(ids), ByName()(ids))

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 CHECKS = ("fresh", "gradients", "PEFT", "PEFT fused", "saved", "merged")
-# an adapter is beside a layer's forward: where the model takes the weight and never calls that, it has no effect
-READ_BY_NAME = dict.fromkeys(("gradients", "merged"), "layers whose weights are read by name, and are never called")
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from timm.layers import GatedMlp
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock, SpatialGatingBlock
 from torch import nn
 
-from .entry import READ_BY_NAME, Entry, image
+from .entry import Entry, image
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 16, "depth": 2, "embed_dim": 32, "num_heads": 4}
 SWIN: dict[str, Any] = {
@@ -43,8 +43,6 @@ NAMED: list[tuple[str, str, int, dict[str, Any]]] = [
     ("convolutions", "efficientnet_b0", 64, {}),
 ]  # fmt: skip
 
-KNOWN = dict.fromkeys(["beit_base_patch16_224", "eva02_tiny_patch14_224"], READ_BY_NAME)
-
 # whose named variants can't be made smaller
 MIXERS: list[tuple[str, dict[str, Any]]] = [
     ("MlpMixer", {}),
@@ -58,7 +56,7 @@ def named(family: str, name: str, size: int, fields: dict[str, Any]) -> Entry:
         made: nn.Module = timm.create_model(name, pretrained=False, num_classes=5, **fields)
         return made
 
-    return Entry(name, "timm", family, make, image(size), known=KNOWN.get(name, {}))
+    return Entry(name, "timm", family, make, image(size))
 
 
 def mixer(name: str, fields: dict[str, Any]) -> Entry:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .entry import READ_BY_NAME, Entry
+from .entry import Entry
 
 
 class Attention(nn.Module):
@@ -142,6 +142,6 @@ MODELS = [
     Entry("GRUCell in a loop", "torch.nn", "recurrent", Cells, sequence),
     Entry("Bilinear", "torch.nn", "pairs", Pairs, sequence),
     Entry("Conv2d and a head", "torch.nn", "images", Convolutions, lambda: (torch.randn(2, 3, 16, 16),)),
-    Entry("A weight read by name", "torch.nn", "other reads", ByName, sequence, known=READ_BY_NAME),
+    Entry("A weight read by name", "torch.nn", "other reads", ByName, sequence),
     Entry("A tied head", "torch.nn", "other reads", Tied, lambda: (torch.arange(11),), known=TIED),
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.swin_transformer import SwinTransformerBlockV2
 
-from .entry import READ_BY_NAME, Entry, image
+from .entry import Entry, image
 
 VIT = partial(models.VisionTransformer, image_size=32, patch_size=16, num_layers=2, num_heads=4, hidden_dim=32)
 SWIN = partial(
@@ -45,15 +45,12 @@ NAMED: list[tuple[str, str, Callable[..., Any], Callable[[], Any]]] = [
 ]  # fmt: skip
 
 
-KNOWN = dict.fromkeys(["SwinTransformer", "SwinTransformer V2", "swin3d_t"], READ_BY_NAME)
-
-
 def model(family: str, name: str, kind: Callable[..., Any], inputs: Callable[[], Any]) -> Entry:
     def make() -> nn.Module:
         made: nn.Module = kind(num_classes=5)
         return made
 
-    return Entry(name, "torchvision", family, make, inputs, known=KNOWN.get(name, {}))
+    return Entry(name, "torchvision", family, make, inputs)
 
 
 MODELS = [model(family, name, kind, inputs) for family, name, kind, inputs in NAMED]

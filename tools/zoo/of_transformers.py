@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from .entry import READ_BY_NAME, Entry
+from .entry import Entry
 
 Inputs = Callable[[], dict[str, Any]]
 
@@ -246,10 +246,9 @@ REFUSED = dict.fromkeys(("PEFT", "PEFT fused", "saved"), "PEFT refuses out_proj 
 RETARGETED = "PEFT puts adapters for gate_proj, up_proj and down_proj of this type of model on its experts"
 KNOWN: dict[str, Mapping[str, str]] = {
     "DeepseekV3ForCausalLM": dict.fromkeys(("PEFT", "PEFT fused"), RETARGETED),
-    "MambaForCausalLM": {**READ_BY_NAME, **REFUSED},
+    "MambaForCausalLM": REFUSED,
     "Mamba2ForCausalLM": REFUSED,
-    "FalconMambaForCausalLM": {**READ_BY_NAME, **REFUSED},
-    **dict.fromkeys(["JambaForCausalLM", "MobileBertForMaskedLM", "WavLMForCTC"], READ_BY_NAME),
+    "FalconMambaForCausalLM": REFUSED,
 }
 
 OTHERS = [

@@ -74,7 +74,10 @@ def _note(module: Adapted) -> Called:
 def _was_called(module: Adapted) -> bool:
     adapters: Any = module.adapters
     trained = (p for adapter in adapters.values() for p in adapter.parameters(recurse=False))
-    return _note(module).ever or any(parameter.grad is not None for parameter in trained)
+    note = _note(module)
+    # noted, so that it is still known when zero_grad has dropped the gradients
+    note.ever = note.ever or any(parameter.grad is not None for parameter in trained)
+    return note.ever
 
 
 # --------------------------------------------------------------------------------------------------

@@ -166,6 +166,19 @@ def test_compiled_layers_are_known_by_their_gradients():
     assert never_called(model) == []
 
 
+def test_a_compiled_layer_that_was_trained_stays_known_without_its_gradients(tmp_path):
+    torch._dynamo.reset()
+    model = apply_lora(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), rank=2)
+    model[0].compile(fullgraph=True, backend="aot_eager")
+    optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    model(X).sum().backward()
+    silently(optimizer.step)
+    optimizer.zero_grad()
+    assert never_called(model) == []
+    silently(save_adapter, model, tmp_path)
+    silently(merge, model)
+
+
 def test_checkpointed_layers_compile_whole():
     from torch.utils.checkpoint import checkpoint
 
